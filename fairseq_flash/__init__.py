@@ -1,1 +1,15 @@
-"""FLASH (gated attention units with mixed chunk attention) as a fairseq plug-in."""
+"""FLASH (gated attention units with mixed chunk attention) as a fairseq plug-in.
+
+Importing the package makes fairseq ready for this Python, numpy and torch, and registers the models; where
+fairseq is not installed, ``fairseq_flash.ops`` and ``fairseq_flash.modules`` work all the same.
+"""
+
+import importlib.util
+
+if importlib.util.find_spec("fairseq") is not None:
+    from fairseq_flash._compat import prepare_host
+
+    prepare_host()
+
+    # Here and not only through --user-dir, which skips the models of a package that is imported already.
+    from fairseq_flash.models import flash_lm  # noqa: F401

@@ -1,0 +1,1 @@
+"""The registered models: the only layer, with tasks, that knows fairseq."""

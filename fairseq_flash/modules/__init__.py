@@ -1,0 +1,36 @@
+"""FLASH as plain PyTorch modules, usable without fairseq; batch first throughout."""
+
+from fairseq_flash.modules.gated_attention_unit import ATTENTIONS, GatedAttentionUnit
+from fairseq_flash.modules.normalization import NORMS, RMSNorm, ScaleNorm, build_norm
+from fairseq_flash.modules.offset_scale import OffsetScale
+from fairseq_flash.modules.positions import (
+    RELATIVE_BIASES,
+    RotaryBias,
+    ScaledSin,
+    ToeplitzBias,
+    build_relative_bias,
+)
+from fairseq_flash.modules.rows import Rows, align_rows, restore_rows
+from fairseq_flash.modules.stack import Stack
+from fairseq_flash.modules.state import DecodingState, LayerState
+
+__all__ = [
+    "ATTENTIONS",
+    "NORMS",
+    "RELATIVE_BIASES",
+    "DecodingState",
+    "GatedAttentionUnit",
+    "LayerState",
+    "OffsetScale",
+    "RMSNorm",
+    "RotaryBias",
+    "Rows",
+    "ScaleNorm",
+    "ScaledSin",
+    "Stack",
+    "ToeplitzBias",
+    "align_rows",
+    "build_norm",
+    "build_relative_bias",
+    "restore_rows",
+]

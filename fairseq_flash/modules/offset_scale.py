@@ -1,0 +1,29 @@
+"""Queries and keys as cheap copies of one shared base."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+__all__ = ["OffsetScale"]
+
+
+class OffsetScale(nn.Module):
+    r"""Makes ``h`` copies of the base, :math:`\gamma_h z + \beta_h`.
+
+    Args:
+        dim: ``s``.
+        copies: ``h``.
+        std: Of the initial gamma; beta starts at zero.
+
+    Source: Hua et al. 2022, section 3.1.
+    """
+
+    def __init__(self, dim: int, copies: int, std: float = 0.02) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.empty(copies, dim).normal_(std=std))
+        self.beta = nn.Parameter(torch.zeros(copies, dim))
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        """Takes ``(b, n, s)``, gives ``(h, b, n, s)``: every copy contiguous."""
+        return z * self.gamma[:, None, None] + self.beta[:, None, None]

@@ -1,0 +1,135 @@
+"""Learned parts of the positions: the scaled sinusoid at the input and the relative bias of the scores."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import nn
+
+from fairseq_flash.ops import rotary_bias, scaled_sin, toeplitz_bias
+
+__all__ = [
+    "RELATIVE_BIASES",
+    "TOEPLITZ_LIMIT",
+    "RotaryBias",
+    "ScaledSin",
+    "ToeplitzBias",
+    "build_relative_bias",
+]
+
+RELATIVE_BIASES = ("toeplitz", "rotary")
+
+#: Longest row that the paper's code gives a table; longer ones get the rotary form.
+TOEPLITZ_LIMIT = 512
+
+
+class ScaledSin(nn.Module):
+    """Sinusoidal positions times one learned number, for positions of any size.
+
+    Args:
+        dim: ``d``, even.
+
+    Raises:
+        ValueError: ``dim`` is odd.
+
+    Source: Hua et al. 2022, ScaledSin.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        if dim % 2:
+            raise ValueError(f"embed_dim={dim} is odd; sinusoidal positions need an even number")
+        self.dim = dim
+        self.alpha = nn.Parameter(torch.full((1,), dim**-0.5))
+
+    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+        """Takes integers ``(..., n)``, gives ``(..., n, d)`` in the dtype of the parameter."""
+        return scaled_sin(positions, self.dim, self.alpha.dtype).to(self.alpha.dtype) * self.alpha
+
+
+class ToeplitzBias(nn.Module):
+    """Relative bias from a learned table, one value a distance.
+
+    Args:
+        limit: Longest row, ``L``; the table has ``2L - 1`` values.
+
+    Source: Hua et al. 2022, relative position bias up to length 512.
+    """
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
+        self.table = nn.Parameter(torch.empty(2 * limit - 1).normal_(std=0.02))
+
+    def check_length(self, length: int) -> None:
+        """Refuses a row of ``length`` tokens that is longer than the table.
+
+        Raises:
+            ValueError: it is.
+        """
+        if length > self.limit:
+            raise ValueError(
+                f"a row of {length} tokens is longer than the table of relative_bias='toeplitz', whose limit "
+                f"is {self.limit}; shorten the rows or train with relative_bias='rotary', which has none"
+            )
+
+    def square(self, length: int) -> torch.Tensor:
+        """The bias within a row of ``length`` tokens, ``(n, n)``.
+
+        Raises:
+            ValueError: the row is longer than the table.
+        """
+        self.check_length(length)
+        return toeplitz_bias(self.table, length)
+
+    def forward(self, query_positions: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:
+        """Takes ``(..., i)`` and ``(..., j)``, gives ``(..., i, j)``; lengths are the caller's to check."""
+        distances = query_positions.unsqueeze(-1) - key_positions.unsqueeze(-2)
+        # Only padding lies beyond the table.
+        return self.table[(distances + self.limit - 1).clamp(0, 2 * self.limit - 2)]
+
+
+class RotaryBias(nn.Module):
+    """Relative bias as the product of two rotated vectors: no table, any length.
+
+    Args:
+        dim: ``s``, even.
+
+    Source: Hua et al. 2022, relative position bias beyond length 512.
+    """
+
+    limit: Optional[int] = None
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.empty(dim).normal_(std=0.02))
+        self.b = nn.Parameter(torch.empty(dim).normal_(std=0.02))
+
+    def square(self, length: int) -> torch.Tensor:
+        """The bias within a row of ``length`` tokens, ``(n, n)``."""
+        positions = torch.arange(length, device=self.a.device)
+        return self(positions, positions)
+
+    def forward(self, query_positions: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:
+        """Takes ``(..., i)`` and ``(..., j)``, gives ``(..., i, j)``."""
+        return rotary_bias(self.a, self.b, query_positions, key_positions)
+
+
+def build_relative_bias(relative_bias: str, limit: int, attention_dim: int) -> nn.Module:
+    """The relative bias of a layer.
+
+    Args:
+        relative_bias: ``"toeplitz"`` or ``"rotary"``.
+        limit: Longest row (the chunk, where attention stays in chunks); used by ``"toeplitz"``.
+        attention_dim: ``s``; used by ``"rotary"``.
+
+    Returns:
+        A module with ``square(length)`` and ``forward(query_positions, key_positions)``.
+
+    Raises:
+        ValueError: ``relative_bias`` is unknown.
+    """
+    if relative_bias not in RELATIVE_BIASES:
+        raise ValueError(f"relative_bias={relative_bias!r} is unknown; allowed: {', '.join(RELATIVE_BIASES)}")
+    return ToeplitzBias(limit) if relative_bias == "toeplitz" else RotaryBias(attention_dim)

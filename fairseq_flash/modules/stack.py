@@ -1,0 +1,92 @@
+"""Embeddings, blocks and final norm: the body that all models share."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import nn
+
+from fairseq_flash.modules.normalization import build_norm
+from fairseq_flash.modules.positions import ScaledSin
+from fairseq_flash.modules.rows import align_rows, restore_rows
+from fairseq_flash.modules.state import DecodingState
+
+__all__ = ["Stack"]
+
+
+class Stack(nn.Module):
+    """Token embedding plus ScaledSin, blocks, final norm.
+
+    Every row is aligned on its first real token, so that positions and chunks count from it.
+
+    Args:
+        embed_tokens: From tokens ``(b, n)`` to ``(b, n, d)``.
+        blocks: Layers called as :class:`~fairseq_flash.modules.GatedAttentionUnit` is.
+        embed_dim: ``d``, even.
+        attention_dim: ``s`` of the blocks.
+        norm: Of the final norm: ``"layernorm"``, ``"scalenorm"`` or ``"rmsnorm"``.
+        dropout: Of the embeddings, 0 to below 1.
+
+    Raises:
+        ValueError: an argument has a value that is not allowed.
+    """
+
+    def __init__(
+        self,
+        embed_tokens: nn.Module,
+        blocks: list[nn.Module],
+        *,
+        embed_dim: int,
+        attention_dim: int,
+        norm: str = "layernorm",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.embed_tokens = embed_tokens
+        self.embed_positions = ScaledSin(embed_dim)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(blocks)
+        self.final_norm = build_norm(norm, embed_dim)
+        self.attention_dim = attention_dim
+
+    def empty_state(self, like: torch.Tensor) -> DecodingState:
+        """A state before the first token, for rows ``like`` ``(b, ...)`` in device, in the weights' dtype.
+
+        Raises:
+            ValueError: the blocks are bidirectional.
+        """
+        rows = torch.empty(like.shape[0], 0, dtype=self.embed_positions.alpha.dtype, device=like.device)
+        return DecodingState(tuple(block.empty_state(rows) for block in self.blocks))
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        padding_mask: Optional[torch.Tensor] = None,
+        state: Optional[DecodingState] = None,
+    ) -> tuple[torch.Tensor, Optional[DecodingState]]:
+        """Turns tokens into features.
+
+        Args:
+            tokens: Indices, ``(b, n)``.
+            padding_mask: ``(b, n)``, True at padding, leading or trailing; None without padding.
+            state: What came before, from :meth:`empty_state` or an earlier call; None for whole rows.
+                Outside of autograd its tensors may be overwritten: use only the state that comes back.
+
+        Returns:
+            ``(b, n, d)``, zero at padding, and the state after each row's last real token, None if none came
+            in.
+
+        Raises:
+            ValueError: padding in the middle of a row, or a row beyond the table of a Toeplitz bias.
+        """
+        start = None if state is None else state.position
+        dtype = self.embed_positions.alpha.dtype
+        tokens, rows = align_rows(tokens, padding_mask, start, self.attention_dim, dtype)
+        x = self.dropout(self.embed_tokens(tokens) + self.embed_positions(rows.positions))
+        layers = []
+        for index, block in enumerate(self.blocks):
+            x, layer = block(x, state=None if state is None else state.layers[index], rows=rows)
+            layers.append(layer)
+        x = restore_rows(self.final_norm(x), rows)
+        return x, None if state is None else DecodingState(tuple(layers))

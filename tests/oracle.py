@@ -1,0 +1,249 @@
+"""The judge of every implementation: FLASH token by token, in float64, in plain loops.
+
+Imports nothing of fairseq_flash and shares no trick with it: no chunked product, no running sum, no batch.
+Each function takes one row of real tokens; padding is removed beforehand (`padded`), so position and chunk 0
+begin at the first real token. Tensors are brought to float64 on the CPU; autograd passes through.
+
+Letters: n tokens, d model, e expanded, s query/key dimension, c chunk, h offset-scale heads, i/j query/key.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+Bias = Callable[[int, int], torch.Tensor | float]
+
+
+def _float64(x) -> torch.Tensor:
+    return torch.as_tensor(x).to(device="cpu", dtype=torch.float64)
+
+
+def _rows(rows: Sequence[torch.Tensor], width: int) -> torch.Tensor:
+    """Stacks vectors; no vectors give (0, width), which an all-padding row needs."""
+    return torch.stack(list(rows)) if rows else torch.zeros(0, width, dtype=torch.float64)
+
+
+def _dense(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """weight (o, d), x (d,) -> (o,)."""
+    return torch.stack([torch.dot(row, x) for row in weight])
+
+
+def silu(x) -> torch.Tensor:
+    """x / (1 + exp(-x)), any shape."""
+    x = _float64(x)
+    return x / (1 + torch.exp(-x))
+
+
+def rotary(x, position: int) -> torch.Tensor:
+    """Turns the pair (x[i], x[i + s/2]) by position * 10000^(-i / (s/2)). x (s,) -> (s,)."""
+    x = _float64(x)
+    half = len(x) // 2
+    first, second = [], []
+    for i in range(half):
+        angle = position * 10000.0 ** (-i / half)
+        x1, x2 = x[i], x[i + half]
+        first.append(x1 * math.cos(angle) - x2 * math.sin(angle))
+        second.append(x2 * math.cos(angle) + x1 * math.sin(angle))
+    return torch.stack(first + second)
+
+
+def scaled_sin(position: int, d: int, alpha) -> torch.Tensor:
+    """alpha * [sin | cos](position * 10000^(-i / (d/2))), i in 0..d/2-1. -> (d,)."""
+    angles = [position * 10000.0 ** (-i / (d / 2)) for i in range(d // 2)]
+    return _float64(alpha) * _float64([math.sin(t) for t in angles] + [math.cos(t) for t in angles])
+
+
+def scale_norm(x, g, eps: float) -> torch.Tensor:
+    """g * x / sqrt(mean(x^2) + eps); x (d,), g a scalar."""
+    x = _float64(x)
+    return _float64(g) * x / torch.sqrt((x * x).mean() + eps)
+
+
+def rms_norm(x, weight, eps: float) -> torch.Tensor:
+    """weight * x / sqrt(mean(x^2) + eps); x and weight (d,)."""
+    return _float64(weight) * scale_norm(x, 1.0, eps)
+
+
+def layer_norm(x, weight, bias, eps: float) -> torch.Tensor:
+    """weight * (x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) + bias; x, weight and bias (d,)."""
+    x = _float64(x)
+    centred = x - x.mean()
+    return _float64(weight) * centred / torch.sqrt((centred * centred).mean() + eps) + _float64(bias)
+
+
+NORMS = {"scale_norm": scale_norm, "layer_norm": layer_norm, "rms_norm": rms_norm}
+
+
+def toeplitz_bias(table, i: int, j: int, limit: int) -> torch.Tensor:
+    """table[(i - j) + limit - 1]; table (2 * limit - 1,), |i - j| < limit."""
+    if len(table) != 2 * limit - 1 or abs(i - j) >= limit:
+        raise ValueError(f"table has {len(table)} entries, limit is {limit}, distance is {i - j}")
+    return _float64(table[(i - j) + limit - 1])
+
+
+def rotary_bias(a, b, i: int, j: int) -> torch.Tensor:
+    """rotary(a, i) . rotary(b, j), a function of i - j alone; a and b (s,)."""
+    return torch.dot(rotary(a, i), rotary(b, j))
+
+
+def _relu_squared(score: torch.Tensor) -> torch.Tensor:
+    return score * score if score > 0 else 0 * score
+
+
+def quadratic_attention(q, k, v, bias: Bias | None, causal: bool, denominator: float) -> torch.Tensor:
+    """out_i = sum_j relu(q_i . k_j / denominator + bias(i, j))^2 v_j, over j <= i if causal, else over all j.
+
+    q and k (n, s), v (n, e) -> (n, e).
+    """
+    q, k, v = _float64(q), _float64(k), _float64(v)
+    out = []
+    for i in range(len(q)):
+        out_i = torch.zeros(v.shape[1], dtype=torch.float64)
+        for j in range(len(k)):
+            if j <= i or not causal:
+                score = torch.dot(q[i], k[j]) / denominator + (bias(i, j) if bias else 0)
+                out_i = out_i + _relu_squared(score) * v[j]
+        out.append(out_i)
+    return _rows(out, v.shape[1])
+
+
+def mixed_chunk_attention(
+    q_quad, k_quad, q_lin, k_lin, v, bias: Bias | None, causal: bool, chunk_size: int, linear_norm: str,
+    branch: str = "both",
+) -> torch.Tensor:
+    """out_i = local_i + global_i, or one of the two ("local", "global"); C(i) = i // c is the chunk of i.
+
+    local_i  = sum over j with C(j) = C(i), and j <= i if causal, of
+               relu(q_quad_i . k_quad_j / c + bias(i % c, j % c))^2 v_j
+    global_i = sum over j with C(j) < C(i) if causal, else over all j, of (q_lin_i . k_lin_j) v_j / divisor
+    divisor  = c for linear_norm="chunk"; for "mean" max(1, tokens with C(j) < C(i)) if causal, else max(1, n)
+
+    q and k (n, s), v (n, e) -> (n, e). The pair that `branch` leaves out may be None.
+    """
+    if branch not in ("both", "local", "global") or linear_norm not in ("chunk", "mean"):
+        raise ValueError(f"branch={branch!r}, linear_norm={linear_norm!r}")
+    q_quad, k_quad, q_lin, k_lin, v = (
+        None if x is None else _float64(x) for x in (q_quad, k_quad, q_lin, k_lin, v)
+    )
+    n, c = len(v), chunk_size
+    out = []
+    for i in range(n):
+        out_i = torch.zeros(v.shape[1], dtype=torch.float64)
+        if branch != "global":
+            for j in range(n):
+                if i // c == j // c and (j <= i or not causal):
+                    score = torch.dot(q_quad[i], k_quad[j]) / c + (bias(i % c, j % c) if bias else 0)
+                    out_i = out_i + _relu_squared(score) * v[j]
+        if branch != "local":
+            seen = [j for j in range(n) if j // c < i // c or not causal]
+            divisor = c if linear_norm == "chunk" else max(1, len(seen))
+            for j in seen:
+                out_i = out_i + torch.dot(q_lin[i], k_lin[j]) / divisor * v[j]
+        out.append(out_i)
+    return _rows(out, v.shape[1])
+
+
+def valid_rows(x: torch.Tensor, padding_mask: torch.Tensor) -> torch.Tensor:
+    """The real tokens of one row: x (n, ...), padding_mask (n,), True = padding -> (m, ...), dtype kept.
+
+    Padding leads or trails; padding between real tokens is a ValueError.
+    """
+    real = [j for j in range(len(x)) if not padding_mask[j]]
+    if real and real != list(range(real[0], real[-1] + 1)):
+        raise ValueError(f"padding_mask has padding between real tokens; real positions are {real}")
+    return x[real]
+
+
+def padded(
+    function: Callable[..., torch.Tensor], padding_mask: torch.Tensor | None, *batches: torch.Tensor
+) -> torch.Tensor:
+    """function(*rows) for every row of a batch on its real tokens alone; zeros where there is padding.
+
+    batches (b, n, ...), padding_mask (b, n) or None; function gives (m, w) for m >= 0 tokens. -> (b, n, w).
+    """
+    if padding_mask is None:
+        padding_mask = torch.zeros(batches[0].shape[:2], dtype=torch.bool)
+    out = []
+    for row, row_mask in enumerate(padding_mask):
+        computed = function(*(valid_rows(batch[row], row_mask) for batch in batches))
+        zero, token = torch.zeros(computed.shape[1], dtype=torch.float64), iter(computed)
+        out.append(torch.stack([zero if is_padding else next(token) for is_padding in row_mask]))
+    return torch.stack(out)
+
+
+def _bias(kind: str | None, parameters: dict) -> Bias | None:
+    if kind == "toeplitz":
+        table = parameters["table"]
+        return lambda i, j: toeplitz_bias(table, i, j, (len(table) + 1) // 2)
+    if kind == "rotary":
+        return lambda i, j: rotary_bias(parameters["a"], parameters["b"], i, j)
+    if kind is not None:
+        raise ValueError(f"bias={kind!r}; allowed: 'toeplitz', 'rotary', None")
+    return None
+
+
+def gated_attention_unit(
+    x, parameters: dict, *, attention: str, causal: bool, chunk_size: int | None = None,
+    linear_norm: str = "chunk", norm: str = "scale_norm", denominator: float | None = None,
+    bias: str | None = "toeplitz",
+) -> torch.Tensor:
+    """y = x + W_o (u * attention(q, k, v)) + b_o;  u, v, z = split(silu(W norm(x) + b), [e, e, s]).
+
+    Head h is rotary(gamma_h * z + beta_h), in the order q, k ("quadratic"), q_quad, k_quad, q_lin, k_lin
+    ("mixed_chunk"), q_quad, k_quad ("local"), q_lin, k_lin ("global"). x (n, d) -> (n, d).
+
+    parameters: `norm` (the norm's arguments: {g, eps}, {weight, eps} or {weight, bias, eps}), `uvz_weight`
+    (2e+s, d), `uvz_bias` (2e+s,), `gamma`, `beta` (h, s), `out_weight` (d, e), `out_bias` (d,); for the bias
+    `table` (2 * limit - 1,) or `a`, `b` (s,). `denominator` is for "quadratic"; None: the tokens of this row
+    (bidirectional only).
+    """
+    x, gamma, beta = _float64(x), _float64(parameters["gamma"]), _float64(parameters["beta"])
+    uvz_weight, uvz_bias = _float64(parameters["uvz_weight"]), _float64(parameters["uvz_bias"])
+    out_weight, out_bias = _float64(parameters["out_weight"]), _float64(parameters["out_bias"])
+    e, s = out_weight.shape[1], gamma.shape[1]
+    branches = {"mixed_chunk": "both", "local": "local", "global": "global"}
+    if attention != "quadratic" and attention not in branches:
+        raise ValueError(f"attention={attention!r}; allowed: 'quadratic', {sorted(branches)}")
+    if len(gamma) != (4 if attention == "mixed_chunk" else 2):
+        raise ValueError(f"gamma has {len(gamma)} heads, which attention={attention!r} does not take")
+
+    u, v, heads = [], [], [[] for _ in gamma]
+    for i in range(len(x)):
+        uvz = silu(_dense(uvz_weight, NORMS[norm](x[i], **parameters["norm"])) + uvz_bias)
+        u.append(uvz[:e])
+        v.append(uvz[e : 2 * e])
+        for h in range(len(gamma)):
+            heads[h].append(rotary(gamma[h] * uvz[2 * e :] + beta[h], i))
+    heads = [_rows(head, s) for head in heads]
+    v = _rows(v, e)
+
+    bias_at = _bias(bias, parameters)
+    if attention == "quadratic":
+        if denominator is None and causal:
+            raise ValueError("denominator=None with causal=True: scores would depend on the row length")
+        divisor = len(x) if denominator is None else denominator
+        attended = quadratic_attention(*heads, v, bias_at, causal, divisor)
+    else:
+        quad = heads[:2] if attention != "global" else [None, None]
+        lin = heads[-2:] if attention != "local" else [None, None]
+        branch = branches[attention]
+        attended = mixed_chunk_attention(*quad, *lin, v, bias_at, causal, chunk_size, linear_norm, branch)
+    y = [x[i] + _dense(out_weight, u[i] * attended[i]) + out_bias for i in range(len(x))]
+    return _rows(y, x.shape[1])
+
+
+def stack(tokens, parameters: dict, *, norm: str = "scale_norm", **options) -> torch.Tensor:
+    """logits_i = W norm(x_i), x = GAU_L(... GAU_1(embedding[token_i] + scaled_sin(i))).
+
+    tokens (n,) -> (n, words). parameters: `embedding` (words, d), `alpha` (scalar), `layers` (a list of
+    gated_attention_unit's parameters), `norm` (the final norm's arguments), `output_weight` (words, d).
+    `norm` and `options` go to every layer.
+    """
+    embedding, output_weight = _float64(parameters["embedding"]), _float64(parameters["output_weight"])
+    d, alpha = embedding.shape[1], parameters["alpha"]
+    x = _rows([embedding[int(token)] + scaled_sin(i, d, alpha) for i, token in enumerate(tokens)], d)
+    for layer in parameters["layers"]:
+        x = gated_attention_unit(x, layer, norm=norm, **options)
+    logits = [_dense(output_weight, NORMS[norm](x_i, **parameters["norm"])) for x_i in x]
+    return _rows(logits, len(output_weight))
