@@ -7,8 +7,14 @@ from typing import Any, Optional
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 
-from fairseq_flash.modules import ATTENTIONS, NORMS, RELATIVE_BIASES, GatedAttentionUnit
-from fairseq_flash.ops import BACKENDS, LINEAR_NORMS
+from fairseq_flash.modules import (
+    ATTENTIONS,
+    BACKENDS,
+    LINEAR_NORMS,
+    NORMS,
+    RELATIVE_BIASES,
+    GatedAttentionUnit,
+)
 
 __all__ = ["FlashConfig", "build_block", "fill_preset", "parse_cutoffs"]
 

@@ -13,9 +13,12 @@ from fairseq_flash.modules.positions import (
 from fairseq_flash.modules.rows import Rows, align_rows, restore_rows
 from fairseq_flash.modules.stack import Stack
 from fairseq_flash.modules.state import DecodingState, LayerState
+from fairseq_flash.ops import BACKENDS, LINEAR_NORMS
 
 __all__ = [
     "ATTENTIONS",
+    "BACKENDS",
+    "LINEAR_NORMS",
     "NORMS",
     "RELATIVE_BIASES",
     "DecodingState",

@@ -36,9 +36,10 @@ def without_autocast(function: _Function) -> _Function:
     """Runs ``function`` in the dtype of its arguments: under autocast a float16 product could overflow."""
 
     @functools.wraps(function)
-    def wrapped(q: torch.Tensor, *args, **kwargs):
-        with torch.autocast(device_type=q.device.type, enabled=False):
-            return function(q, *args, **kwargs)
+    def wrapped(*args, **kwargs):
+        device = next(x.device.type for x in args if isinstance(x, torch.Tensor))
+        with torch.autocast(device_type=device, enabled=False):
+            return function(*args, **kwargs)
 
     return wrapped
 

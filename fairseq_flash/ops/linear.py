@@ -11,6 +11,7 @@ __all__ = ["LINEAR_NORMS", "chunk_summaries", "exclusive_sum", "linear_attention
 LINEAR_NORMS = ("chunk", "mean")
 
 
+@without_autocast
 def chunk_summaries(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """``k^T v`` of every chunk.
 

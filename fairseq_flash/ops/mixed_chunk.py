@@ -6,7 +6,7 @@ from typing import NamedTuple, Optional
 
 import torch
 
-from fairseq_flash.ops.backend import check_backend
+from fairseq_flash.ops.backend import check_backend, without_autocast
 from fairseq_flash.ops.linear import chunk_summaries, exclusive_sum, linear_attention, linear_denominator
 from fairseq_flash.ops.quadratic import quadratic_attention
 
@@ -134,6 +134,7 @@ def mixed_chunk_attention(
     return out.flatten(1, 2)[:, :length], None
 
 
+@without_autocast
 def mixed_chunk_step(
     q_quad: Optional[torch.Tensor],
     k_quad: Optional[torch.Tensor],

@@ -1,0 +1,55 @@
+"""Hands the weights of our modules to the oracle: the one place that knows both sides."""
+
+import oracle
+import torch
+
+from fairseq_flash.modules import GatedAttentionUnit, RMSNorm, RotaryBias, ScaleNorm
+
+
+def norm(module: torch.nn.Module) -> tuple[str, dict]:
+    """The oracle's name of a norm and its arguments."""
+    if isinstance(module, ScaleNorm):
+        return "scale_norm", dict(g=module.scale, eps=module.eps)
+    if isinstance(module, RMSNorm):
+        return "rms_norm", dict(weight=module.weight, eps=module.eps)
+    return "layer_norm", dict(weight=module.weight, bias=module.bias, eps=module.eps)
+
+
+def unit(module: GatedAttentionUnit, parameters: dict | None = None):
+    """The oracle of one layer as a function of a row (n, d); ``parameters`` replaces the layer's own."""
+    kind, own = unit_parameters(module)
+    parameters = parameters or own
+    bias = None if module.bias is None else "rotary" if isinstance(module.bias, RotaryBias) else "toeplitz"
+    quadratic = module.attention == "quadratic"
+
+    def function(x):
+        return oracle.gated_attention_unit(
+            x,
+            parameters,
+            attention=module.attention,
+            causal=module.causal,
+            chunk_size=module.chunk_size,
+            linear_norm=module.linear_norm,
+            norm=kind,
+            denominator=int(module.n_ref) if quadratic and module.causal else None,
+            bias=bias,
+        )
+
+    return function
+
+
+def unit_parameters(module: GatedAttentionUnit) -> tuple[str, dict]:
+    """The oracle's name of the layer's norm, and the layer's parameters under the oracle's names."""
+    kind, norm_parameters = norm(module.norm)
+    parameters = dict(
+        norm=norm_parameters,
+        uvz_weight=module.uvz.weight,
+        uvz_bias=module.uvz.bias,
+        gamma=module.offset_scale.gamma,
+        beta=module.offset_scale.beta,
+        out_weight=module.out.weight,
+        out_bias=module.out.bias,
+    )
+    if module.bias is not None:
+        parameters.update(module.bias.named_parameters())
+    return kind, parameters

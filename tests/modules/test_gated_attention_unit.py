@@ -1,0 +1,215 @@
+"""Proves one layer: the paper's numbers, however a row is padded, cut or continued."""
+
+import itertools
+
+import as_oracle
+import oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fairseq_flash.modules import GatedAttentionUnit
+
+TOLERANCE = 256 * torch.finfo(torch.float64).eps  # relative; measured: 15 eps
+D, C, N_REF = 8, 4, 13
+KINDS = ["mixed_chunk", "quadratic", "local", "global"]
+BACKENDS = ["auto", "reference"]
+CHOICES = {
+    "linear_norm": ["chunk", "mean"],
+    "norm": ["layernorm", "scalenorm", "rmsnorm"],
+    "relative_bias": ["toeplitz", "rotary"],
+}
+#: Every pair of choices at least once, not their full product.
+COMBINATIONS = [
+    dict(zip(CHOICES, values, strict=True))
+    for values in [
+        ("chunk", "layernorm", "toeplitz"),
+        ("mean", "layernorm", "rotary"),
+        ("mean", "scalenorm", "toeplitz"),
+        ("chunk", "scalenorm", "rotary"),
+        ("chunk", "rmsnorm", "toeplitz"),
+        ("mean", "rmsnorm", "rotary"),
+    ]
+]
+every_kind = pytest.mark.parametrize("attention", KINDS)
+both_directions = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+
+
+def build(attention, causal=True, **options):
+    layer = GatedAttentionUnit(
+        D, attention=attention, attention_dim=6, chunk_size=C, causal=causal, n_ref=N_REF, **options
+    ).eval()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.7)
+    return layer
+
+
+def error(ours, expected):
+    return (ours - expected).abs().max() / expected.abs().max()
+
+
+@every_kind
+@both_directions
+@pytest.mark.parametrize("options", COMBINATIONS, ids=lambda options: "-".join(options.values()))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_it_is_the_oracle_of_each_row_whatever_lies_in_the_padding(attention, causal, options, backend):
+    layer = build(attention, causal, backend=backend, **options)
+    x = torch.randn(3, N_REF, D)
+    mask = torch.zeros(3, N_REF, dtype=torch.bool)
+    mask[0, :5] = mask[1, 6:] = mask[1, 0] = True
+    expected = oracle.padded(as_oracle.unit(layer), mask, x)
+    for content in (0.0, 1e30, float("nan")):
+        ours, _ = layer(x.masked_fill(mask.unsqueeze(-1), content), mask)
+        assert error(ours, expected) <= TOLERANCE
+
+
+@every_kind
+@settings(deadline=None, max_examples=20)
+@given(data=st.data())
+def test_pieces_of_any_size_give_the_whole(attention, data):
+    """Also with leading padding, trailing padding, and rows in another order half-way."""
+    layer = build(attention, linear_norm=data.draw(st.sampled_from(CHOICES["linear_norm"])))
+    n = data.draw(st.integers(1, N_REF))
+    lead, trail = (data.draw(st.integers(0, n)) for _ in range(2))
+    cuts = [*sorted(data.draw(st.sets(st.integers(1, max(1, n - 1)), max_size=5)) - {n}), n]
+    x = torch.randn(2, n, D)
+    mask = torch.zeros(2, n, dtype=torch.bool)
+    mask[1, :lead] = True
+    mask[1, max(lead, n - trail) :] = True
+    expected = oracle.padded(as_oracle.unit(layer), mask, x)
+    with torch.no_grad():
+        state, outs = layer.empty_state(x), []
+        for start, end in itertools.pairwise([0, *cuts]):
+            out, state = layer(x[:, start:end], mask[:, start:end], state)
+            outs.append(out)
+    assert error(torch.cat(outs, dim=1), expected) <= TOLERANCE
+    assert state.position.tolist() == (~mask).sum(1).tolist()
+
+
+@every_kind
+@pytest.mark.parametrize("n", [1, 3, 4, 7, 12])
+def test_the_past_is_bit_equal_whatever_the_future(attention, n):
+    layer = build(attention)
+    x = torch.randn(2, n, D)
+    whole, _ = layer(x)
+    for cut in range(1, n):
+        changed = x.clone()
+        changed[:, cut:] = 1e3 * torch.randn(2, n - cut, D)
+        assert torch.equal(layer(changed)[0][:, :cut], whole[:, :cut])
+
+
+@every_kind
+def test_a_prefix_is_the_same_however_the_row_goes_on(attention):
+    layer = build(attention)
+    x = torch.randn(2, N_REF, D)
+    whole, _ = layer(x)
+    for m in range(1, N_REF):
+        assert error(layer(x[:, :m])[0], whole[:, :m]) <= TOLERANCE
+
+
+@every_kind
+@both_directions
+def test_a_row_of_padding_gives_zeros_and_finite_gradients(attention, causal):
+    layer = build(attention, causal)
+    x = torch.full((2, 5, D), torch.nan)
+    x[0] = torch.randn(5, D)
+    x.requires_grad_()
+    mask = torch.tensor([[False] * 5, [True] * 5])
+    out, _ = layer(x, mask)
+    out.sum().backward()
+    assert (out[1] == 0).all()
+    assert torch.isfinite(out).all()
+    assert all(torch.isfinite(p.grad).all() for p in layer.parameters() if p.grad is not None)
+    assert (x.grad[1] == 0).all()
+
+
+@every_kind
+@both_directions
+def test_gradients_are_the_oracles(attention, causal):
+    layer = build(attention, causal)
+    x = torch.randn(1, 9, D, requires_grad=True)
+    weights = torch.randn(9, D)
+    parameters = dict(layer.named_parameters())
+    ours = torch.autograd.grad((layer(x)[0][0] * weights).sum(), [x, *parameters.values()])
+    expected = torch.autograd.grad((as_oracle.unit(layer)(x[0]) * weights).sum(), [x, *parameters.values()])
+    for name, a, b in zip(["x", *parameters], ours, expected, strict=True):
+        assert error(a, b) <= 8 * TOLERANCE, name
+
+
+def test_one_chunk_that_holds_the_row_is_the_quadratic_layer():
+    mixed, local = build("mixed_chunk", relative_bias="rotary"), build("local", relative_bias="rotary")
+    quadratic = GatedAttentionUnit(
+        D, attention="quadratic", attention_dim=6, n_ref=C, relative_bias="rotary"
+    ).eval()
+    state = {name: value for name, value in local.state_dict().items()}
+    quadratic.load_state_dict(state | {"n_ref": torch.tensor(C)})
+    local.load_state_dict(state)
+    x = torch.randn(2, C, D)
+    assert error(local(x)[0], quadratic(x)[0]) <= TOLERANCE
+    mixed.load_state_dict(state | {n: torch.cat((v, v)) for n, v in state.items() if "offset_scale" in n})
+    assert error(mixed(x)[0], quadratic(x)[0]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("attention", ["mixed_chunk", "local", "global"])
+def test_the_state_has_the_promised_size_at_any_position(attention):
+    layer = build(attention)
+    s, e, c = 6, 2 * D, C
+    promised = {"mixed_chunk": s * e + c * (2 * s + e), "local": c * (s + e), "global": s * e + c * (s + e)}
+    state = layer.empty_state(torch.zeros(1, 1))
+    with torch.no_grad():
+        for piece in (1, 1, 30, 7, 1):
+            _, state = layer(torch.randn(1, piece, D), None, state)
+            assert sum(x.numel() for x in state if x is not None) == promised[attention] + 1  # the position
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(chunk_size=0), "chunk_size=0 is not allowed; allowed: 1 or more"),
+        (dict(attention_dim=7), "attention_dim=7 is odd"),
+        (dict(attention_dim=-2), "attention_dim=-2 is not allowed"),
+        (dict(expansion_factor=0), "expansion_factor=0 is not allowed"),
+        (dict(attention="softmax"), "attention='softmax' is unknown; allowed: mixed_chunk, quadratic"),
+        (dict(linear_norm="sum"), "linear_norm='sum' is unknown; allowed: chunk, mean"),
+        (dict(norm="batchnorm"), "norm='batchnorm' is unknown; allowed: layernorm"),
+        (dict(relative_bias="alibi"), "relative_bias='alibi' is unknown; allowed: toeplitz, rotary"),
+        (dict(dropout=1.0), "dropout=1.0 is not allowed; allowed: 0 to below 1"),
+        (dict(attention="quadratic"), "n_ref=None is not allowed"),
+        (dict(backend="triton"), "backend='triton' cannot run"),
+    ],
+)
+def test_a_bad_argument_is_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        GatedAttentionUnit(**(dict(embed_dim=D) | options))
+
+
+def test_padding_between_real_tokens_is_refused():
+    mask = torch.tensor([[False, True, False]])
+    with pytest.raises(ValueError, match="padding between real tokens; allowed: leading and trailing"):
+        build("mixed_chunk")(torch.randn(1, 3, D), mask)
+
+
+def test_a_row_beyond_the_table_is_refused_but_padding_beyond_it_is_not():
+    layer = build("quadratic", relative_bias="toeplitz")
+    message = f"a row of {N_REF + 1} tokens is longer than the table of relative_bias='toeplitz'"
+    with pytest.raises(ValueError, match=message):
+        layer(torch.randn(1, N_REF + 1, D))
+    with torch.no_grad():
+        _, state = layer(torch.randn(1, N_REF, D), None, layer.empty_state(torch.zeros(1, 1)))
+        with pytest.raises(ValueError, match=message):
+            layer(torch.randn(1, 1, D), None, state)
+    padded = torch.arange(2 * N_REF) < N_REF
+    out, _ = layer(torch.randn(1, 2 * N_REF, D), padded.unsqueeze(0))
+    assert torch.isfinite(out).all()
+
+
+def test_weights_trained_at_another_reference_length_are_refused():
+    layer, other = build("quadratic"), GatedAttentionUnit(D, attention="quadratic", attention_dim=6, n_ref=99)
+    with pytest.raises(ValueError, match="n_ref=99 differs from the checkpoint's; allowed: 13"):
+        other.load_state_dict(layer.state_dict())
+
+
+def test_a_bidirectional_layer_has_no_state():
+    with pytest.raises(ValueError, match="bidirectional layer has no state"):
+        build("mixed_chunk", causal=False).empty_state(torch.zeros(1, 1))

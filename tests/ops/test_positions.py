@@ -1,0 +1,76 @@
+"""Proves that positions and relative biases are the paper's, at any distance and in any piece."""
+
+import oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fairseq_flash import ops
+
+TOLERANCE = 32 * torch.finfo(torch.float64).eps  # measured: 4 eps
+
+
+def close(ours, expected, tolerance=TOLERANCE):
+    return (ours - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1)
+
+
+@settings(deadline=None, max_examples=40)
+@given(position=st.integers(0, 2**30), half=st.integers(1, 9))
+def test_rotary_is_the_oracles_at_any_position(position, half):
+    x = torch.randn(2 * half)
+    ours = ops.rotary(x.unsqueeze(0), torch.tensor([position])).squeeze(0)
+    # sin and cos of a large angle carry the rounding of the angle itself.
+    assert close(ours, oracle.rotary(x, position), TOLERANCE + position * torch.finfo(torch.float64).eps)
+
+
+def test_rotary_in_half_precision_has_the_angles_of_float32():
+    x = torch.randn(7, 8)
+    positions = torch.arange(100_000, 100_007)
+    exact = ops.rotary(x, positions)
+    for dtype in (torch.float16, torch.bfloat16):
+        error = (ops.rotary(x.to(dtype), positions).double() - exact).abs().max()
+        assert error <= 4 * torch.finfo(dtype).eps
+
+
+@settings(deadline=None, max_examples=40)
+@given(position=st.integers(0, 10**6), half=st.integers(1, 9))
+def test_scaled_sin_is_the_oracles_at_any_position(position, half):
+    ours = ops.scaled_sin(torch.tensor([position]), 2 * half, torch.float64).squeeze(0)
+    tolerance = TOLERANCE + position * torch.finfo(torch.float64).eps
+    assert close(ours, oracle.scaled_sin(position, 2 * half, 1.0), tolerance)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 7, 16])
+@pytest.mark.parametrize("length", [1, 2, 7, 16])
+def test_toeplitz_bias_is_the_oracles_up_to_its_limit(limit, length):
+    table = torch.randn(2 * limit - 1, requires_grad=True)
+    if length > limit:
+        with pytest.raises(ValueError, match=f"length={length} is beyond.*1 to {limit}"):
+            ops.toeplitz_bias(table, length)
+        return
+    ours = ops.toeplitz_bias(table, length)
+    pairs = [(i, j) for i in range(length) for j in range(length)]
+    expected = torch.stack([oracle.toeplitz_bias(table, i, j, limit) for i, j in pairs]).view(length, length)
+    assert torch.equal(ours, expected)
+    weights = torch.randn(length, length)
+    (ours_grad,) = torch.autograd.grad((ours * weights).sum(), table)
+    (expected_grad,) = torch.autograd.grad((expected * weights).sum(), table)
+    assert close(ours_grad, expected_grad)
+
+
+def test_rotary_bias_is_the_oracles_and_depends_on_the_distance_alone():
+    a, b = torch.randn(2, 6)
+    queries, keys = torch.arange(5), torch.arange(7)
+    ours = ops.rotary_bias(a, b, queries, keys)
+    for i in queries:
+        for j in keys:
+            assert close(ours[i, j], oracle.rotary_bias(a, b, int(i), int(j)))
+    assert close(ops.rotary_bias(a, b, queries + 1000, keys + 1000), ours, 1e-11)
+
+
+def test_an_odd_dimension_is_refused_by_name():
+    with pytest.raises(ValueError, match="attention_dim=7 is odd"):
+        ops.rotary(torch.randn(3, 7), torch.arange(3))
+    with pytest.raises(ValueError, match="embed_dim=7 is odd"):
+        ops.scaled_sin(torch.arange(3), 7)

@@ -1,0 +1,46 @@
+"""Proves that imports go one way, and that fairseq stays in the layers that know it."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parents[1] / "fairseq_flash"
+#: What each layer may import beside itself.
+BELOW = {"ops": set(), "modules": {"ops"}, "models": {"modules"}, "tasks": {"models", "modules"}}
+FILES = sorted(path for layer in BELOW for path in (PACKAGE / layer).rglob("*.py"))
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}:{node.lineno} relative import"
+            yield node.module
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_layer_imports_only_what_lies_below(path):
+    layer = path.relative_to(PACKAGE).parts[0]
+    for name in imported(path):
+        top, *rest = name.split(".")
+        if top == "fairseq_flash":
+            assert (rest or [""])[0] in BELOW[layer] | {layer}, f"{layer} imports {name}"
+        if top in ("fairseq", "fairseq_cli", "omegaconf", "hydra"):
+            assert layer in ("models", "tasks"), f"{layer} imports {name}"
+        assert top != "triton" or path.parent.name == "triton", f"{path.name} imports triton"
+
+
+def test_modules_work_where_fairseq_is_not_installed():
+    code = (
+        "import sys; sys.modules['fairseq'] = None\n"
+        "import importlib.util; find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *a: None if name == 'fairseq' else find(name, *a)\n"
+        "import torch; from fairseq_flash.modules import GatedAttentionUnit\n"
+        "print(GatedAttentionUnit(8)(torch.zeros(1, 3, 8))[0].shape)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert run.stdout.strip() == "torch.Size([1, 3, 8])", run.stderr
