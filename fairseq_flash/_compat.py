@@ -174,8 +174,8 @@ def _refuse_clearly(load: Callable, source: str) -> Callable:
             raise pickle.UnpicklingError(
                 f"{source.format(subject)} was refused and nothing in it was executed: it holds {what}. "
                 "Allowed are tensors, plain values and the containers that fairseq writes. Do not use a file "
-                "that you did not expect to hold code; if the class is your own and harmless, list it in your "
-                "--user-dir with torch.serialization.add_safe_globals."
+                "that you did not expect to hold code; if the class is your own and harmless, list it with "
+                "torch.serialization.add_safe_globals in your --user-dir."
             ) from None
 
     return healed

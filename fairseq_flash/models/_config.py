@@ -10,6 +10,7 @@ from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from fairseq_flash.modules import (
     ATTENTIONS,
     BACKENDS,
+    INITS,
     LINEAR_NORMS,
     NORMS,
     RELATIVE_BIASES,
@@ -33,7 +34,7 @@ class FlashConfig(FairseqDataclass):
     )
     chunk_size: int = field(default=256, metadata={"help": "tokens c that attend to each other directly"})
     linear_norm: ChoiceEnum(list(LINEAR_NORMS)) = field(
-        default="chunk",
+        default="mean",
         metadata={"help": "divide the linear branch by the chunk size (the paper) or by the tokens summed"},
     )
     norm: ChoiceEnum(list(NORMS)) = field(default="layernorm", metadata={"help": "norm before each layer"})
@@ -43,6 +44,10 @@ class FlashConfig(FairseqDataclass):
             "help": "bias of the quadratic scores: a table (toeplitz) or its rotary form, which has no "
             "maximum length; default: a table within chunks of up to 512 tokens, otherwise rotary"
         },
+    )
+    init: ChoiceEnum(list(INITS)) = field(
+        default="fan_in",
+        metadata={"help": "fan_in starts all branches and gradients at a like size; paper: all N(0, 0.02)"},
     )
     n_ref: Optional[int] = field(
         default=None,
@@ -101,6 +106,7 @@ def build_block(cfg: FlashConfig, *, causal: bool, n_ref: int) -> GatedAttention
         norm=str(cfg.norm),
         relative_bias=None if cfg.relative_bias is None else str(cfg.relative_bias),
         n_ref=n_ref,
+        init=str(cfg.init),
         dropout=cfg.dropout,
         backend=str(cfg.backend),
     )

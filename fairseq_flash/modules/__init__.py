@@ -1,6 +1,6 @@
 """FLASH as plain PyTorch modules, usable without fairseq; batch first throughout."""
 
-from fairseq_flash.modules.gated_attention_unit import ATTENTIONS, GatedAttentionUnit
+from fairseq_flash.modules.gated_attention_unit import ATTENTIONS, INITS, GatedAttentionUnit
 from fairseq_flash.modules.normalization import NORMS, RMSNorm, ScaleNorm, build_norm
 from fairseq_flash.modules.offset_scale import OffsetScale
 from fairseq_flash.modules.positions import (
@@ -18,6 +18,7 @@ from fairseq_flash.ops import BACKENDS, LINEAR_NORMS
 __all__ = [
     "ATTENTIONS",
     "BACKENDS",
+    "INITS",
     "LINEAR_NORMS",
     "NORMS",
     "RELATIVE_BIASES",

@@ -23,10 +23,13 @@ from fairseq_flash.ops import (
     quadratic_attention,
 )
 
-__all__ = ["ATTENTIONS", "GatedAttentionUnit"]
+__all__ = ["ATTENTIONS", "INITS", "GatedAttentionUnit"]
 
 #: Attention kinds, each with the branches it computes.
 ATTENTIONS = {"mixed_chunk": ("quad", "lin"), "quadratic": ("quad",), "local": ("quad",), "global": ("lin",)}
+
+
+INITS = ("fan_in", "paper")
 
 
 class GatedAttentionUnit(nn.Module):
@@ -51,6 +54,7 @@ class GatedAttentionUnit(nn.Module):
             within chunks of up to 512 tokens, otherwise rotary.
         n_ref: Length that causal quadratic scores are divided by; needed for ``"quadratic"`` and fixed for
             the life of the weights. Bidirectional scores are divided by the valid tokens of the row.
+        init: ``"fan_in"``, under which all branches and gradients start at a like size, or ``"paper"``.
         dropout: Of the branch's output, 0 to below 1.
         backend: ``"auto"``, ``"reference"`` or ``"triton"``.
 
@@ -69,16 +73,18 @@ class GatedAttentionUnit(nn.Module):
         attention_dim: int = 128,
         chunk_size: int = 256,
         causal: bool = True,
-        linear_norm: str = "chunk",
+        linear_norm: str = "mean",
         norm: str = "layernorm",
         relative_bias: Optional[str] = None,
         n_ref: Optional[int] = None,
+        init: str = "fan_in",
         dropout: float = 0.0,
         backend: str = "auto",
     ) -> None:
         super().__init__()
         _check_choice("attention", attention, ATTENTIONS)
         _check_choice("linear_norm", linear_norm, LINEAR_NORMS)
+        _check_choice("init", init, INITS)
         check_backend(backend)
         sizes = dict(
             embed_dim=embed_dim,
@@ -113,13 +119,7 @@ class GatedAttentionUnit(nn.Module):
         if attention == "quadratic":
             self.register_buffer("n_ref", torch.tensor(0))
             self.set_n_ref(n_ref)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draws the dense weights from N(0, 0.02) and zeroes the biases, as the paper does."""
-        for linear in (self.uvz, self.out):
-            nn.init.normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
+        self._reset_parameters(init)
 
     def set_n_ref(self, n_ref: int) -> None:
         """Changes the length that causal quadratic scores are divided by, as before loading a checkpoint."""
@@ -183,6 +183,16 @@ class GatedAttentionUnit(nn.Module):
             out, state = self._chunked(heads, v, rows, state)
         y = x + self.dropout(self.out(u * out))
         return (y if aligned else restore_rows(y, rows)), state
+
+    def _reset_parameters(self, init: str) -> None:
+        for linear in (self.uvz, self.out):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+        if init == "fan_in":
+            # The paper's 0.02 starts the linear branch at 1/100 of the quadratic one, and both near zero.
+            nn.init.normal_(self.uvz.weight, std=self.uvz.in_features**-0.5)
+            if "lin" in self.branches:
+                nn.init.normal_(self.offset_scale.gamma[-2:], std=0.1)
 
     def _uvz(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         sizes = [self.expanded_dim, self.expanded_dim, self.attention_dim]

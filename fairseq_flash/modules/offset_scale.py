@@ -13,15 +13,14 @@ class OffsetScale(nn.Module):
 
     Args:
         dim: ``s``.
-        copies: ``h``.
-        std: Of the initial gamma; beta starts at zero.
+        copies: ``h``; gamma starts at N(0, 0.02), beta at zero.
 
     Source: Hua et al. 2022, section 3.1.
     """
 
-    def __init__(self, dim: int, copies: int, std: float = 0.02) -> None:
+    def __init__(self, dim: int, copies: int) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(torch.empty(copies, dim).normal_(std=std))
+        self.gamma = nn.Parameter(torch.empty(copies, dim).normal_(std=0.02))
         self.beta = nn.Parameter(torch.zeros(copies, dim))
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:

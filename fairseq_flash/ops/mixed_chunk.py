@@ -70,7 +70,7 @@ def mixed_chunk_attention(
     *,
     causal: bool,
     chunk_size: int,
-    linear_norm: str = "chunk",
+    linear_norm: str = "mean",
     padding_mask: Optional[torch.Tensor] = None,
     state: Optional[ChunkState] = None,
     backend: str = "auto",
