@@ -1,0 +1,168 @@
+"""Prints how an architecture starts: whether every branch counts and every parameter learns.
+
+    python scripts/health.py --arch flash_lm_tiny [any option of the model]
+
+For each layer: the size of its branch against the residual and of its linear against its quadratic branch.
+For each group of parameters: the size of its gradient against the median group's, after one backward pass on
+random tokens (Zipf's law). Outside the band, a warning; the exit status stays 0, as the paper's own start is outside.
+"""
+
+import argparse
+import statistics
+import sys
+from typing import NamedTuple
+
+import torch
+from fairseq import options, tasks
+from fairseq.data import Dictionary
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from torch import nn
+
+from fairseq_flash.modules import GatedAttentionUnit, Stack
+
+#: Lowest and highest ratio of a healthy start.
+BANDS = {"branch/residual": (0.01, 1.0), "linear/quadratic": (0.1, 10.0), "gradient/median": (1e-3, 1e3)}
+
+
+class Measurement(NamedTuple):
+    """One ratio: what it is, where it was taken, and its value."""
+
+    ratio: str
+    place: str
+    value: float
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the value lies in the ratio's band."""
+        lowest, highest = BANDS[self.ratio]
+        return lowest <= self.value <= highest
+
+
+def measure(model: nn.Module, tokens: torch.Tensor) -> list[Measurement]:
+    """Measures a language model as it stands, without dropout.
+
+    Args:
+        model: With a ``Stack`` at ``model.decoder.stack``; called as ``model(tokens)``.
+        tokens: ``(b, n)``, several chunks long.
+
+    Returns:
+        The ratios, layer by layer, then group by group.
+    """
+    model.eval()
+    found = layer_ratios(model.decoder.stack, tokens)
+    logits, _ = model(tokens[:, :-1])
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    model.zero_grad()
+    loss.backward()
+    return found + gradient_ratios(model)
+
+
+@torch.no_grad()
+def layer_ratios(stack: Stack, tokens: torch.Tensor) -> list[Measurement]:
+    """The sizes of each layer's branches, beyond the first chunk, which the linear branch cannot see."""
+    found, inputs = [], []
+    hooks = [
+        block.register_forward_hook(lambda _, args, out: inputs.append((args[0], out[0])))
+        for block in stack.blocks
+    ]
+    stack(tokens)
+    for hook in hooks:
+        hook.remove()
+    for index, (block, (x, y)) in enumerate(zip(stack.blocks, inputs, strict=True)):
+        found.append(Measurement("branch/residual", f"layer {index}", size(y - x) / size(x)))
+        if block.attention == "mixed_chunk":
+            quadratic, linear = (only(block, branch)(x)[0] - x for branch in ("local", "global"))
+            c = block.chunk_size
+            ratio = size(linear[:, c:]) / size(quadratic[:, c:])
+            found.append(Measurement("linear/quadratic", f"layer {index}", ratio))
+    return found
+
+
+def only(block: GatedAttentionUnit, attention: str) -> GatedAttentionUnit:
+    """A copy of a mixed chunk layer with one branch alone, "local" or "global"."""
+    copy = GatedAttentionUnit(
+        block.out.out_features,
+        attention=attention,
+        expansion_factor=block.expanded_dim // block.out.out_features,
+        attention_dim=block.attention_dim,
+        chunk_size=block.chunk_size,
+        causal=block.causal,
+        linear_norm=block.linear_norm,
+    ).to(block.out.weight)
+    copy.norm, copy.uvz, copy.out = block.norm, block.uvz, block.out
+    if attention == "local":
+        copy.bias = block.bias
+    heads = slice(None, 2) if attention == "local" else slice(2, None)
+    copy.offset_scale.gamma.copy_(block.offset_scale.gamma[heads])
+    copy.offset_scale.beta.copy_(block.offset_scale.beta[heads])
+    return copy.eval()
+
+
+def gradient_ratios(model: nn.Module) -> list[Measurement]:
+    """The root mean square gradient of each group of parameters against the median group's.
+
+    A group is one kind of parameter over all layers, each pair of gammas on its own; the positions' one
+    number, whose gradient is a sum over the whole batch, counts with the embeddings.
+    """
+    groups: dict[str, list[torch.Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None:
+            continue
+        name = name.removeprefix("decoder.stack.")
+        if name.startswith("blocks."):
+            name = name.split(".", 2)[2]
+        if name == "offset_scale.gamma":
+            for kind, part in zip(("first", "second"), parameter.grad.split(2), strict=False):
+                groups.setdefault(f"{name} ({kind} branch)", []).append(part)
+        else:
+            groups.setdefault("embeddings" if name.startswith("embed") else name, []).append(parameter.grad)
+    sizes = {name: size(torch.cat([grad.flatten() for grad in grads])) for name, grads in groups.items()}
+    median = statistics.median(sizes.values())
+    return [Measurement("gradient/median", name, value / median) for name, value in sizes.items()]
+
+
+def size(x: torch.Tensor) -> float:
+    """Root mean square."""
+    return x.square().mean().sqrt().item()
+
+
+def zipf_tokens(vocabulary: int, b: int, n: int, first: int = 4) -> torch.Tensor:
+    """Random tokens (b, n) from ``first`` on, the k-th with probability proportional to 1/k."""
+    weights = 1 / torch.arange(1, vocabulary - first + 1)
+    return torch.multinomial(weights, b * n, replacement=True).view(b, n) + first
+
+
+def build(arguments: list[str], vocabulary: int) -> nn.Module:
+    """The model that fairseq-train would build from these options, with a dictionary of made-up words."""
+    dictionary = Dictionary()
+    for index in range(vocabulary - len(dictionary)):
+        dictionary.add_symbol(f"word{index}")
+    parser = options.get_training_parser()
+    words = ["data", "--task", "language_modeling", *arguments]
+    cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, words))
+    task = tasks.TASK_REGISTRY["language_modeling"](cfg.task, dictionary)
+    return task.build_model(cfg.model)
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(
+        "health.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--vocabulary", type=int, default=4000, help="words of the dictionary")
+    parser.add_argument("--length", type=int, default=1024, help="tokens a row, of two rows")
+    parser.add_argument("--seed", type=int, default=1)
+    own, model_options = parser.parse_known_args()
+    torch.manual_seed(own.seed)
+    model = build(model_options, own.vocabulary)
+    found = measure(model, zipf_tokens(own.vocabulary, 2, own.length))
+    for ratio, place, value in found:
+        lowest, highest = BANDS[ratio]
+        warning = "" if lowest <= value <= highest else f"   WARNING: outside {lowest:g} to {highest:g}"
+        print(f"{ratio:18} {place:36} {value:10.2e}{warning}")
+    outside = sum(not measurement.healthy for measurement in found)
+    print(f"{len(found) - outside} of {len(found)} in the band", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

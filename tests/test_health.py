@@ -1,0 +1,48 @@
+"""Proves that the default start keeps every branch and every parameter in the band of the contract."""
+
+import importlib.util
+import pathlib
+
+import pytest
+import torch
+
+SCRIPT = pathlib.Path(__file__).parents[1] / "scripts" / "health.py"
+SMALL = ["--layers", "4"]
+
+
+@pytest.fixture(scope="module")
+def health():
+    spec = importlib.util.spec_from_file_location("health", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def measure(health, *options):
+    torch.manual_seed(1)
+    model = health.build(list(options), 1000)
+    return health.measure(model, health.zipf_tokens(1000, 2, 600))
+
+
+@pytest.mark.parametrize("attention", ["mixed_chunk", "local"])
+@pytest.mark.parametrize("arch", ["flash_lm", "flash_lm_tiny", "flash_lm_gpt", "flash_lm_big"])
+def test_the_default_start_is_healthy(health, arch, attention):
+    found = measure(health, "--arch", arch, *SMALL, "--attention", attention)
+    assert len({place for ratio, place, _ in found if ratio == "branch/residual"}) == 4
+    assert [m for m in found if not m.healthy] == []
+
+
+def test_the_papers_start_is_reported_outside_the_band(health):
+    options = ["--arch", "flash_lm_tiny", *SMALL, "--init", "paper", "--linear-norm", "chunk"]
+    outside = {m.ratio for m in measure(health, *options) if not m.healthy}
+    assert {"branch/residual", "linear/quadratic"} <= outside
+
+
+def test_the_branches_of_a_layer_add_up(health):
+    torch.manual_seed(1)
+    model = health.build(["--arch", "flash_lm_tiny", "--layers", "1"], 100).double().eval()
+    block, x = model.decoder.stack.blocks[0], torch.randn(1, 400, 256, dtype=torch.float64)
+    with torch.no_grad():
+        parts = [health.only(block, branch)(x)[0] - x for branch in ("local", "global")]
+        whole = block(x)[0] - x
+    assert (whole - sum(parts)).abs().max() <= 1e-12 * whole.abs().max()
