@@ -1,7 +1,8 @@
 """FLASH (gated attention units with mixed chunk attention) as a fairseq plug-in.
 
-Importing the package makes fairseq ready for this Python, numpy and torch, and registers the models; where
-fairseq is not installed, ``fairseq_flash.ops`` and ``fairseq_flash.modules`` work all the same.
+Importing the package makes fairseq ready for this Python, numpy and torch, and registers the models and
+the task; where fairseq is not installed, ``fairseq_flash.ops`` and ``fairseq_flash.modules`` work all the
+same.
 """
 
 import importlib.util
@@ -11,5 +12,6 @@ if importlib.util.find_spec("fairseq") is not None:
 
     prepare_host()
 
-    # Here and not only through --user-dir, which skips the models of a package that is imported already.
+    # Here and not only through --user-dir, which skips what belongs to a package that is imported already.
     from fairseq_flash.models import flash_lm  # noqa: F401
+    from fairseq_flash.tasks import flash_language_modeling  # noqa: F401

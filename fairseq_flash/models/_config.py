@@ -49,6 +49,10 @@ class FlashConfig(FairseqDataclass):
         default="fan_in",
         metadata={"help": "fan_in starts all branches and gradients at a like size; paper: all N(0, 0.02)"},
     )
+    scaled_sin: bool = field(
+        default=False,
+        metadata={"help": "add sinusoidal absolute positions to the embedding, as the paper does"},
+    )
     n_ref: Optional[int] = field(
         default=None,
         metadata={

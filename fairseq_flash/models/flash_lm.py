@@ -15,7 +15,7 @@ from fairseq.modules import AdaptiveInput, AdaptiveSoftmax
 from torch import nn
 
 from fairseq_flash.models._config import FlashConfig, build_block, fill_preset, parse_cutoffs
-from fairseq_flash.modules import Stack
+from fairseq_flash.modules import DecodingState, RowMemory, Stack
 
 __all__ = ["FlashDecoder", "FlashLanguageModel", "FlashLanguageModelConfig"]
 
@@ -81,6 +81,7 @@ class FlashDecoder(FairseqIncrementalDecoder):
             embed_dim=cfg.embed_dim,
             attention_dim=cfg.attention_dim,
             norm=str(cfg.norm),
+            scaled_sin=cfg.scaled_sin,
             dropout=cfg.dropout,
         )
         self.adaptive_softmax = self.output_projection = None
@@ -98,6 +99,7 @@ class FlashDecoder(FairseqIncrementalDecoder):
         encoder_out: Any = None,
         incremental_state: Optional[dict[str, Any]] = None,
         features_only: bool = False,
+        memory: Optional[RowMemory] = None,
         **unused: Any,
     ) -> tuple[torch.Tensor, None]:
         """Predicts the next token at every position.
@@ -107,6 +109,8 @@ class FlashDecoder(FairseqIncrementalDecoder):
             encoder_out: Ignored: a language model has no encoder.
             incremental_state: fairseq's, during generation; then only the last position is returned.
             features_only: Whether to stop before the vocabulary.
+            memory: Where rows that continue earlier ones find their state, and leave it; without
+                ``incremental_state``.
             unused: What fairseq passes to every model, such as ``src_lengths``.
 
         Returns:
@@ -116,7 +120,7 @@ class FlashDecoder(FairseqIncrementalDecoder):
         Raises:
             ValueError: padding in the middle of a row, or a row longer than a Toeplitz table.
         """
-        x, extra = self.extract_features(prev_output_tokens, encoder_out, incremental_state)
+        x, extra = self.extract_features(prev_output_tokens, encoder_out, incremental_state, memory)
         return (x if features_only else self.output_layer(x)), extra
 
     def extract_features(
@@ -124,12 +128,16 @@ class FlashDecoder(FairseqIncrementalDecoder):
         prev_output_tokens: torch.Tensor,
         encoder_out: Any = None,
         incremental_state: Optional[dict[str, Any]] = None,
+        memory: Optional[RowMemory] = None,
         **unused: Any,
     ) -> tuple[torch.Tensor, None]:
         """As :meth:`forward` with ``features_only``."""
         if incremental_state is not None:
             return self._advance(prev_output_tokens, incremental_state), None
-        features, _ = self.stack(prev_output_tokens, prev_output_tokens.eq(self.padding_idx))
+        state = None if memory is None else memory.recall(self.stack, prev_output_tokens)
+        features, state = self.stack(prev_output_tokens, prev_output_tokens.eq(self.padding_idx), state)
+        if memory is not None:
+            memory.remember(self.stack, state)
         return features, None
 
     def output_layer(self, features: torch.Tensor, **unused: Any) -> torch.Tensor:
@@ -149,9 +157,22 @@ class FlashDecoder(FairseqIncrementalDecoder):
     def reorder_incremental_state(self, incremental_state: dict[str, Any], new_order: torch.Tensor) -> None:
         """Picks the rows of the state for the beams that go on."""
         key = self._get_full_incremental_state_key("flash")
-        if key in incremental_state:
-            consumed, state = incremental_state[key]
-            incremental_state[key] = consumed, state.reorder(new_order)
+        if key not in incremental_state:
+            return
+        consumed, state = incremental_state[key]
+        # Without beams the order stays: a look costs less than a copy, but would make a device wait.
+        if new_order.is_cpu and torch.equal(new_order, torch.arange(state.position.shape[0])):
+            return
+        incremental_state[key] = consumed, state.reorder(new_order)
+
+    def continue_from(self, incremental_state: dict[str, Any], state: DecodingState) -> None:
+        """Lets generation go on after tokens that were read before, such as a long prompt.
+
+        Args:
+            incremental_state: A fresh one; the tokens passed with it are those after ``state``.
+            state: From the stack, one row a hypothesis; overwritten by the generation.
+        """
+        incremental_state[self._get_full_incremental_state_key("flash")] = 0, state
 
     def max_positions(self) -> int:
         """No maximum."""

@@ -12,7 +12,7 @@ from fairseq_flash.modules.positions import (
 )
 from fairseq_flash.modules.rows import Rows, align_rows, restore_rows
 from fairseq_flash.modules.stack import Stack
-from fairseq_flash.modules.state import DecodingState, LayerState
+from fairseq_flash.modules.state import DecodingState, LayerState, RowMemory
 from fairseq_flash.ops import BACKENDS, LINEAR_NORMS
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "OffsetScale",
     "RMSNorm",
     "RotaryBias",
+    "RowMemory",
     "Rows",
     "ScaleNorm",
     "ScaledSin",

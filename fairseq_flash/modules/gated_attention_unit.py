@@ -190,7 +190,8 @@ class GatedAttentionUnit(nn.Module):
             nn.init.zeros_(linear.bias)
         if init == "fan_in":
             # The paper's 0.02 starts the linear branch at 1/100 of the quadratic one, and both near zero.
-            nn.init.normal_(self.uvz.weight, std=self.uvz.in_features**-0.5)
+            for linear in (self.uvz, self.out):
+                nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
             if "lin" in self.branches:
                 nn.init.normal_(self.offset_scale.gamma[-2:], std=0.1)
 
@@ -202,7 +203,8 @@ class GatedAttentionUnit(nn.Module):
         pairs = dict(zip(self.branches, heads.unflatten(0, (-1, 2)), strict=True))
         q_quad, k_quad = pairs.get("quad", (None, None))
         q_lin, k_lin = pairs.get("lin", (None, None))
-        if state is not None and v.shape[1] == 1 and rows.padding_mask is None:
+        # The step overwrites the state, which activation checkpointing needs again for the backward pass.
+        if state is not None and v.shape[1] == 1 and rows.padding_mask is None and not self.training:
             bias = None
             if self.bias is not None:
                 slot = (state.position % self.chunk_size).unsqueeze(1)

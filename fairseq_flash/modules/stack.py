@@ -16,7 +16,7 @@ __all__ = ["Stack"]
 
 
 class Stack(nn.Module):
-    """Token embedding plus ScaledSin, blocks, final norm.
+    """Token embedding, blocks, final norm.
 
     Every row is aligned on its first real token, so that positions and chunks count from it.
 
@@ -26,6 +26,8 @@ class Stack(nn.Module):
         embed_dim: ``d``, even.
         attention_dim: ``s`` of the blocks.
         norm: Of the final norm: ``"layernorm"``, ``"scalenorm"`` or ``"rmsnorm"``.
+        scaled_sin: Whether to add absolute positions to the embedding, as the paper does; the blocks know
+            relative positions without.
         dropout: Of the embeddings, 0 to below 1.
 
     Raises:
@@ -40,11 +42,12 @@ class Stack(nn.Module):
         embed_dim: int,
         attention_dim: int,
         norm: str = "layernorm",
+        scaled_sin: bool = False,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.embed_tokens = embed_tokens
-        self.embed_positions = ScaledSin(embed_dim)
+        self.embed_positions = ScaledSin(embed_dim) if scaled_sin else None
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(blocks)
         self.final_norm = build_norm(norm, embed_dim)
@@ -56,7 +59,7 @@ class Stack(nn.Module):
         Raises:
             ValueError: the blocks are bidirectional.
         """
-        rows = torch.empty(like.shape[0], 0, dtype=self.embed_positions.alpha.dtype, device=like.device)
+        rows = torch.empty(like.shape[0], 0, dtype=self._dtype(), device=like.device)
         return DecodingState(tuple(block.empty_state(rows) for block in self.blocks))
 
     def forward(
@@ -81,12 +84,17 @@ class Stack(nn.Module):
             ValueError: padding in the middle of a row, or a row beyond the table of a Toeplitz bias.
         """
         start = None if state is None else state.position
-        dtype = self.embed_positions.alpha.dtype
-        tokens, rows = align_rows(tokens, padding_mask, start, self.attention_dim, dtype)
-        x = self.dropout(self.embed_tokens(tokens) + self.embed_positions(rows.positions))
+        tokens, rows = align_rows(tokens, padding_mask, start, self.attention_dim, self._dtype())
+        x = self.embed_tokens(tokens)
+        if self.embed_positions is not None:
+            x = x + self.embed_positions(rows.positions)
+        x = self.dropout(x)
         layers = []
         for index, block in enumerate(self.blocks):
             x, layer = block(x, state=None if state is None else state.layers[index], rows=rows)
             layers.append(layer)
         x = restore_rows(self.final_norm(x), rows)
         return x, None if state is None else DecodingState(tuple(layers))
+
+    def _dtype(self) -> torch.dtype:
+        return next(self.final_norm.parameters()).dtype

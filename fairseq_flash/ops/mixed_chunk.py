@@ -178,8 +178,9 @@ def mixed_chunk_step(
     slots = torch.arange(c, device=v.device)
     open_chunk = slots <= slot.unsqueeze(1)
     if k_lin is not None:
-        leaving = torch.einsum("bs,be->bse", state.k_lin[rows, slot].to(wide), state.v[rows, slot].to(wide))
-        state.kv_sum.add_(leaving)
+        # k^T v of the token that leaves the ring, added in one pass over the sum.
+        leaving_k, leaving_v = state.k_lin[rows, slot].to(wide), state.v[rows, slot].to(wide)
+        state.kv_sum.addcmul_(leaving_k.unsqueeze(2), leaving_v.unsqueeze(1))
         state.k_lin[rows, slot] = k_lin[:, 0]
     if k_quad is not None:
         state.k_quad[rows, slot] = k_quad[:, 0]

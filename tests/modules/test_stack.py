@@ -13,18 +13,20 @@ D, WORDS, N = 8, 11, 13
 KINDS = ["mixed_chunk", "quadratic", "local", "global"]
 
 
-def build(attention="mixed_chunk", layers=3):
+def build(attention="mixed_chunk", layers=3, scaled_sin=True):
     options = dict(attention=attention, attention_dim=6, chunk_size=4, n_ref=N)
     blocks = [GatedAttentionUnit(D, **options) for _ in range(layers)]
-    stack = Stack(nn.Embedding(WORDS, D), blocks, embed_dim=D, attention_dim=6).eval()
+    stack = Stack(nn.Embedding(WORDS, D), blocks, embed_dim=D, attention_dim=6, scaled_sin=scaled_sin).eval()
     for parameter in stack.parameters():
         nn.init.normal_(parameter, std=0.5)
     return stack
 
 
+@pytest.mark.parametrize("scaled_sin", [True, False], ids=["scaled sin", "no positions"])
 @pytest.mark.parametrize("attention", KINDS)
-def test_a_padded_batch_is_the_oracle_of_each_row(attention):
-    stack = build(attention)
+def test_a_padded_batch_is_the_oracle_of_each_row(attention, scaled_sin):
+    stack = build(attention, scaled_sin=scaled_sin)
+    alpha = stack.embed_positions.alpha if scaled_sin else 0.0
     tokens = torch.randint(WORDS, (3, N))
     mask = torch.zeros(3, N, dtype=torch.bool)
     mask[0, :5] = mask[1, 9:] = True
@@ -33,7 +35,7 @@ def test_a_padded_batch_is_the_oracle_of_each_row(attention):
 
     def function(row):
         x = [
-            stack.embed_tokens.weight[t] + oracle.scaled_sin(i, D, stack.embed_positions.alpha)
+            stack.embed_tokens.weight[t] + oracle.scaled_sin(i, D, alpha)
             for i, t in enumerate(row)
         ]
         x = torch.stack(x)

@@ -1,0 +1,1 @@
+"""What fairseq's own tasks lack for models with a state of constant size; knows fairseq as models do."""
