@@ -117,7 +117,7 @@ def training_command(run: Run, minutes: float, extra: list[str]) -> list[str]:
     words += ["--arch", ARCHITECTURE, "--share-decoder-input-output-embed"]
     words += ["--tokens-per-sample", str(TOKENS_PER_SAMPLE), "--max-tokens", "2048"]
     words += ["--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--clip-norm", "1.0"]
-    words += ["--lr", "2e-3", "--lr-scheduler", "inverse_sqrt", "--warmup-updates", "50"]
+    words += ["--lr", "4e-3", "--lr-scheduler", "inverse_sqrt", "--warmup-updates", "50"]
     words += ["--save-dir", str(run.checkpoints), "--tensorboard-logdir", str(run.tensorboard)]
     words += ["--save-interval-updates", str(interval), "--keep-interval-updates", "1"]
     words += ["--no-epoch-checkpoints", "--max-valid-steps", "20", "--num-workers", "0"]

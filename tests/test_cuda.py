@@ -1,0 +1,79 @@
+"""Proves that a GPU computes what the CPU does, in every precision that fairseq trains in there."""
+
+import pytest
+import tools
+import torch
+from torch import nn
+
+from fairseq_flash.modules import GatedAttentionUnit, Stack
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+TOLERANCE = 4096 * torch.finfo(torch.float64).eps
+KINDS = ["mixed_chunk", "quadratic", "local", "global"]
+N = 300
+
+
+def build(attention, causal=True):
+    torch.manual_seed(0)
+    blocks = [
+        GatedAttentionUnit(64, attention=attention, chunk_size=64, causal=causal, n_ref=N) for _ in range(3)
+    ]
+    return Stack(nn.Embedding(50, 64), blocks, embed_dim=64, attention_dim=128).double().eval()
+
+
+def batch():
+    tokens = torch.randint(50, (3, N), generator=torch.Generator().manual_seed(1))
+    mask = torch.zeros(3, N, dtype=torch.bool)
+    mask[0, :70] = mask[1, 210:] = True
+    return tokens, mask
+
+
+@pytest.mark.parametrize("attention", KINDS)
+@pytest.mark.parametrize("causal", [True, False])
+def test_outputs_and_gradients_are_the_cpus(attention, causal):
+    results = {}
+    for device in ("cpu", "cuda"):
+        stack = build(attention, causal).to(device)
+        out, _ = stack(*(x.to(device) for x in batch()))
+        out.square().sum().backward()
+        results[device] = [out.detach().cpu(), *(p.grad.cpu() for p in stack.parameters())]
+    for cpu, cuda in zip(results["cpu"], results["cuda"], strict=True):
+        assert (cpu - cuda).abs().max() <= TOLERANCE * cpu.abs().max()
+
+
+@pytest.mark.parametrize("attention", KINDS)
+@torch.no_grad()
+def test_decoding_on_the_gpu_is_the_parallel_pass(attention):
+    stack = build(attention).cuda()
+    tokens = batch()[0].cuda()
+    whole, _ = stack(tokens)
+    out, state = stack(tokens[:, :170], None, stack.empty_state(tokens))
+    outs = [out]
+    for t in range(170, N):
+        out, state = stack(tokens[:, t : t + 1], None, state)
+        outs.append(out)
+    assert (torch.cat(outs, dim=1) - whole).abs().max() <= 1e-10
+
+
+@torch.no_grad()
+def test_decoding_never_waits_for_the_gpu():
+    stack = build("mixed_chunk").cuda()
+    tokens = batch()[0].cuda()
+    _, state = stack(tokens, None, stack.empty_state(tokens))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for t in range(3):
+            _, state = stack(tokens[:, t : t + 1], None, state)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("options", [["--fp16"], ["--bf16"], ["--amp"], ["--memory-efficient-bf16"]], ids=str)
+def test_fairseq_trains_in_reduced_precision(options, data_bin, tmp_path):
+    recipe = [*(option for option in tools.RECIPE if option != "--cpu"), *tools.ADAM]
+    output = tools.train(data_bin, tmp_path, *options, updates=30, recipe=recipe)
+    losses = [float(loss) for _, loss in tools.losses(output)]
+    assert sum(losses[-5:]) < sum(losses[:5])
+    assert tools.losses(tools.train(data_bin, tmp_path, *options, updates=32, recipe=recipe))
