@@ -51,7 +51,11 @@ _MODULES_WITH_EVAL = (
     *("models.transformer_lm", "models.hubert.hubert", "models.multires_hubert.multires_hubert"),
     *("models.wav2vec.wav2vec", "models.wav2vec.wav2vec2", "models.speech_to_text.s2t_wav_transformer"),
 )
-_TOOLS = ("train", "generate", "eval_lm", "interactive")  # the tools that log their whole configuration
+# What logs its whole configuration: four tools, and from_pretrained().
+_CONFIG_LOGGERS = (
+    *(f"fairseq_cli.{tool}" for tool in ("train", "generate", "eval_lm", "interactive")),
+    "fairseq.models.fairseq_model",
+)
 
 
 def prepare_host() -> None:
@@ -308,8 +312,8 @@ def _accept_blank_prompts() -> None:
 
 def _shorten_config_dump() -> None:
     """Logs one line in place of 8 KB of configuration; ``LOGLEVEL=DEBUG`` keeps it, checkpoints hold it."""
-    for tool in _TOOLS:
-        logging.getLogger(f"fairseq_cli.{tool}").addFilter(_shorten_config)
+    for name in _CONFIG_LOGGERS:
+        logging.getLogger(name).addFilter(_shorten_config)
 
 
 def _shorten_config(record: logging.LogRecord) -> bool:

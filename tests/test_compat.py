@@ -378,7 +378,7 @@ def test_a_blank_line_is_continued_like_any_prompt(trained, data_bin, tmp_path):
 
 def test_preparing_twice_changes_nothing():
     def healed():
-        filters = [logging.getLogger(f"fairseq_cli.{tool}").filters for tool in _compat._TOOLS]
+        filters = [logging.getLogger(name).filters for name in _compat._CONFIG_LOGGERS]
         functions = [checkpoint_utils.load_checkpoint_to_cpu, options.parse_args_and_arch, PathManager.copy]
         return functions, [list(entries) for entries in filters], len(torch.serialization.get_safe_globals())
 
