@@ -51,9 +51,9 @@ _MODULES_WITH_EVAL = (
     *("models.transformer_lm", "models.hubert.hubert", "models.multires_hubert.multires_hubert"),
     *("models.wav2vec.wav2vec", "models.wav2vec.wav2vec2", "models.speech_to_text.s2t_wav_transformer"),
 )
-# What logs its whole configuration: four tools, and from_pretrained().
+# What logs its whole configuration: the tools, and from_pretrained().
 _CONFIG_LOGGERS = (
-    *(f"fairseq_cli.{tool}" for tool in ("train", "generate", "eval_lm", "interactive")),
+    *(f"fairseq_cli.{tool}" for tool in ("train", "validate", "generate", "eval_lm", "interactive")),
     "fairseq.models.fairseq_model",
 )
 
@@ -73,6 +73,8 @@ def prepare_host() -> None:
     _explain_fp16_without_gpu()
     _copy_checkpoints_atomically()
     _accept_blank_prompts()
+    _keep_every_batch()
+    _name_unusable_splits()
     _shorten_config_dump()
 
 
@@ -310,6 +312,61 @@ def _accept_blank_prompts() -> None:
     _wrap(LanguageModelingTask, "inference_step", heal)
 
 
+def _keep_every_batch() -> None:
+    """Gives back the last batch, which fairseq 0.12 drops unless it holds a multiple of eight sentences.
+
+    With the default ``--required-batch-size-multiple 8``, fairseq-generate and validation silently leave out
+    up to seven sentences, and a split with one small batch counts as empty.
+    """
+    from fairseq.data import data_utils
+
+    def heal(batch_by_size: Callable) -> Callable:
+        def healed(indices: Any, *args: Any, **kwargs: Any) -> list:
+            if not isinstance(indices, numpy.ndarray):
+                indices = numpy.fromiter(indices, dtype=numpy.int64, count=-1)
+            if len(indices) == 0:
+                return []
+            batches = list(batch_by_size(indices, *args, **kwargs))
+            fixed_shapes = kwargs.get("fixed_shapes", args[5] if len(args) > 5 else None)
+            taken = sum(map(len, batches))
+            if fixed_shapes is None and taken < len(indices):
+                batches.append(indices[taken:])
+            return batches
+
+        return healed
+
+    _wrap(data_utils, "batch_by_size", heal)
+
+
+def _name_unusable_splits() -> None:
+    """Names the split that is empty or smaller than one block: fairseq fails obscurely, or goes on."""
+    from fairseq.tasks.language_modeling import LanguageModelingTask
+
+    def heal(load: Callable) -> Callable:
+        def healed(self, split: str, *args: Any, **kwargs: Any) -> Any:
+            try:
+                loaded = load(self, split, *args, **kwargs)
+            except ValueError as error:
+                if "mmap an empty file" not in str(error):
+                    raise
+                raise ValueError(
+                    f"split {split!r} of {self.args.data!r} is empty; allowed: fairseq-preprocess on at "
+                    "least one line"
+                ) from None
+            tokens, block = int(self.datasets[split].sizes.sum()), self.args.tokens_per_sample
+            whole = str(self.args.sample_break_mode or "none") == "none"
+            if split.startswith("train") and whole and tokens < block:
+                raise ValueError(
+                    f"split {split!r} of {self.args.data!r} has {tokens} tokens, less than one block of "
+                    f"--tokens-per-sample {block}; allowed: at most {tokens}"
+                )
+            return loaded
+
+        return healed
+
+    _wrap(LanguageModelingTask, "load_dataset", heal)
+
+
 def _shorten_config_dump() -> None:
     """Logs one line in place of 8 KB of configuration; ``LOGLEVEL=DEBUG`` keeps it, checkpoints hold it."""
     for name in _CONFIG_LOGGERS:
@@ -318,7 +375,10 @@ def _shorten_config_dump() -> None:
 
 def _shorten_config(record: logging.LogRecord) -> bool:
     if isinstance(record.msg, omegaconf.DictConfig) and os.environ.get("LOGLEVEL", "").upper() != "DEBUG":
-        parts = [(name, record.msg.get(name)) for name in ("task", "model", "criterion", "optimizer")]
+        # Only training has read the model's options by then.
+        train = record.name == "fairseq_cli.train"
+        names = ("task", "model", "criterion", "optimizer") if train else ("task",)
+        parts = [(name, record.msg.get(name)) for name in names]
         names = ", ".join(f"{name} {getattr(part, '_name', part)}" for name, part in parts)
         record.msg, record.args = f"{names} (LOGLEVEL=DEBUG logs the whole configuration)", None
     return True

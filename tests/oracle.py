@@ -16,7 +16,7 @@ Bias = Callable[[int, int], torch.Tensor | float]
 
 
 def _float64(x) -> torch.Tensor:
-    return torch.as_tensor(x).to(device="cpu", dtype=torch.float64)
+    return torch.as_tensor(x, dtype=torch.float64, device="cpu")
 
 
 def _rows(rows: Sequence[torch.Tensor], width: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from torch import nn
 
 from fairseq_flash.modules.normalization import build_norm
 from fairseq_flash.modules.offset_scale import OffsetScale
-from fairseq_flash.modules.positions import TOEPLITZ_LIMIT, build_relative_bias
+from fairseq_flash.modules.positions import TOEPLITZ_LIMIT, ToeplitzBias, build_relative_bias
 from fairseq_flash.modules.rows import Rows, align_rows, restore_rows
 from fairseq_flash.modules.state import LayerState
 from fairseq_flash.ops import (
@@ -122,10 +122,12 @@ class GatedAttentionUnit(nn.Module):
         self._reset_parameters(init)
 
     def set_n_ref(self, n_ref: int) -> None:
-        """Changes the length that causal quadratic scores are divided by, as before loading a checkpoint."""
+        """Changes what causal scores are divided by, and where a table ends, before loading weights."""
         self.n_ref.fill_(n_ref)
         # Read once here: the buffer may lie on a device.
         self._denominator = float(n_ref)
+        if isinstance(self.bias, ToeplitzBias) and self.bias.limit != n_ref:
+            self.bias = ToeplitzBias(n_ref).to(self.bias.table)
 
     def empty_state(self, like: torch.Tensor) -> LayerState:
         """A state before the first token, for rows ``like`` ``(b, ...)`` in dtype and device.

@@ -1,0 +1,35 @@
+"""Data and models that many tests share, made once for each process that runs tests."""
+
+import pytest
+import tools
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory):
+    """A folder with train, valid and test: real text, one sentence a line."""
+    folder = tmp_path_factory.mktemp("text")
+    tools.write_texts(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_bin(text_folder):
+    """What fairseq-preprocess makes of the real text: about 200 words."""
+    tools.call("preprocess", *tools.preprocess_arguments(text_folder, ["train", "valid", "test"]))
+    return text_folder / "bin"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(data_bin, tmp_path_factory):
+    """A tiny flash_lm after a few updates."""
+    folder = tmp_path_factory.mktemp("trained")
+    tools.train(data_bin, folder, updates=4)
+    return folder / "checkpoint_last.pt"
+
+
+@pytest.fixture(scope="session")
+def second_checkpoint(data_bin, tmp_path_factory):
+    """As ``checkpoint``, from another seed."""
+    folder = tmp_path_factory.mktemp("trained_again")
+    tools.train(data_bin, folder, "--seed", "2", updates=4)
+    return folder / "checkpoint_last.pt"

@@ -1,0 +1,96 @@
+"""Proves that each yaml in configs/ builds what its architecture name builds, and trains as it stands."""
+
+import dataclasses
+
+import pytest
+import tools
+import torch
+from fairseq import options, tasks
+from fairseq.data import Dictionary
+from fairseq.dataclass.initialize import add_defaults, hydra_init
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf, merge_with_parent
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from fairseq_flash.models.flash_lm import PRESETS, FlashLanguageModelConfig
+
+ARCHITECTURES = ["flash_lm", *PRESETS]
+FIELDS = {field.name for field in dataclasses.fields(FlashLanguageModelConfig)} - {"_name"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder with a dictionary."""
+    folder = tmp_path_factory.mktemp("dictionary")
+    Dictionary().save(str(folder / "dict.txt"))
+    return folder
+
+
+def from_yaml(name: str, data):
+    """The configuration that fairseq-hydra-train makes of a yaml."""
+    GlobalHydra.instance().clear()
+    hydra_init(name)
+    with initialize_config_dir(str(tools.CONFIGS), version_base="1.1"):
+        cfg = compose(name, overrides=[f"task.data={data}", f"common.user_dir={tools.USER_DIR}"])
+    add_defaults(cfg)
+    return cfg
+
+
+def from_arch(name: str, data):
+    """The configuration that fairseq-train makes of an architecture name."""
+    words = [str(data), "--user-dir", str(tools.USER_DIR), "--task", "language_modeling", "--arch", name]
+    args = options.parse_args_and_arch(options.get_training_parser(), words)
+    return convert_namespace_to_omegaconf(args)
+
+
+def values(cfg) -> dict:
+    merged = OmegaConf.to_container(merge_with_parent(FlashLanguageModelConfig(), cfg), enum_to_str=True)
+    return {name: merged[name] for name in FIELDS}
+
+
+def shapes(cfg) -> dict:
+    """Parameters' and buffers' shapes, without memory for them."""
+    task = tasks.setup_task(cfg.task)
+    with torch.device("meta"):
+        model = task.build_model(cfg.model)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def test_every_architecture_has_a_yaml_and_no_yaml_is_left_over():
+    assert {path.stem for path in tools.CONFIGS.glob("*.yaml")} == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_yaml_builds_what_the_architecture_builds(name, data):
+    yaml, arch = from_yaml(name, data), from_arch(name, data)
+    assert values(yaml.model) == values(arch.model)
+    yaml.task.tokens_per_sample = arch.task.tokens_per_sample
+    assert shapes(yaml) == shapes(arch)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_yaml_writes_out_every_option_of_the_model(name):
+    written = OmegaConf.load(tools.CONFIGS / f"{name}.yaml")
+    assert set(written.model) == FIELDS | {"_name"}
+    assert written.model["_name"] == "flash_lm", "hydra ignores architecture names"
+
+
+def test_hydra_train_runs_the_yaml_with_data_and_user_dir_alone(data_bin, tmp_path):
+    """Smaller in every size, which the command line overrides, for time's sake."""
+    small = ("model.embed_dim=32", "model.layers=2", "model.attention_dim=16", "model.chunk_size=8")
+    few = ("optimization.max_update=2", "task.tokens_per_sample=32", "dataset.max_tokens=256")
+    done = tools.run(
+        *("fairseq-hydra-train", "--config-dir", tools.CONFIGS, "--config-name", "flash_lm_tiny"),
+        *(f"task.data={data_bin}", f"common.user_dir={tools.USER_DIR}", *small, *few),
+        *("common.log_format=json", "common.log_interval=1", f"hydra.run.dir={tmp_path}"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stdout
+    assert [update for update, _ in tools.losses(done.stdout)] == ["1", "2"]
+    path = tmp_path / "checkpoints" / "checkpoint_last.pt"
+    output = tools.call(
+        *("eval-lm", data_bin, "--user-dir", tools.USER_DIR, "--path", path, "--cpu", "--num-workers", "0"),
+        *("--tokens-per-sample", "32", "--batch-size", "4"),
+    )
+    assert 50 < tools.perplexity(output) < 300
