@@ -41,6 +41,7 @@ _NOISE = (
     (r"\s*The strict flag in the compose API is deprecated", UserWarning, r"hydra\."),
     (r"'pin_memory' argument is set as true but no accelerator is found", UserWarning, r"torch\.utils\.data"),
     (r"`torch\.cuda\.amp\.autocast\(args\.\.\.\)` is deprecated", FutureWarning, r"fairseq\."),
+    (r"amp_C fused kernels unavailable", UserWarning, r"fairseq\."),
     (r"Support for mismatched key_padding_mask and attn_mask is deprecated", UserWarning, r"torch\.nn"),
 )
 # tests/test_compat.py finds any that is missing.
