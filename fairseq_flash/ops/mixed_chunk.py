@@ -171,32 +171,39 @@ def mixed_chunk_step(
     """
     if torch.is_grad_enabled():
         state = ChunkState(*(None if x is None else x.clone() for x in state))
-    b, c, _ = state.v.shape
+    c = state.v.shape[1]
     wide = torch.promote_types(v.dtype, torch.float32)
-    rows = torch.arange(b, device=v.device)
-    slot = state.position % c
-    slots = torch.arange(c, device=v.device)
-    open_chunk = slots <= slot.unsqueeze(1)
+    slot = (state.position % c).view(-1, 1, 1)
     if k_lin is not None:
         # k^T v of the token that leaves the ring, added in one pass over the sum.
-        leaving_k, leaving_v = state.k_lin[rows, slot].to(wide), state.v[rows, slot].to(wide)
-        state.kv_sum.addcmul_(leaving_k.unsqueeze(2), leaving_v.unsqueeze(1))
-        state.k_lin[rows, slot] = k_lin[:, 0]
-    if k_quad is not None:
-        state.k_quad[rows, slot] = k_quad[:, 0]
-    state.v[rows, slot] = v[:, 0]
-    weights = v.new_zeros(b, c, dtype=wide)
-    out = v.new_zeros(b, v.shape[-1], dtype=wide)
-    if q_quad is not None:
-        scores = torch.einsum("bis,bjs->bij", q_quad.to(wide) / c, state.k_quad.to(wide)) + bias.to(wide)
-        weights = torch.where(open_chunk, scores[:, 0].relu().square(), weights)
+        leaving = _swap(state.k_lin, slot, k_lin).to(wide).transpose(1, 2)
+        state.kv_sum.addcmul_(leaving, _swap(state.v, slot, v).to(wide))
+    else:
+        _swap(state.v, slot, v)
+    # All products are batched, of one query with a ring or a sum; einsum would take as long as they do.
+    open_chunk = torch.arange(c, device=v.device) <= slot
+    weights, out = torch.zeros((), dtype=wide, device=v.device), None
     if q_lin is not None:
-        count = state.position - slot
-        query = q_lin[:, 0].to(wide) / linear_denominator(linear_norm, c, count, wide).unsqueeze(1)
-        weights = torch.where(open_chunk, weights, torch.einsum("bs,bjs->bj", query, state.k_lin.to(wide)))
-        out = torch.einsum("bs,bse->be", query, state.kv_sum)
-    out = out + torch.einsum("bj,bje->be", weights, state.v.to(wide))
-    return out.unsqueeze(1).to(v.dtype), state._replace(position=state.position + 1)
+        count = state.position.view(-1, 1, 1) - slot
+        query = q_lin.to(wide) / linear_denominator(linear_norm, c, count, wide)
+        weights = torch.bmm(query, state.k_lin.to(wide).transpose(1, 2)).masked_fill(open_chunk, 0)
+        out = torch.bmm(query, state.kv_sum)
+    if q_quad is not None:
+        _swap(state.k_quad, slot, k_quad)
+        keys = state.k_quad.to(wide).transpose(1, 2)
+        scores = torch.baddbmm(bias.to(wide), q_quad.to(wide), keys, alpha=1 / c)
+        weights = torch.where(open_chunk, scores.relu().square(), weights)
+    ring = state.v.to(wide)
+    out = torch.bmm(weights, ring) if out is None else torch.baddbmm(out, weights, ring)
+    return out.to(v.dtype), state._replace(position=state.position + 1)
+
+
+def _swap(ring: torch.Tensor, slot: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """Puts ``new`` (b, 1, .) into ``slot`` (b, 1, 1) of each row of a ring; returns what lay there."""
+    index = slot.expand(-1, 1, ring.shape[2])
+    old = ring.gather(1, index)
+    ring.scatter_(1, index, new.to(ring.dtype))
+    return old
 
 
 def _to_chunks(x: torch.Tensor, c: int) -> torch.Tensor:
