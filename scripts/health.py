@@ -9,6 +9,7 @@ outside.
 """
 
 import argparse
+import logging
 import statistics
 import sys
 from typing import NamedTuple
@@ -154,6 +155,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024, help="tokens a row, of two rows")
     parser.add_argument("--seed", type=int, default=1)
     own, model_options = parser.parse_known_args()
+    logging.getLogger("hydra").setLevel(logging.INFO)
     torch.manual_seed(own.seed)
     model = build(model_options, own.vocabulary)
     found = measure(model, zipf_tokens(own.vocabulary, 2, own.length))

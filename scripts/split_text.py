@@ -94,7 +94,7 @@ def write_splits(
         folder: An existing folder.
 
     Returns:
-        For each split the number of documents, lines, words and bytes.
+        For each split the number of documents, lines, words and bytes; tokens are counted later.
 
     Raises:
         ValueError: a split would be empty, or is named twice; or the text cannot be read.

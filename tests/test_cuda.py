@@ -9,7 +9,7 @@ from fairseq_flash.modules import GatedAttentionUnit, Stack
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-TOLERANCE = 4096 * torch.finfo(torch.float64).eps
+TOLERANCE = 4096 * torch.finfo(torch.float64).eps  # passed on an H100; other orders of long sums
 KINDS = ["mixed_chunk", "quadratic", "local", "global"]
 N = 300
 

@@ -14,8 +14,8 @@ from tiny_fairseq import REPOSITORY, USER_DIR, run, write_data_bin
 
 SCRIPT = REPOSITORY / "scripts" / "train_distributed.sh"
 ARCH_ARGS = (
-    *("--arch", "transformer_lm", "--decoder-layers", "1", "--decoder-embed-dim", "16"),
-    *("--decoder-ffn-embed-dim", "16", "--decoder-attention-heads", "2"),
+    *("--arch", "flash_lm_tiny", "--embed-dim", "16", "--layers", "2"),
+    *("--attention-dim", "8", "--chunk-size", "4"),
 )
 TINY = (
     *("--task", "language_modeling", "--tokens-per-sample", "16", "--batch-size", "4", "--dropout", "0"),

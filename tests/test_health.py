@@ -7,7 +7,9 @@ import pytest
 import torch
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "scripts" / "health.py"
-SMALL = ["--layers", "4"]
+DEPTHS = {"flash_lm": 12, "flash_lm_tiny": 8, "flash_lm_gpt": 24, "flash_lm_big": 24}
+TIED = ["--share-decoder-input-output-embed"]
+SLOW = ("flash_lm_gpt", "flash_lm_big")
 
 
 @pytest.fixture(scope="module")
@@ -25,15 +27,17 @@ def measure(health, *options):
 
 
 @pytest.mark.parametrize("attention", ["mixed_chunk", "local"])
-@pytest.mark.parametrize("arch", ["flash_lm", "flash_lm_tiny", "flash_lm_gpt", "flash_lm_big"])
+@pytest.mark.parametrize(
+    "arch", [pytest.param(arch, marks=pytest.mark.long) if arch in SLOW else arch for arch in DEPTHS]
+)
 def test_the_default_start_is_healthy(health, arch, attention):
-    found = measure(health, "--arch", arch, *SMALL, "--attention", attention)
-    assert len({place for ratio, place, _ in found if ratio == "branch/residual"}) == 4
+    found = measure(health, "--arch", arch, "--attention", attention, *TIED)
+    assert len({place for ratio, place, _ in found if ratio == "branch/residual"}) == DEPTHS[arch]
     assert [m for m in found if not m.healthy] == []
 
 
 def test_the_papers_start_is_reported_outside_the_band(health):
-    options = ["--arch", "flash_lm_tiny", *SMALL, "--init", "paper", "--linear-norm", "chunk"]
+    options = ["--arch", "flash_lm_tiny", "--scaled-sin", "--init", "paper", "--linear-norm", "chunk"]
     outside = {m.ratio for m in measure(health, *options) if not m.healthy}
     assert {"branch/residual", "linear/quadratic"} <= outside
 

@@ -16,9 +16,7 @@ from fairseq import checkpoint_utils
 from fairseq_flash.models.flash_lm import FlashLanguageModel
 
 PRINTED = 1e-4
-#: fairseq drops the last batch of a split unless it holds a multiple of eight sentences.
-EVERY = ("--required-batch-size-multiple", "1")
-SENTENCES = ("--task", "language_modeling", "--gen-subset", "test", "--sample-break-mode", "eos", *EVERY)
+SENTENCES = ("--task", "language_modeling", "--gen-subset", "test", "--sample-break-mode", "eos")
 RESUMABLE = {
     "plain": (),
     "dropout": ("--dropout", "0.1"),
@@ -54,6 +52,25 @@ BAD_OPTIONS = {
     "negative n_ref": (("--attention", "quadratic", "--n-ref", "-1"), "n.ref.-1 .*allowed: 1 or more"),
     "attention dropout": (("--attention-dropout", "0.1"), "attention-dropout 0.1 .*allowed: 0"),
     "kernel that cannot run": (("--backend", "triton"), "backend.*triton.* cannot run.*allowed"),
+    "n_ref without effect": (("--n-ref", "64"), "n-ref 64 has no effect.*allowed: quadratic"),
+    "bias without effect": (
+        ("--attention", "global", "--relative-bias", "rotary"),
+        "relative-bias rotary has no effect.*allowed",
+    ),
+    "shared and adaptive softmax": (
+        ("--share-decoder-input-output-embed", "--adaptive-softmax-cutoff", "50,100"),
+        "share-decoder-input-output-embed .*allowed: --tie-adaptive-weights",
+    ),
+    "cutoffs without adaptive input": (("--adaptive-input-cutoff", "50"), "needs --adaptive-input"),
+    "tied projections alone": (("--tie-adaptive-proj",), "tie-adaptive-weights .* needs --adaptive-input"),
+    "adaptive factor 0": (
+        ("--adaptive-input", "--adaptive-input-cutoff", "50", "--adaptive-input-factor", "0"),
+        "adaptive-input-factor 0.* allowed: 1 or more",
+    ),
+    "adaptive dropout": (
+        ("--adaptive-softmax-cutoff", "50", "--adaptive-softmax-dropout", "1.5"),
+        "adaptive-softmax-dropout 1.5.* allowed: 0 to below 1",
+    ),
     "tied and adaptive": (
         ("--adaptive-input", "--adaptive-input-cutoff", "50", "--share-decoder-input-output-embed"),
         "share-decoder-input-output-embed .*allowed: --tie-adaptive-weights",
@@ -114,9 +131,6 @@ def first_words(data_bin) -> dict[str, list[str]]:
     """The sentences of the test split by number."""
     lines = (data_bin.parent / "test").read_text().splitlines()
     return {str(number): line.split() for number, line in enumerate(lines)}
-
-
-# --- new processes -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -211,9 +225,6 @@ def test_a_failing_tool_exits_with_an_error(data_bin, tmp_path):
     assert "chunk_size=0 is not allowed; allowed: 1 or more" in done.stdout.splitlines()[-1]
 
 
-# --- evaluation ----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("window", [0, 8])
 def test_eval_lm_prints_the_loss_of_the_parallel_pass(checkpoint, data_bin, window):
     length = 32
@@ -253,9 +264,6 @@ def test_score_reference_scores_every_sentence_as_the_model_does(checkpoint, dat
     output = generate(data_bin, checkpoint, "--score-reference", "--batch-size", 5)
     model, task = load(checkpoint, data_bin)
     assert assert_scores_are_the_models([model], task.source_dictionary, output) == 12
-
-
-# --- generation ----------------------------------------------------------------------------------------
 
 
 def test_greedy_generation_takes_the_likeliest_word_of_the_parallel_pass(checkpoint, data_bin):
@@ -354,9 +362,8 @@ def test_a_blank_line_in_the_data_is_a_prompt_too(checkpoint, data_bin, tmp_path
 
 
 def test_no_sentence_is_lost_whatever_the_size_of_the_last_batch(checkpoint, data_bin):
-    arguments = [word for word in SENTENCES if word not in EVERY]
     output = tools.call(
-        *("generate", data_bin, *evaluation(checkpoint), *arguments, "--batch-size", 5, "--beam", 1),
+        *("generate", data_bin, *evaluation(checkpoint), *SENTENCES, "--batch-size", 5, "--beam", 1),
         *("--prefix-size", 3, "--max-len-b", 9),
     )
     assert sorted(tools.rows(output, "H"), key=int) == [str(number) for number in range(12)]
@@ -393,9 +400,6 @@ def test_the_mean_of_two_checkpoints_is_a_checkpoint(data_bin, tmp_path, attenti
     model, _ = load(tmp_path / "mean.pt", data_bin)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, mean[name]), name
-
-
-# --- training ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", RESUMABLE)
@@ -477,9 +481,6 @@ def test_what_was_trained_with_an_option_evaluates_and_generates(data_bin, tmp_p
         assert assert_scores_are_the_models([model], task.source_dictionary, output) == 12
 
 
-# --- mistakes ------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def kept(checkpoint, tmp_path):
     """A folder with an earlier checkpoint, which no mistake may touch."""
@@ -500,6 +501,11 @@ def test_an_option_that_is_not_allowed_is_named_before_anything_is_trained(data_
     arguments, message = BAD_OPTIONS[name]
     with pytest.raises(ValueError, match=message):
         tools.train(data_bin, kept, *arguments, updates=9)
+
+
+def test_an_adaptive_softmax_under_another_criterion_is_refused_at_once(data_bin, tmp_path):
+    with pytest.raises(ValueError, match=r"adaptive-softmax-cutoff .*criterion; allowed: adaptive_loss"):
+        tools.train(data_bin, tmp_path, "--adaptive-softmax-cutoff", "50,100")
 
 
 @pytest.mark.parametrize("option", UNKNOWN_CHOICES)

@@ -94,6 +94,14 @@ def build_block(cfg: FlashConfig, *, causal: bool, n_ref: int) -> GatedAttention
     Raises:
         ValueError: an option has a value that is not allowed.
     """
+    if cfg.n_ref is not None and cfg.attention != "quadratic":
+        raise ValueError(
+            f"--n-ref {cfg.n_ref} has no effect with --attention {cfg.attention}; allowed: quadratic"
+        )
+    if cfg.relative_bias is not None and cfg.attention == "global":
+        raise ValueError(
+            f"--relative-bias {cfg.relative_bias} has no effect with --attention global; allowed: none"
+        )
     if cfg.attention_dropout != 0:
         raise ValueError(
             f"--attention-dropout {cfg.attention_dropout} is not allowed: the rows of squared-ReLU "

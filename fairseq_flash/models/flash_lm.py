@@ -149,6 +149,10 @@ class FlashDecoder(FairseqIncrementalDecoder):
     ) -> torch.Tensor:
         """Probabilities of the next token, in float32 or wider (fairseq's own narrows float64)."""
         if self.adaptive_softmax is not None:
+            if self.training:
+                raise ValueError(
+                    "--adaptive-softmax-cutoff cannot train with this --criterion; allowed: adaptive_loss"
+                )
             return super().get_normalized_probs(net_output, log_probs, sample)
         logits = net_output[0]
         function = torch.log_softmax if log_probs else torch.softmax
@@ -230,14 +234,8 @@ def _resolve_n_ref(cfg: FlashLanguageModelConfig, task: Any) -> int:
 def _build_embedding(cfg: FlashLanguageModelConfig, dictionary: Dictionary) -> nn.Module:
     if cfg.embed_dim < 1 or cfg.embed_dim % 2:
         raise ValueError(f"--embed-dim {cfg.embed_dim} is not allowed; allowed: even numbers from 2 on")
-    if cfg.tie_adaptive_weights or cfg.tie_adaptive_proj:
-        _check_tied(cfg)
+    _check_adaptive(cfg)
     if cfg.adaptive_input:
-        if cfg.share_decoder_input_output_embed:
-            raise ValueError(
-                "--share-decoder-input-output-embed is not allowed with --adaptive-input; allowed: "
-                "--tie-adaptive-weights"
-            )
         cutoffs = parse_cutoffs("adaptive_input_cutoff", cfg.adaptive_input_cutoff, len(dictionary))
         return AdaptiveInput(
             len(dictionary),
@@ -253,13 +251,29 @@ def _build_embedding(cfg: FlashLanguageModelConfig, dictionary: Dictionary) -> n
     return embedding
 
 
-def _check_tied(cfg: FlashLanguageModelConfig) -> None:
+def _check_adaptive(cfg: FlashLanguageModelConfig) -> None:
+    """Refuses what would be ignored, or would fail only during training."""
+    tied = cfg.tie_adaptive_weights or cfg.tie_adaptive_proj
     inputs = (cfg.adaptive_input_cutoff, cfg.adaptive_input_factor)
     outputs = (cfg.adaptive_softmax_cutoff, cfg.adaptive_softmax_factor)
-    if not cfg.adaptive_input or inputs != outputs:
+    if tied and not (cfg.tie_adaptive_weights and cfg.adaptive_input and inputs == outputs):
         raise ValueError(
-            "--tie-adaptive-weights and --tie-adaptive-proj need --adaptive-input with the cutoffs and "
-            f"factor of the adaptive softmax; got {inputs} and {outputs}"
+            "--tie-adaptive-weights (without which --tie-adaptive-proj has no effect) needs --adaptive-input "
+            f"with the cutoffs and factor of the adaptive softmax; got {inputs} and {outputs}"
+        )
+    if cfg.share_decoder_input_output_embed and (cfg.adaptive_input or cfg.adaptive_softmax_cutoff):
+        raise ValueError(
+            "--share-decoder-input-output-embed is not allowed with adaptive input or softmax; allowed: "
+            "--tie-adaptive-weights"
+        )
+    if cfg.adaptive_input_cutoff and not cfg.adaptive_input:
+        raise ValueError(f"--adaptive-input-cutoff {cfg.adaptive_input_cutoff} needs --adaptive-input")
+    for name, factor in (("input", cfg.adaptive_input_factor), ("softmax", cfg.adaptive_softmax_factor)):
+        if factor < 1:
+            raise ValueError(f"--adaptive-{name}-factor {factor} is not allowed; allowed: 1 or more")
+    if not 0 <= cfg.adaptive_softmax_dropout < 1:
+        raise ValueError(
+            f"--adaptive-softmax-dropout {cfg.adaptive_softmax_dropout} is not allowed; allowed: 0 to below 1"
         )
 
 

@@ -127,6 +127,12 @@ class GatedAttentionUnit(nn.Module):
         # Read once here: the buffer may lie on a device.
         self._denominator = float(n_ref)
         if isinstance(self.bias, ToeplitzBias) and self.bias.limit != n_ref:
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                # Wrapped for several processes, the old table would go on being the one that is averaged.
+                raise ValueError(
+                    f"the table of relative_bias='toeplitz' ends at {self.bias.limit}, the checkpoint's at "
+                    f"{n_ref}; allowed in several processes: n_ref={n_ref}"
+                )
             self.bias = ToeplitzBias(n_ref).to(self.bias.table)
 
     def empty_state(self, like: torch.Tensor) -> LayerState:
@@ -211,9 +217,8 @@ class GatedAttentionUnit(nn.Module):
             if self.bias is not None:
                 slot = (state.position % self.chunk_size).unsqueeze(1)
                 bias = self.bias(slot, torch.arange(self.chunk_size, device=v.device))
-            return mixed_chunk_step(
-                q_quad, k_quad, q_lin, k_lin, v, bias, linear_norm=self.linear_norm, state=state
-            )
+            options = dict(linear_norm=self.linear_norm, state=state, backend=self.backend)
+            return mixed_chunk_step(q_quad, k_quad, q_lin, k_lin, v, bias, **options)
         length = self.chunk_size if state is not None else min(self.chunk_size, v.shape[1])
         return mixed_chunk_attention(
             q_quad,

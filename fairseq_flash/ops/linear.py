@@ -20,7 +20,8 @@ def chunk_summaries(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         v: Values, ``(b, g, c, e)``; padding positions already zero.
 
     Returns:
-        ``(b, g, s, e)`` in float32, or float64 if the input is.
+        ``(b, g, s, e)`` in float32, or float64 if the input is. For bfloat16 each chunk's summary is rounded
+        to bfloat16 once, the sums over chunks never.
     """
     compute = torch.float32 if v.dtype == torch.float16 else v.dtype
     kv = torch.einsum("bgjs,bgje->bgse", k.to(compute), v.to(compute))

@@ -145,6 +145,7 @@ def mixed_chunk_step(
     *,
     linear_norm: str,
     state: ChunkState,
+    backend: str = "auto",
 ) -> tuple[torch.Tensor, ChunkState]:
     """One token of causal :func:`mixed_chunk_attention`: the same work at every position.
 
@@ -160,15 +161,17 @@ def mixed_chunk_step(
         bias: Bias of this token's slot towards every slot, ``(b, 1, c)``.
         linear_norm: ``"chunk"`` or ``"mean"``.
         state: What came before.
+        backend: ``"auto"`` or ``"reference"``.
 
     Returns:
         ``(b, 1, e)`` and the state after the token.
 
     Raises:
-        ValueError: ``linear_norm`` is unknown.
+        ValueError: ``linear_norm`` is unknown, or the backend cannot run.
 
     Source: Hua et al. 2022, section 3.2; the ring is ours.
     """
+    check_backend(backend)
     if torch.is_grad_enabled():
         state = ChunkState(*(None if x is None else x.clone() for x in state))
     c = state.v.shape[1]
