@@ -1,7 +1,8 @@
 """Makes fairseq's checkpoints whole again after a kill.
 
 fairseq writes a new checkpoint aside and renames it, which a kill cannot harm; but ``checkpoint_best.pt`` and
-``checkpoint_last.pt`` are then plain copies, which a kill can cut short, and training would not resume.
+``checkpoint_last.pt`` are then plain copies, which a kill can cut short, and training would not resume. The
+plug-in makes these copies atomic too; what was written without it is mended here.
 """
 
 import os

@@ -1,7 +1,6 @@
 """Proves that the benchmark times only what is right, goes on where it ended, and draws what it wrote."""
 
 import csv
-import importlib.util
 
 import pytest
 import tools
@@ -26,11 +25,7 @@ QUICK = (
 @pytest.fixture(scope="module")
 def benchmark():
     """The script as a module."""
-    path = tools.REPOSITORY / "scripts" / "benchmark_generation.py"
-    spec = importlib.util.spec_from_file_location("benchmark_generation", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return tools.load_script("benchmark_generation")
 
 
 def rows_of(path):

@@ -1,6 +1,5 @@
 """Proves that generate.py streams the text of fairseq-generate, and reads a long context only once."""
 
-import importlib.util
 import io
 import re
 import shutil
@@ -21,10 +20,7 @@ SCRIPT = tools.REPOSITORY / "scripts" / "generate.py"
 @pytest.fixture(scope="module")
 def generate():
     """The script as a module."""
-    spec = importlib.util.spec_from_file_location("generate_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return tools.load_script("generate")
 
 
 def perturbed(path, seed):
@@ -249,19 +245,14 @@ def test_a_prompt_is_split_as_the_data_was(generate, tmp_path):
     assert generate.encode("", dictionary, tmp_path / "m.model") == []
 
 
+def endless(checkpoint, data_bin):
+    """The command that writes until it is stopped."""
+    options = ("--data", data_bin, "--cpu", "--prompt", "the", "--stop", "never")
+    return [sys.executable, SCRIPT, checkpoint, *options]
+
+
 def test_an_interrupt_ends_it_without_a_traceback(checkpoint, data_bin):
-    words = [
-        sys.executable,
-        SCRIPT,
-        checkpoint,
-        "--data",
-        data_bin,
-        "--cpu",
-        "--prompt",
-        "the",
-        "--stop",
-        "never",
-    ]
+    words = endless(checkpoint, data_bin)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen([*map(str, words), "--tokens", "1000000"], **pipes)
     assert process.stdout.read(20)
@@ -272,18 +263,7 @@ def test_an_interrupt_ends_it_without_a_traceback(checkpoint, data_bin):
 
 
 def test_a_reader_that_goes_away_ends_it_quietly(checkpoint, data_bin):
-    words = [
-        sys.executable,
-        SCRIPT,
-        checkpoint,
-        "--data",
-        data_bin,
-        "--cpu",
-        "--prompt",
-        "the",
-        "--stop",
-        "never",
-    ]
+    words = endless(checkpoint, data_bin)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen([*map(str, words), "--tokens", "1000000"], **pipes)
     assert process.stdout.read(20)

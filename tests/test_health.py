@@ -1,12 +1,9 @@
 """Proves that the default start keeps every branch and every parameter in the band of the contract."""
 
-import importlib.util
-import pathlib
-
 import pytest
+import tools
 import torch
 
-SCRIPT = pathlib.Path(__file__).parents[1] / "scripts" / "health.py"
 DEPTHS = {"flash_lm": 12, "flash_lm_tiny": 8, "flash_lm_gpt": 24, "flash_lm_big": 24}
 TIED = ["--share-decoder-input-output-embed"]
 SLOW = ("flash_lm_gpt", "flash_lm_big")
@@ -14,10 +11,7 @@ SLOW = ("flash_lm_gpt", "flash_lm_big")
 
 @pytest.fixture(scope="module")
 def health():
-    spec = importlib.util.spec_from_file_location("health", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return tools.load_script("health")
 
 
 def measure(health, *options):

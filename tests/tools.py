@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import importlib.util
 import io
 import json
 import logging
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 from pydoc_data.topics import topics
+from types import ModuleType
 from unittest import mock
 
 from fairseq import checkpoint_utils
@@ -32,6 +34,15 @@ def real_lines() -> list[str]:
     """Lines of the documentation that comes with Python, as lower-case words and signs."""
     lines = (re.findall(r"\w+|[^\w\s]", line.lower()) for line in "\n".join(topics.values()).splitlines())
     return [" ".join(words) for words in lines if 4 <= len(words) <= 24]
+
+
+def load_script(name: str) -> ModuleType:
+    """``scripts/<name>.py`` as a module."""
+    path = REPOSITORY / "scripts" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"{name}_script", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def write_texts(folder: Path, **splits: list[str]) -> None:
