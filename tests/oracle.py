@@ -109,7 +109,15 @@ def quadratic_attention(q, k, v, bias: Bias | None, causal: bool, denominator: f
 
 
 def mixed_chunk_attention(
-    q_quad, k_quad, q_lin, k_lin, v, bias: Bias | None, causal: bool, chunk_size: int, linear_norm: str,
+    q_quad,
+    k_quad,
+    q_lin,
+    k_lin,
+    v,
+    bias: Bias | None,
+    causal: bool,
+    chunk_size: int,
+    linear_norm: str,
     branch: str = "both",
 ) -> torch.Tensor:
     """out_i = local_i + global_i, or one of the two ("local", "global"); C(i) = i // c is the chunk of i.
@@ -184,8 +192,15 @@ def _bias(kind: str | None, parameters: dict) -> Bias | None:
 
 
 def gated_attention_unit(
-    x, parameters: dict, *, attention: str, causal: bool, chunk_size: int | None = None,
-    linear_norm: str = "chunk", norm: str = "scale_norm", denominator: float | None = None,
+    x,
+    parameters: dict,
+    *,
+    attention: str,
+    causal: bool,
+    chunk_size: int | None = None,
+    linear_norm: str = "chunk",
+    norm: str = "scale_norm",
+    denominator: float | None = None,
     bias: str | None = "toeplitz",
 ) -> torch.Tensor:
     """y = x + W_o (u * attention(q, k, v)) + b_o;  u, v, z = split(silu(W norm(x) + b), [e, e, s]).
@@ -233,17 +248,120 @@ def gated_attention_unit(
     return _rows(y, x.shape[1])
 
 
-def stack(tokens, parameters: dict, *, norm: str = "scale_norm", **options) -> torch.Tensor:
-    """logits_i = W norm(x_i), x = GAU_L(... GAU_1(embedding[token_i] + scaled_sin(i))).
+def _softmax_average(scores: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """sum_j exp(s_j) v_j / sum_j exp(s_j)."""
+    highest = max(score.item() for score in scores)
+    weights = [torch.exp(score - highest) for score in scores]
+    return sum(weight * value for weight, value in zip(weights, values, strict=True)) / sum(weights)
 
-    tokens (n,) -> (n, words). parameters: `embedding` (words, d), `alpha` (scalar), `layers` (a list of
-    gated_attention_unit's parameters), `norm` (the final norm's arguments), `output_weight` (words, d).
+
+def softmax_head(
+    q, k, q_lin, k_lin, v, attention: str, chunk_size: int | None, linear_norm: str
+) -> torch.Tensor:
+    """One causal head of a Transformer: out_i = near_i + far_i; C(i) = i // c is the chunk of i.
+
+    near_i = softmax over j <= i ("quadratic"), or j <= i with C(j) = C(i) ("mixed_chunk", "local"), of
+             q_i . k_j / sqrt(r), times v_j; absent for "global"
+    far_i  = sum over j with C(j) < C(i) of (q_lin_i . k_lin_j) v_j / divisor ("mixed_chunk", "global")
+    divisor as in mixed_chunk_attention. q, k, v (n, r) -> (n, r).
+    """
+    out = []
+    for i in range(len(v)):
+        out_i = torch.zeros(v.shape[1], dtype=torch.float64)
+        if attention != "global":
+            seen = [j for j in range(i + 1) if attention == "quadratic" or j // chunk_size == i // chunk_size]
+            scores = [torch.dot(q[i], k[j]) / math.sqrt(q.shape[1]) for j in seen]
+            out_i = out_i + _softmax_average(scores, [v[j] for j in seen])
+        if attention in ("mixed_chunk", "global"):
+            earlier = [j for j in range(i) if j // chunk_size < i // chunk_size]
+            divisor = chunk_size if linear_norm == "chunk" else max(1, len(earlier))
+            for j in earlier:
+                out_i = out_i + torch.dot(q_lin[i], k_lin[j]) / divisor * v[j]
+        out.append(out_i)
+    return _rows(out, v.shape[1])
+
+
+def transformer_block(
+    x,
+    parameters: dict,
+    *,
+    attention: str,
+    head_dim: int,
+    chunk_size: int | None = None,
+    linear_norm: str = "chunk",
+    norm: str = "layer_norm",
+    glu: bool = False,
+) -> torch.Tensor:
+    """x' = x + W_o heads(norm(x));  y = x' + W_2 f(W_1 norm'(x')), causal. x (n, d) -> (n, d).
+
+    q, k, v = split(W norm(x) + b, 3); head h holds the numbers h r to (h + 1) r - 1 of each, q and k rotated.
+    q_lin, k_lin are rotary(gamma * q + beta), head by head. f is relu, or with `glu`, silu(first half) *
+    second half.
+
+    parameters: `norm`, `ffn_norm` (the norms' arguments), `qkv_weight` (3d, d), `qkv_bias`, `out_weight`
+    (d, d), `out_bias`, `ffn_in_weight` (f or 2f, d), `ffn_in_bias`, `ffn_out_weight` (d, f), `ffn_out_bias`;
+    for the linear branch `q_gamma`, `q_beta`, `k_gamma`, `k_beta` (d,).
+    """
+    x = _float64(x)
+    p = {name: value if isinstance(value, dict) else _float64(value) for name, value in parameters.items()}
+    d, r = x.shape[1], head_dim
+    q, k, v = [], [], []
+    for x_i in x:
+        qkv = _dense(p["qkv_weight"], NORMS[norm](x_i, **p["norm"])) + p["qkv_bias"]
+        q.append(qkv[:d])
+        k.append(qkv[d : 2 * d])
+        v.append(qkv[2 * d :])
+    heads = []
+    for begin in range(0, d, r):
+        own = slice(begin, begin + r)
+        q_lin = k_lin = None
+        if attention in ("mixed_chunk", "global"):
+            q_lin = _rows(
+                [rotary(p["q_gamma"][own] * q[i][own] + p["q_beta"][own], i) for i in range(len(x))], r
+            )
+            k_lin = _rows(
+                [rotary(p["k_gamma"][own] * k[i][own] + p["k_beta"][own], i) for i in range(len(x))], r
+            )
+        near_q = _rows([rotary(q[i][own], i) for i in range(len(x))], r)
+        near_k = _rows([rotary(k[i][own], i) for i in range(len(x))], r)
+        own_v = _rows([v_i[own] for v_i in v], r)
+        heads.append(softmax_head(near_q, near_k, q_lin, k_lin, own_v, attention, chunk_size, linear_norm))
+    y = []
+    for i in range(len(x)):
+        x_i = x[i] + _dense(p["out_weight"], torch.cat([head[i] for head in heads])) + p["out_bias"]
+        hidden = _dense(p["ffn_in_weight"], NORMS[norm](x_i, **p["ffn_norm"])) + p["ffn_in_bias"]
+        if glu:
+            half = len(hidden) // 2
+            hidden = silu(hidden[:half]) * hidden[half:]
+        else:
+            hidden = torch.stack([value if value > 0 else 0 * value for value in hidden])
+        y.append(x_i + _dense(p["ffn_out_weight"], hidden) + p["ffn_out_bias"])
+    return _rows(y, d)
+
+
+BLOCKS = {"gau": gated_attention_unit, "transformer": transformer_block}
+
+
+def stack(
+    tokens,
+    parameters: dict,
+    *,
+    norm: str = "scale_norm",
+    block: str = "gau",
+    embed_scale: float = 1.0,
+    **options,
+) -> torch.Tensor:
+    """logits_i = W norm(x_i), x = block_L(... block_1(embed_scale * embedding[token_i] + scaled_sin(i))).
+
+    tokens (n,) -> (n, words). parameters: `embedding` (words, d), `alpha` (scalar), `layers` (a list of the
+    block's parameters), `norm` (the final norm's arguments), `output_weight` (words, d).
     `norm` and `options` go to every layer.
     """
     embedding, output_weight = _float64(parameters["embedding"]), _float64(parameters["output_weight"])
     d, alpha = embedding.shape[1], parameters["alpha"]
-    x = _rows([embedding[int(token)] + scaled_sin(i, d, alpha) for i, token in enumerate(tokens)], d)
+    x = [embed_scale * embedding[int(t)] + scaled_sin(i, d, alpha) for i, t in enumerate(tokens)]
+    x = _rows(x, d)
     for layer in parameters["layers"]:
-        x = gated_attention_unit(x, layer, norm=norm, **options)
+        x = BLOCKS[block](x, layer, norm=norm, **options)
     logits = [_dense(output_weight, NORMS[norm](x_i, **parameters["norm"])) for x_i in x]
     return _rows(logits, len(output_weight))

@@ -1,4 +1,4 @@
-"""Proves the contract of flash_lm from outside: fairseq parses, builds, calls and decodes; float64.
+"""Proves the contract of flash_lm and its systems from outside: fairseq builds, calls, decodes; float64.
 
 Every weight is drawn large, so that each branch, bias and norm matters. Tolerances are multiples of the
 machine epsilon, relative to the largest value; the largest errors measured were 22 epsilon for logits, 82
@@ -27,6 +27,7 @@ SIZES = (
     *("--embed-dim", "8", "--layers", str(LAYERS), "--attention-dim", "6", "--expansion-factor", "2"),
     *("--chunk-size", str(CHUNK), "--dropout", "0.1", "--tokens-per-sample", "32"),
 )
+TRANSFORMER = ("--block", "transformer", "--attention-dim", "4")
 KINDS = {
     "mixed_chunk": ("--linear-norm", "chunk", "--scaled-sin"),
     "mixed_chunk mean": ("--linear-norm", "mean"),
@@ -40,6 +41,18 @@ KINDS = {
     "quadratic": ("--attention", "quadratic", "--scaled-sin"),
     "quadratic toeplitz": ("--attention", "quadratic", "--relative-bias", "toeplitz"),
     "quadratic n_ref": ("--attention", "quadratic", "--n-ref", "7"),
+    "transformer": (*TRANSFORMER, "--attention", "quadratic"),
+    "transformer glu": (
+        *(*TRANSFORMER, "--attention", "quadratic", "--glu"),
+        *("--norm", "rmsnorm", "--scaled-sin"),
+    ),
+    "transformer mixed_chunk": (*TRANSFORMER, "--attention", "mixed_chunk", "--glu", "--linear-norm", "mean"),
+    "transformer mixed_chunk chunk": (
+        *(*TRANSFORMER, "--attention", "mixed_chunk", "--linear-norm", "chunk"),
+        *("--norm", "scalenorm", "--ffn-embed-dim", "10"),
+    ),
+    "transformer local": (*TRANSFORMER, "--attention", "local"),
+    "transformer global": (*TRANSFORMER, "--attention", "global", "--linear-norm", "mean", "--glu"),
 }
 #: One token, less than a chunk, a chunk, several with and without a rest.
 LENGTHS = (1, 3, 4, 7, 13, 16)
@@ -121,24 +134,11 @@ def oracle_parameters(model, parameters: dict | None = None) -> dict:
     stack = {name.removeprefix("decoder.stack."): weight for name, weight in weights.items()}
     layers = []
     for index in range(LAYERS):
-        own = {
-            n.removeprefix(f"blocks.{index}."): w
-            for n, w in stack.items()
-            if n.startswith(f"blocks.{index}.")
-        }
-        bias = {name: own[f"bias.{name}"] for name in ("table", "a", "b") if f"bias.{name}" in own}
-        layers.append(
-            dict(
-                norm=norm_parameters(own, "norm"),
-                uvz_weight=own["uvz.weight"],
-                uvz_bias=own["uvz.bias"],
-                gamma=own["offset_scale.gamma"],
-                beta=own["offset_scale.beta"],
-                out_weight=own["out.weight"],
-                out_bias=own["out.bias"],
-                **bias,
-            )
-        )
+        begin = f"blocks.{index}."
+        own = {name.removeprefix(begin): w for name, w in stack.items() if name.startswith(begin)}
+        layers.append(dict(layer_parameters(own), norm=norm_parameters(own, "norm")))
+        if "ffn_in.weight" in own:
+            layers[-1]["ffn_norm"] = norm_parameters(own, "ffn_norm")
     return dict(
         embedding=stack["embed_tokens.weight"],
         alpha=stack.get("embed_positions.alpha", 0.0),
@@ -148,6 +148,20 @@ def oracle_parameters(model, parameters: dict | None = None) -> dict:
     )
 
 
+def layer_parameters(weights: dict) -> dict:
+    """A layer's parameters but for its norms."""
+    found = {}
+    for name, weight in weights.items():
+        module, _, part = name.rpartition(".")
+        if module in ("offset_scale", "bias"):
+            found[part] = weight
+        elif module in ("q_scale", "k_scale"):
+            found[f"{module[0]}_{part}"] = weight[0]
+        elif "norm" not in module:
+            found[f"{module}_{part}"] = weight
+    return found
+
+
 def norm_parameters(weights: dict, name: str) -> dict:
     if f"{name}.scale" in weights:
         return dict(g=weights[f"{name}.scale"], eps=1e-5)
@@ -155,24 +169,26 @@ def norm_parameters(weights: dict, name: str) -> dict:
     return dict(found, eps=1e-5)
 
 
+def attention_of(kind: str) -> str:
+    words = KINDS[kind]
+    return words[words.index("--attention") + 1] if "--attention" in words else "mixed_chunk"
+
+
 def expected_logits(model, tokens: torch.Tensor, kind: str) -> torch.Tensor:
     """What the oracle says of one row, (n, words), by the options in ``KINDS[kind]``."""
-    words = [word for word in KINDS[kind] if word != "--scaled-sin"]
+    words = [word for word in KINDS[kind] if word not in ("--scaled-sin", "--glu")]
     chosen = dict(zip(words[::2], words[1::2], strict=True))
-    attention = chosen.get("--attention", "mixed_chunk")
-    default = "rotary" if attention == "quadratic" else "toeplitz"
+    attention = attention_of(kind)
     norm = {"scalenorm": "scale_norm", "rmsnorm": "rms_norm"}.get(chosen.get("--norm"), "layer_norm")
-    return oracle.stack(
-        tokens,
-        oracle_parameters(model),
-        norm=norm,
-        attention=attention,
-        causal=True,
-        chunk_size=CHUNK,
-        linear_norm=chosen.get("--linear-norm", "chunk"),
-        denominator=int(chosen.get("--n-ref", 32)),
-        bias=None if attention == "global" else chosen.get("--relative-bias", default),
-    )
+    options = dict(norm=norm, attention=attention, chunk_size=CHUNK)
+    options["linear_norm"] = chosen.get("--linear-norm", "chunk")
+    if "--block" in chosen:
+        options.update(block="transformer", head_dim=4, glu="--glu" in KINDS[kind], embed_scale=8**0.5)
+    else:
+        default = "rotary" if attention == "quadratic" else "toeplitz"
+        bias = None if attention == "global" else chosen.get("--relative-bias", default)
+        options.update(causal=True, denominator=int(chosen.get("--n-ref", 32)), bias=bias)
+    return oracle.stack(tokens, oracle_parameters(model), **options)
 
 
 @pytest.mark.parametrize("length", [1, 3, 13])
@@ -214,7 +230,7 @@ def test_a_token_sees_its_own_chunk_and_earlier_ones_as_its_attention_says(model
     changed[:, 4] = (changed[:, 4] - 3) % 16 + 4
     with torch.no_grad():
         seen = (logits(model, changed) != logits(model, tokens)).any(dim=2)[0].tolist()
-    own, later = (kind.split()[0] != "global"), (kind.split()[0] != "local")
+    own, later = attention_of(kind) != "global", attention_of(kind) != "local"
     assert seen == [False] * 4 + [True] + [own] * 3 + [later] * 5
 
 
@@ -383,20 +399,16 @@ def tensors(state) -> list[torch.Tensor]:
 
 def test_the_state_has_the_size_of_the_paper_at_every_position(model, kind):
     tokens, d, c = draw(2, 40), 8, CHUNK
-    s, e = 6, 2 * d
+    s, e, copies = (4, 4, 2) if kind.startswith("transformer") else (6, 2 * d, 1)
     quad, lin = c * s, c * s + s * e
-    per_layer = {"mixed_chunk": quad + lin, "local": quad, "global": lin}.get(kind.split()[0])
-    if per_layer is None:
-        tokens = tokens[:, :30]
-    sizes = []
-    state = {}
+    per_head = {"mixed_chunk": quad + lin, "local": quad, "global": lin}.get(attention_of(kind))
+    if per_head is None:
+        pytest.skip("keys and values of every token")
+    sizes, state = [], {}
     for end in range(1, tokens.shape[1] + 1):
         decode(model, tokens, [end], state)
         sizes.append(sum(tensor.numel() for tensor in tensors(state)))
-    if per_layer is None:
-        assert sizes == sorted(set(sizes)), "keys and values of every token"
-    else:
-        assert set(sizes) == {2 * LAYERS * (per_layer + c * e + 1)}
+    assert set(sizes) == {2 * LAYERS * (copies * (per_head + c * e) + 1)}
 
 
 def test_there_is_no_maximum_length(model, kind):

@@ -6,6 +6,7 @@ from typing import Any, Optional
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
+from torch import nn
 
 from fairseq_flash.modules import (
     ATTENTIONS,
@@ -15,9 +16,12 @@ from fairseq_flash.modules import (
     NORMS,
     RELATIVE_BIASES,
     GatedAttentionUnit,
+    TransformerBlock,
 )
 
-__all__ = ["FlashConfig", "build_block", "fill_preset", "parse_cutoffs"]
+__all__ = ["BLOCKS", "FlashConfig", "build_block", "fill_preset", "parse_cutoffs"]
+
+BLOCKS = ("gau", "transformer")
 
 
 @dataclass
@@ -25,12 +29,32 @@ class FlashConfig(FairseqDataclass):
     """Sizes and choices of a FLASH stack; one field an option, ``embed_dim`` for ``--embed-dim``."""
 
     embed_dim: int = field(default=512, metadata={"help": "model dimension d, even"})
-    layers: int = field(default=12, metadata={"help": "gated attention units; two for a Transformer layer"})
-    expansion_factor: int = field(default=2, metadata={"help": "expanded dimension e as a multiple of d"})
-    attention_dim: int = field(default=128, metadata={"help": "dimension s of the single head, even"})
+    block: ChoiceEnum(list(BLOCKS)) = field(
+        default="gau", metadata={"help": "gated attention units, or Transformer layers to compare them with"}
+    )
+    layers: int = field(default=12, metadata={"help": "blocks; two units stand for a Transformer layer"})
+    expansion_factor: int = field(
+        default=2, metadata={"help": "expanded dimension e of --block gau as a multiple of d"}
+    )
+    attention_dim: int = field(
+        default=128, metadata={"help": "dimension s of the single head, even; of each head of a transformer"}
+    )
+    ffn_embed_dim: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "width of the feed-forward network of --block transformer; default: 4 d, with --glu "
+            "8 d / 3"
+        },
+    )
+    glu: bool = field(
+        default=False, metadata={"help": "gated feed-forward network of --block transformer (Transformer++)"}
+    )
     attention: ChoiceEnum(list(ATTENTIONS)) = field(
         default="mixed_chunk",
-        metadata={"help": "mixed_chunk is FLASH, quadratic FLASH-Quad; local, global: one branch of FLASH"},
+        metadata={
+            "help": "mixed_chunk is FLASH, quadratic FLASH-Quad; local, global: one branch of FLASH; with "
+            "--block transformer, softmax takes the place of squared ReLU"
+        },
     )
     chunk_size: int = field(default=256, metadata={"help": "tokens c that attend to each other directly"})
     linear_norm: ChoiceEnum(list(LINEAR_NORMS)) = field(
@@ -65,7 +89,7 @@ class FlashConfig(FairseqDataclass):
     )
     attention_dropout: float = field(
         default=0.0,
-        metadata={"help": "not available: the rows of squared-ReLU attention are not normalised; only 0"},
+        metadata={"help": "for the softmax of --block transformer alone: other rows are not normalised"},
     )
     checkpoint_activations: bool = field(
         default=False, metadata={"help": "recompute each layer in the backward pass to save memory"}
@@ -80,13 +104,13 @@ class FlashConfig(FairseqDataclass):
     )
 
 
-def build_block(cfg: FlashConfig, *, causal: bool, n_ref: int) -> GatedAttentionUnit:
+def build_block(cfg: FlashConfig, *, causal: bool, n_ref: int) -> nn.Module:
     """One layer as the options ask for.
 
     Args:
         cfg: The options.
-        causal: Whether a token sees only tokens before it.
-        n_ref: Resolved length that causal quadratic scores are divided by.
+        causal: Whether a token sees only tokens before it; a Transformer layer is always causal.
+        n_ref: Resolved length that causal quadratic scores of a gated attention unit are divided by.
 
     Returns:
         The layer, with fairseq's activation checkpointing around it if asked for.
@@ -94,37 +118,57 @@ def build_block(cfg: FlashConfig, *, causal: bool, n_ref: int) -> GatedAttention
     Raises:
         ValueError: an option has a value that is not allowed.
     """
-    if cfg.n_ref is not None and cfg.attention != "quadratic":
-        raise ValueError(
-            f"--n-ref {cfg.n_ref} has no effect with --attention {cfg.attention}; allowed: quadratic"
-        )
-    if cfg.relative_bias is not None and cfg.attention == "global":
-        raise ValueError(
-            f"--relative-bias {cfg.relative_bias} has no effect with --attention global; allowed: none"
-        )
-    if cfg.attention_dropout != 0:
-        raise ValueError(
-            f"--attention-dropout {cfg.attention_dropout} is not allowed: the rows of squared-ReLU "
-            "attention are not normalised; allowed: 0"
-        )
-    block = GatedAttentionUnit(
-        cfg.embed_dim,
+    _refuse_ignored(cfg)
+    options = dict(
         attention=str(cfg.attention),
-        expansion_factor=cfg.expansion_factor,
         attention_dim=cfg.attention_dim,
         chunk_size=cfg.chunk_size,
-        causal=causal,
         linear_norm=str(cfg.linear_norm),
         norm=str(cfg.norm),
-        relative_bias=None if cfg.relative_bias is None else str(cfg.relative_bias),
-        n_ref=n_ref,
         init=str(cfg.init),
         dropout=cfg.dropout,
         backend=str(cfg.backend),
     )
+    if cfg.block == "transformer":
+        options.update(ffn_embed_dim=cfg.ffn_embed_dim, glu=cfg.glu, attention_dropout=cfg.attention_dropout)
+        block = TransformerBlock(cfg.embed_dim, **options)
+    else:
+        relative_bias = None if cfg.relative_bias is None else str(cfg.relative_bias)
+        options.update(expansion_factor=cfg.expansion_factor, relative_bias=relative_bias)
+        block = GatedAttentionUnit(cfg.embed_dim, causal=causal, n_ref=n_ref, **options)
     if cfg.checkpoint_activations or cfg.offload_activations:
         block = checkpoint_wrapper(block, offload_to_cpu=cfg.offload_activations)
     return block
+
+
+def _refuse_ignored(cfg: FlashConfig) -> None:
+    """Options that would have no effect; silence would make a comparison wrong."""
+    gau = cfg.block == "gau"
+    if cfg.n_ref is not None and not (gau and cfg.attention == "quadratic"):
+        raise ValueError(
+            f"--n-ref {cfg.n_ref} has no effect with --block {cfg.block} --attention {cfg.attention}; "
+            "allowed: --block gau --attention quadratic"
+        )
+    if cfg.relative_bias is not None and (not gau or cfg.attention == "global"):
+        raise ValueError(
+            f"--relative-bias {cfg.relative_bias} has no effect with --block {cfg.block} --attention "
+            f"{cfg.attention}; allowed: --block gau and any --attention but global"
+        )
+    if gau and cfg.attention_dropout != 0:
+        raise ValueError(
+            f"--attention-dropout {cfg.attention_dropout} is not allowed: the rows of squared-ReLU "
+            "attention are not normalised; allowed: 0"
+        )
+    if gau and (cfg.glu or cfg.ffn_embed_dim is not None):
+        raise ValueError(
+            f"--glu and --ffn-embed-dim {cfg.ffn_embed_dim} have no effect with --block gau, which has no "
+            "feed-forward network; allowed: --block transformer"
+        )
+    if not gau and cfg.expansion_factor != FlashConfig.expansion_factor:
+        raise ValueError(
+            f"--expansion-factor {cfg.expansion_factor} has no effect with --block transformer; allowed: "
+            "--ffn-embed-dim"
+        )
 
 
 def fill_preset(args: Any, config: type, preset: dict) -> None:

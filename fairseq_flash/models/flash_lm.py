@@ -15,6 +15,7 @@ from fairseq.modules import AdaptiveInput, AdaptiveSoftmax
 from torch import nn
 
 from fairseq_flash.models._config import FlashConfig, build_block, fill_preset, parse_cutoffs
+from fairseq_flash.models._systems import architectures
 from fairseq_flash.modules import DecodingState, RowMemory, Stack
 
 __all__ = ["FlashDecoder", "FlashLanguageModel", "FlashLanguageModelConfig"]
@@ -82,6 +83,7 @@ class FlashDecoder(FairseqIncrementalDecoder):
             attention_dim=cfg.attention_dim,
             norm=str(cfg.norm),
             scaled_sin=cfg.scaled_sin,
+            embed_scale=_embed_scale(cfg),
             dropout=cfg.dropout,
         )
         self.adaptive_softmax = self.output_projection = None
@@ -246,9 +248,15 @@ def _build_embedding(cfg: FlashLanguageModelConfig, dictionary: Dictionary) -> n
             cutoffs,
         )
     embedding = nn.Embedding(len(dictionary), cfg.embed_dim, padding_idx=dictionary.pad())
-    nn.init.normal_(embedding.weight, std=0.02)
+    std = 1 / _embed_scale(cfg) if cfg.block == "transformer" else 0.02
+    nn.init.normal_(embedding.weight, std=std)
     nn.init.zeros_(embedding.weight[dictionary.pad()])
     return embedding
+
+
+def _embed_scale(cfg: FlashLanguageModelConfig) -> float:
+    """As in transformer_lm; Transformer layers add about one to their input at the start."""
+    return cfg.embed_dim**0.5 if cfg.block == "transformer" else 1.0
 
 
 def _check_adaptive(cfg: FlashLanguageModelConfig) -> None:
@@ -291,12 +299,8 @@ def _build_adaptive_softmax(
     )
 
 
-#: Architectures beside the model's own defaults, which pair with fairseq's transformer_lm.
-PRESETS = {
-    "flash_lm_tiny": dict(embed_dim=256, layers=8, chunk_size=128),
-    "flash_lm_gpt": dict(embed_dim=768, layers=24),
-    "flash_lm_big": dict(embed_dim=1024, layers=24),
-}
+#: Architectures by name, each with its difference from the model's defaults.
+PRESETS = architectures()
 
 
 def _register(name: str, preset: dict) -> None:
@@ -306,4 +310,6 @@ def _register(name: str, preset: dict) -> None:
 
 
 for _name, _preset in PRESETS.items():
-    _register(_name, _preset)
+    # The model's own name is an architecture already, of the defaults.
+    if _name != "flash_lm":
+        _register(_name, _preset)

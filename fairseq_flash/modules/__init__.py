@@ -13,6 +13,7 @@ from fairseq_flash.modules.positions import (
 from fairseq_flash.modules.rows import Rows, align_rows, restore_rows
 from fairseq_flash.modules.stack import Stack
 from fairseq_flash.modules.state import DecodingState, LayerState, RowMemory
+from fairseq_flash.modules.transformer_block import TransformerBlock
 from fairseq_flash.ops import BACKENDS, LINEAR_NORMS
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "ScaledSin",
     "Stack",
     "ToeplitzBias",
+    "TransformerBlock",
     "align_rows",
     "build_norm",
     "build_relative_bias",

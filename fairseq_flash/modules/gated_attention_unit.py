@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Optional
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from fairseq_flash.modules.normalization import build_norm
 from fairseq_flash.modules.offset_scale import OffsetScale
-from fairseq_flash.modules.positions import TOEPLITZ_LIMIT, ToeplitzBias, build_relative_bias
+from fairseq_flash.modules.positions import TOEPLITZ_LIMIT, RotaryBias, ToeplitzBias, build_relative_bias
 from fairseq_flash.modules.rows import Rows, align_rows, restore_rows
 from fairseq_flash.modules.state import LayerState
 from fairseq_flash.ops import (
@@ -23,12 +24,12 @@ from fairseq_flash.ops import (
     quadratic_attention,
 )
 
-__all__ = ["ATTENTIONS", "INITS", "GatedAttentionUnit"]
+__all__ = ["ATTENTIONS", "INITS", "GatedAttentionUnit", "check_choice"]
 
 #: Attention kinds, each with the branches it computes.
 ATTENTIONS = {"mixed_chunk": ("quad", "lin"), "quadratic": ("quad",), "local": ("quad",), "global": ("lin",)}
 
-
+#: Starts of the weights: all branches and gradients of a like size, or the paper's N(0, 0.02).
 INITS = ("fan_in", "paper")
 
 
@@ -82,9 +83,9 @@ class GatedAttentionUnit(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        _check_choice("attention", attention, ATTENTIONS)
-        _check_choice("linear_norm", linear_norm, LINEAR_NORMS)
-        _check_choice("init", init, INITS)
+        check_choice("attention", attention, ATTENTIONS)
+        check_choice("linear_norm", linear_norm, LINEAR_NORMS)
+        check_choice("init", init, INITS)
         check_backend(backend)
         sizes = dict(
             embed_dim=embed_dim,
@@ -184,11 +185,11 @@ class GatedAttentionUnit(nn.Module):
             start = None if state is None else state.position
             x, rows = align_rows(x, padding_mask, start, self.attention_dim, x.dtype)
         u, v, z = self._uvz(x)
-        heads = apply_rotary(self.offset_scale(z), rows.cos, rows.sin)
+        copies = self.copies(z, rows)
         if self.attention == "quadratic":
-            out, state = self._quadratic(heads, v, rows, state)
+            out, state = self._quadratic(copies, v, rows, state)
         else:
-            out, state = self._chunked(heads, v, rows, state)
+            out, state = self._chunked(copies, v, rows, state)
         y = x + self.dropout(self.out(u * out))
         return (y if aligned else restore_rows(y, rows)), state
 
@@ -202,13 +203,19 @@ class GatedAttentionUnit(nn.Module):
                 nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
             if "lin" in self.branches:
                 nn.init.normal_(self.offset_scale.gamma[-2:], std=0.1)
+            if isinstance(self.bias, RotaryBias):
+                self.bias.start_near()
 
     def _uvz(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         sizes = [self.expanded_dim, self.expanded_dim, self.attention_dim]
         return nn.functional.silu(self.uvz(self.norm(x))).split(sizes, dim=-1)
 
-    def _chunked(self, heads, v, rows, state):
-        pairs = dict(zip(self.branches, heads.unflatten(0, (-1, 2)), strict=True))
+    def copies(self, z: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """Queries and keys of each branch, from the base ``(b, n, s)``: ``(h, b, n, s)``, rotated."""
+        return apply_rotary(self.offset_scale(z), rows.cos, rows.sin)
+
+    def _chunked(self, copies, v, rows, state):
+        pairs = dict(zip(self.branches, copies.unflatten(0, (-1, 2)), strict=True))
         q_quad, k_quad = pairs.get("quad", (None, None))
         q_lin, k_lin = pairs.get("lin", (None, None))
         # The step overwrites the state, which activation checkpointing needs again for the backward pass.
@@ -235,8 +242,8 @@ class GatedAttentionUnit(nn.Module):
             backend=self.backend,
         )
 
-    def _quadratic(self, heads, v, rows, state):
-        q, k = heads
+    def _quadratic(self, copies, v, rows, state):
+        q, k = copies
         if state is not None:
             return self._quadratic_continued(q, k, v, rows, state)
         denominator = self._denominator
@@ -261,15 +268,16 @@ class GatedAttentionUnit(nn.Module):
         if not self.causal:
             raise ValueError("state is given to a bidirectional layer; allowed: causal=True")
         state = state.extend(k, v, rows.positions, rows.padding_mask)
-        if self.bias.limit is not None and state.k.shape[1] > self.bias.limit:
+        k, v, key_positions = state.used()
+        if self.bias.limit is not None and k.shape[1] > self.bias.limit:
             # Columns count padding too; only the rows themselves must fit the table.
             self.bias.check_length(int(state.position.max()))
-        future = state.key_positions.unsqueeze(1) > rows.positions.unsqueeze(2)
-        bias = self.bias(rows.positions, state.key_positions).masked_fill(future, -torch.inf)
+        hidden = ~state.visible(rows.positions)
+        bias = self.bias(rows.positions, key_positions).masked_fill(hidden, -torch.inf)
         out = quadratic_attention(
             q.unsqueeze(1),
-            state.k.unsqueeze(1),
-            state.v.unsqueeze(1),
+            k.unsqueeze(1),
+            v.unsqueeze(1),
             bias.unsqueeze(1),
             causal=False,
             denominator=self._denominator,
@@ -287,6 +295,11 @@ class GatedAttentionUnit(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-def _check_choice(name: str, value: str, allowed) -> None:
+def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
+    """Refuses a ``value`` of the argument ``name`` that is not ``allowed``.
+
+    Raises:
+        ValueError: it is not.
+    """
     if value not in allowed:
         raise ValueError(f"{name}={value!r} is unknown; allowed: {', '.join(allowed)}")

@@ -106,6 +106,14 @@ class RotaryBias(nn.Module):
         self.a = nn.Parameter(torch.empty(dim).normal_(std=0.02))
         self.b = nn.Parameter(torch.empty(dim).normal_(std=0.02))
 
+    def start_near(self, height: float = 0.03) -> None:
+        """Starts as a smooth hill: ``height`` at distance 0, falling with the distance's logarithm.
+
+        Two random vectors start as noise near zero, whose square no gradient can get hold of.
+        """
+        for vector in (self.a, self.b):
+            nn.init.constant_(vector, (height / vector.numel()) ** 0.5)
+
     def square(self, length: int) -> torch.Tensor:
         """The bias within a row of ``length`` tokens, ``(n, n)``."""
         positions = torch.arange(length, device=self.a.device)

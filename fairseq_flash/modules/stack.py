@@ -24,10 +24,11 @@ class Stack(nn.Module):
         embed_tokens: From tokens ``(b, n)`` to ``(b, n, d)``.
         blocks: Layers called as :class:`~fairseq_flash.modules.GatedAttentionUnit` is.
         embed_dim: ``d``, even.
-        attention_dim: ``s`` of the blocks.
+        attention_dim: ``s`` of the blocks, or the size of a head where there are several.
         norm: Of the final norm: ``"layernorm"``, ``"scalenorm"`` or ``"rmsnorm"``.
         scaled_sin: Whether to add absolute positions to the embedding, as the paper does; the blocks know
             relative positions without.
+        embed_scale: Factor of the token embeddings.
         dropout: Of the embeddings, 0 to below 1.
 
     Raises:
@@ -43,6 +44,7 @@ class Stack(nn.Module):
         attention_dim: int,
         norm: str = "layernorm",
         scaled_sin: bool = False,
+        embed_scale: float = 1.0,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -51,7 +53,7 @@ class Stack(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(blocks)
         self.final_norm = build_norm(norm, embed_dim)
-        self.attention_dim = attention_dim
+        self.attention_dim, self.embed_scale = attention_dim, embed_scale
 
     def empty_state(self, like: torch.Tensor) -> DecodingState:
         """A state before the first token, for rows ``like`` ``(b, ...)`` in device, in the weights' dtype.
@@ -85,7 +87,7 @@ class Stack(nn.Module):
         """
         start = None if state is None else state.position
         tokens, rows = align_rows(tokens, padding_mask, start, self.attention_dim, self._dtype())
-        x = self.embed_tokens(tokens)
+        x = self.embed_tokens(tokens) * self.embed_scale
         if self.embed_positions is not None:
             x = x + self.embed_positions(rows.positions)
         x = self.dropout(x)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple, Optional, Union
 
 import torch
 
-from fairseq_flash.ops import ChunkState, QuadraticState
+from fairseq_flash.ops import NEVER, ChunkState, QuadraticState
 
 __all__ = ["DecodingState", "LayerState", "RowMemory"]
 
@@ -37,12 +37,7 @@ class DecodingState(NamedTuple):
         Returns:
             A new state that shares no memory with this one.
         """
-        return DecodingState(
-            tuple(
-                type(layer)(*(None if x is None else x.index_select(0, order) for x in layer))
-                for layer in self.layers
-            )
-        )
+        return self._map(lambda x: x.index_select(0, order))
 
     def start_anew(self, rows: torch.Tensor) -> DecodingState:
         """Sets some rows back to before their first token.
@@ -57,9 +52,10 @@ class DecodingState(NamedTuple):
 
     def detach(self) -> DecodingState:
         """The same numbers outside of any graph."""
-        return DecodingState(
-            tuple(type(layer)(*(None if x is None else x.detach() for x in layer)) for layer in self.layers)
-        )
+        return self._map(torch.Tensor.detach)
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> DecodingState:
+        return DecodingState(tuple(_map_layer(function, layer) for layer in self.layers))
 
 
 class RowMemory:
@@ -97,8 +93,15 @@ class RowMemory:
         self._states[stack] = self._next_names, state.detach()
 
 
-def _start_anew(layer: LayerState, rows: torch.Tensor) -> LayerState:
-    def zero(x: torch.Tensor) -> torch.Tensor:
-        return x.masked_fill(rows.view(-1, *[1] * (x.dim() - 1)), 0)
+def _map_layer(function: Callable[[torch.Tensor], torch.Tensor], layer: LayerState) -> LayerState:
+    return type(layer)(*(function(x) if isinstance(x, torch.Tensor) else x for x in layer))
 
-    return type(layer)(*(None if x is None else zero(x) for x in layer))
+
+def _start_anew(layer: LayerState, rows: torch.Tensor) -> LayerState:
+    def only_others(x: torch.Tensor, value: int = 0) -> torch.Tensor:
+        return x.masked_fill(rows.view(-1, *[1] * (x.dim() - 1)), value)
+
+    new = _map_layer(only_others, layer)
+    if isinstance(layer, QuadraticState):
+        new = new._replace(key_positions=only_others(layer.key_positions, NEVER))
+    return new

@@ -6,6 +6,7 @@ h copies made by offset-scale, r size of one head where there are several.
 """
 
 from fairseq_flash.ops.backend import BACKENDS, check_backend
+from fairseq_flash.ops.chunk_state import ChunkState, mixed_chunk_step
 from fairseq_flash.ops.linear import (
     LINEAR_NORMS,
     chunk_summaries,
@@ -13,7 +14,7 @@ from fairseq_flash.ops.linear import (
     linear_attention,
     linear_denominator,
 )
-from fairseq_flash.ops.mixed_chunk import ChunkState, mixed_chunk_attention, mixed_chunk_step
+from fairseq_flash.ops.mixed_chunk import mixed_chunk_attention
 from fairseq_flash.ops.positions import (
     apply_rotary,
     rotary,
@@ -22,11 +23,13 @@ from fairseq_flash.ops.positions import (
     scaled_sin,
     toeplitz_bias,
 )
-from fairseq_flash.ops.quadratic import QuadraticState, quadratic_attention
+from fairseq_flash.ops.quadratic import NEVER, QuadraticState, quadratic_attention
+from fairseq_flash.ops.softmax import softmax_attention
 
 __all__ = [
     "BACKENDS",
     "LINEAR_NORMS",
+    "NEVER",
     "ChunkState",
     "QuadraticState",
     "apply_rotary",
@@ -42,5 +45,6 @@ __all__ = [
     "rotary_angles",
     "rotary_bias",
     "scaled_sin",
+    "softmax_attention",
     "toeplitz_bias",
 ]

@@ -1,63 +1,18 @@
-"""Mixed chunk attention: squared ReLU inside the chunk, linear across chunks, and its decoding state."""
+"""Mixed chunk attention: quadratic inside the chunk, linear across chunks."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import Optional
 
 import torch
 
-from fairseq_flash.ops.backend import check_backend, without_autocast
+from fairseq_flash.ops.backend import check_backend
+from fairseq_flash.ops.chunk_state import ChunkState
 from fairseq_flash.ops.linear import chunk_summaries, exclusive_sum, linear_attention, linear_denominator
 from fairseq_flash.ops.quadratic import quadratic_attention
+from fairseq_flash.ops.softmax import softmax_attention
 
-__all__ = ["ChunkState", "mixed_chunk_attention", "mixed_chunk_step"]
-
-
-class ChunkState(NamedTuple):
-    """What a causal layer remembers of each row: constant in size, whatever the position.
-
-    The last ``c`` tokens lie in a ring: the token at position ``p`` in slot ``p % c``. Slots before
-    ``position % c`` hold the open chunk; those from there on still hold the chunk before it, which
-    ``kv_sum`` takes up slot by slot as they are overwritten. So a step does the same work at every position,
-    with no branch and no flush.
-
-    Attributes:
-        kv_sum: Sum of ``k_lin^T v`` over the tokens that left the ring, ``(b, s, e)``, float32 or wider; None
-            without a linear branch.
-        k_quad: Quadratic keys in the ring, ``(b, c, s)``; None without a quadratic branch.
-        k_lin: Linear keys in the ring, ``(b, c, s)``; None without a linear branch.
-        v: Values in the ring, ``(b, c, e)``.
-        position: Valid tokens so far, ``(b,)``.
-    """
-
-    kv_sum: Optional[torch.Tensor]
-    k_quad: Optional[torch.Tensor]
-    k_lin: Optional[torch.Tensor]
-    v: torch.Tensor
-    position: torch.Tensor
-
-    @classmethod
-    def empty(
-        cls,
-        like: torch.Tensor,
-        chunk_size: int,
-        attention_dim: int,
-        expanded_dim: int,
-        *,
-        quadratic: bool = True,
-        linear: bool = True,
-    ) -> ChunkState:
-        """A state before the first token, for rows ``like`` ``(b, ...)`` in dtype and device."""
-        b = like.shape[0]
-        keys = (b, chunk_size, attention_dim)
-        wide = torch.promote_types(like.dtype, torch.float32)
-        return cls(
-            like.new_zeros(b, attention_dim, expanded_dim, dtype=wide) if linear else None,
-            like.new_zeros(keys) if quadratic else None,
-            like.new_zeros(keys) if linear else None,
-            like.new_zeros(b, chunk_size, expanded_dim),
-            torch.zeros(b, dtype=torch.long, device=like.device),
-        )
+__all__ = ["mixed_chunk_attention"]
 
 
 def mixed_chunk_attention(
@@ -73,6 +28,8 @@ def mixed_chunk_attention(
     linear_norm: str = "mean",
     padding_mask: Optional[torch.Tensor] = None,
     state: Optional[ChunkState] = None,
+    softmax: bool = False,
+    attention_dropout: float = 0.0,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, Optional[ChunkState]]:
     r"""Attends inside the chunk and, linearly, to other chunks.
@@ -91,13 +48,15 @@ def mixed_chunk_attention(
         k_lin: Linear keys, ``(b, n, s)``.
         v: Values, ``(b, n, e)``.
         bias: Relative position bias, ``(c, c)``, added before the squared ReLU; its leading corner serves a
-            row that is shorter.
+            row that is shorter; unused by softmax attention.
         causal: Whether a token sees only tokens before it.
         chunk_size: ``c``, at least 1; what scores are divided by, however short the row.
         linear_norm: ``"chunk"`` divides the linear branch by ``c``, ``"mean"`` by the number of tokens
             summed.
         padding_mask: ``(b, n)``, True at padding, which may only trail; None without padding.
         state: What came before, for causal attention; None at the start of a row if no state is wanted back.
+        softmax: Whether the quadratic branch is causal softmax attention (MC-TFM++).
+        attention_dropout: Of the normalised scores of softmax attention, 0 to below 1.
         backend: ``"auto"`` or ``"reference"``.
 
     Returns:
@@ -105,108 +64,43 @@ def mixed_chunk_attention(
         after the last valid token of each row, None if none came in.
 
     Raises:
-        ValueError: neither branch has queries, a state with ``causal=False``, or the backend cannot run.
+        ValueError: neither branch has queries, a state or softmax attention with ``causal=False``, or the
+            backend cannot run.
 
     Source: Hua et al. 2022, section 3.2, mixed chunk attention.
     """
     check_backend(backend)
     if q_quad is None and q_lin is None:
         raise ValueError("q_quad and q_lin are both None; one branch is needed")
+    if softmax and not causal:
+        raise ValueError("softmax=True with causal=False is not allowed; allowed: causal=True")
     if padding_mask is not None:
         v = v.masked_fill(padding_mask.unsqueeze(-1), 0)
+
+    def inside(q, k, v):
+        if softmax:
+            return softmax_attention(q, k, v, dropout=attention_dropout)
+        c, denominator = v.shape[2], float(chunk_size)
+        return quadratic_attention(
+            q, k, v, bias[:c, :c], causal=causal, denominator=denominator, backend=backend
+        )
+
     if state is not None:
         if not causal:
             raise ValueError("state is given with causal=False; only causal attention can be continued")
         return _continue(
-            q_quad, k_quad, q_lin, k_lin, v, bias, chunk_size, linear_norm, padding_mask, state, backend
+            inside, q_quad, k_quad, q_lin, k_lin, v, chunk_size, linear_norm, padding_mask, state, backend
         )
     length = v.shape[1]
     c = min(chunk_size, length)
     grid = [None if x is None else _to_chunks(x, c) for x in (q_quad, k_quad, q_lin, k_lin, v)]
-    kv_sum = None
+    kv_sum = denominator = None
     if q_lin is not None:
         kv_sum = _whole_row_sum(grid[3], grid[4], causal)
         count = _tokens_summed(grid[4], causal, length, padding_mask)
         denominator = linear_denominator(linear_norm, chunk_size, count, kv_sum.dtype)
-    else:
-        denominator = None
-    out = _chunk_outputs(*grid, bias, causal, chunk_size, kv_sum, denominator, backend)
+    out = _chunk_outputs(inside, *grid, kv_sum, denominator, backend)
     return out.flatten(1, 2)[:, :length], None
-
-
-@without_autocast
-def mixed_chunk_step(
-    q_quad: Optional[torch.Tensor],
-    k_quad: Optional[torch.Tensor],
-    q_lin: Optional[torch.Tensor],
-    k_lin: Optional[torch.Tensor],
-    v: torch.Tensor,
-    bias: Optional[torch.Tensor],
-    *,
-    linear_norm: str,
-    state: ChunkState,
-    backend: str = "auto",
-) -> tuple[torch.Tensor, ChunkState]:
-    """One token of causal :func:`mixed_chunk_attention`: the same work at every position.
-
-    Outside of autograd the tensors of ``state`` are overwritten: the state that came in must not be used
-    again.
-
-    Args:
-        q_quad: ``(b, 1, s)``, like all queries and keys; None without a quadratic branch.
-        k_quad: Quadratic keys.
-        q_lin: Linear queries; None without a linear branch.
-        k_lin: Linear keys.
-        v: Values, ``(b, 1, e)``.
-        bias: Bias of this token's slot towards every slot, ``(b, 1, c)``.
-        linear_norm: ``"chunk"`` or ``"mean"``.
-        state: What came before.
-        backend: ``"auto"`` or ``"reference"``.
-
-    Returns:
-        ``(b, 1, e)`` and the state after the token.
-
-    Raises:
-        ValueError: ``linear_norm`` is unknown, or the backend cannot run.
-
-    Source: Hua et al. 2022, section 3.2; the ring is ours.
-    """
-    check_backend(backend)
-    if torch.is_grad_enabled():
-        state = ChunkState(*(None if x is None else x.clone() for x in state))
-    c = state.v.shape[1]
-    wide = torch.promote_types(v.dtype, torch.float32)
-    slot = (state.position % c).view(-1, 1, 1)
-    if k_lin is not None:
-        # k^T v of the token that leaves the ring, added in one pass over the sum.
-        leaving = _swap(state.k_lin, slot, k_lin).to(wide).transpose(1, 2)
-        state.kv_sum.addcmul_(leaving, _swap(state.v, slot, v).to(wide))
-    else:
-        _swap(state.v, slot, v)
-    # All products are batched, of one query with a ring or a sum; einsum would take as long as they do.
-    open_chunk = torch.arange(c, device=v.device) <= slot
-    weights, out = torch.zeros((), dtype=wide, device=v.device), None
-    if q_lin is not None:
-        count = state.position.view(-1, 1, 1) - slot
-        query = q_lin.to(wide) / linear_denominator(linear_norm, c, count, wide)
-        weights = torch.bmm(query, state.k_lin.to(wide).transpose(1, 2)).masked_fill(open_chunk, 0)
-        out = torch.bmm(query, state.kv_sum)
-    if q_quad is not None:
-        _swap(state.k_quad, slot, k_quad)
-        keys = state.k_quad.to(wide).transpose(1, 2)
-        scores = torch.baddbmm(bias.to(wide), q_quad.to(wide), keys, alpha=1 / c)
-        weights = torch.where(open_chunk, scores.relu().square(), weights)
-    ring = state.v.to(wide)
-    out = torch.bmm(weights, ring) if out is None else torch.baddbmm(out, weights, ring)
-    return out.to(v.dtype), state._replace(position=state.position + 1)
-
-
-def _swap(ring: torch.Tensor, slot: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """Puts ``new`` (b, 1, .) into ``slot`` (b, 1, 1) of each row of a ring; returns what lay there."""
-    index = slot.expand(-1, 1, ring.shape[2])
-    old = ring.gather(1, index)
-    ring.scatter_(1, index, new.to(ring.dtype))
-    return old
 
 
 def _to_chunks(x: torch.Tensor, c: int) -> torch.Tensor:
@@ -239,21 +133,16 @@ def _tokens_summed(
     return (~padding_mask).sum(1, keepdim=True)
 
 
-def _chunk_outputs(q_quad, k_quad, q_lin, k_lin, v, bias, causal, chunk_size, kv_sum, denominator, backend):
+def _chunk_outputs(inside, q_quad, k_quad, q_lin, k_lin, v, kv_sum, denominator, backend):
     """Both branches on the grid: all tensors (b, g, c, .), the result (b, g, c, e)."""
-    out = None
-    if q_quad is not None:
-        c = v.shape[2]
-        out = quadratic_attention(
-            q_quad, k_quad, v, bias[:c, :c], causal=causal, denominator=float(chunk_size), backend=backend
-        )
+    out = None if q_quad is None else inside(q_quad, k_quad, v)
     if q_lin is not None:
         across = linear_attention(q_lin, kv_sum, denominator, backend=backend)
         out = across if out is None else out + across
     return out
 
 
-def _continue(q_quad, k_quad, q_lin, k_lin, v, bias, c, linear_norm, padding_mask, state, backend):
+def _continue(inside, q_quad, k_quad, q_lin, k_lin, v, c, linear_norm, padding_mask, state, backend):
     """Parallel attention over a piece of any length that continues ``state``, each row from its own slot."""
     b, n, _ = v.shape
     fill = (state.position % c).unsqueeze(1)
@@ -281,7 +170,7 @@ def _continue(q_quad, k_quad, q_lin, k_lin, v, bias, c, linear_norm, padding_mas
         kv_sum = exclusive_sum(chunk_summaries(k_lin[:, :-1], v[:, :-1]), before)
         count = state.position.unsqueeze(1) - fill + slots[::c]
         denominator = linear_denominator(linear_norm, c, count, kv_sum.dtype)
-    out = _chunk_outputs(q_quad, k_quad, q_lin, k_lin, v, bias, True, c, kv_sum, denominator, backend)
+    out = _chunk_outputs(inside, q_quad, k_quad, q_lin, k_lin, v, kv_sum, denominator, backend)
     out = _take(out.flatten(1, 2), fill + torch.arange(n, device=v.device))
     return out, _state_after(state, k_quad, k_lin, v, kv_sum, fill, end)
 

@@ -8,23 +8,32 @@ import torch
 
 from fairseq_flash.ops.backend import check_backend, without_autocast
 
-__all__ = ["QuadraticState", "quadratic_attention"]
+__all__ = ["NEVER", "QuadraticState", "quadratic_attention"]
+
+
+#: Position of a column that holds padding: later than any token, so that nobody sees it.
+NEVER = 2**62
 
 
 class QuadraticState(NamedTuple):
-    """What FLASH-Quad remembers of a row: every key and value, so it grows with the position.
+    """A cache: every key and value of a row, so it grows with the position.
+
+    Outside of autograd new columns are written in place into spare room, which grows by an eighth at a time:
+    a step reads the cache and copies it only now and then.
 
     Attributes:
-        k: Keys, ``(b, m, s)``.
-        v: Values, ``(b, m, e)``; zero where the column was padding.
-        key_positions: Position of each column in its row, ``(b, m)``.
+        k: Keys, ``(b, room, s)``.
+        v: Values, ``(b, room, e)``; zero where the column was padding.
+        key_positions: Position of each column in its row, ``(b, room)``; beyond any token's for padding.
         position: Valid tokens so far, ``(b,)``.
+        columns: How many columns are in use.
     """
 
     k: torch.Tensor
     v: torch.Tensor
     key_positions: torch.Tensor
     position: torch.Tensor
+    columns: int = 0
 
     @classmethod
     def empty(cls, like: torch.Tensor, attention_dim: int, expanded_dim: int) -> QuadraticState:
@@ -38,16 +47,46 @@ class QuadraticState(NamedTuple):
     def extend(
         self, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, padding_mask: Optional[torch.Tensor]
     ) -> QuadraticState:
-        """Appends keys ``(b, n, s)`` and values ``(b, n, e)`` of tokens at ``positions`` ``(b, n)``."""
-        valid = torch.ones_like(positions) if padding_mask is None else (~padding_mask).long()
+        """Appends tokens; outside of autograd this state must not be used again.
+
+        Args:
+            k: Keys, ``(b, n, s)``.
+            v: Values, ``(b, n, e)``.
+            positions: Of the tokens in their rows, ``(b, n)``.
+            padding_mask: ``(b, n)``, True at padding; None without padding.
+
+        Returns:
+            The state after the tokens.
+        """
+        valid: Union[int, torch.Tensor] = k.shape[1]
         if padding_mask is not None:
+            valid = (~padding_mask).sum(1)
             v = v.masked_fill(padding_mask.unsqueeze(-1), 0)
+            positions = positions.masked_fill(padding_mask, NEVER)
+        columns = self.columns + k.shape[1]
+        room = 0 if torch.is_grad_enabled() else columns // 8 + 64
+        parts = zip(self[:3], (k, v, positions), strict=True)
         return QuadraticState(
-            torch.cat((self.k, k), dim=1),
-            torch.cat((self.v, v), dim=1),
-            torch.cat((self.key_positions, positions), dim=1),
-            self.position + valid.sum(1),
+            *(_append(old, new, self.columns, room) for old, new in parts), self.position + valid, columns
         )
+
+    def used(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys ``(b, m, s)``, values ``(b, m, e)`` and positions ``(b, m)`` of the columns in use: views."""
+        return self.k[:, : self.columns], self.v[:, : self.columns], self.key_positions[:, : self.columns]
+
+    def visible(self, positions: torch.Tensor) -> torch.Tensor:
+        """Which columns tokens at ``positions`` ``(b, n)`` may see, themselves among them: ``(b, n, m)``."""
+        return self.used()[2].unsqueeze(1) <= positions.unsqueeze(2)
+
+
+def _append(old: torch.Tensor, new: torch.Tensor, columns: int, room: int) -> torch.Tensor:
+    """Writes ``new`` (b, n, ...) behind the columns in use, in place if it fits and autograd is off."""
+    end = columns + new.shape[1]
+    if torch.is_grad_enabled() or end > old.shape[1]:
+        spare = new.new_zeros(new.shape[0], room, *new.shape[2:])
+        return torch.cat((old[:, :columns], new.to(old.dtype), spare.to(old.dtype)), dim=1)
+    old[:, columns:end] = new
+    return old
 
 
 @without_autocast
