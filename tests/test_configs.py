@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from fairseq_flash.models.flash_lm import PRESETS, FlashLanguageModelConfig
 
-ARCHITECTURES = ["flash_lm", *PRESETS]
+ARCHITECTURES = list(PRESETS)
 FIELDS = {field.name for field in dataclasses.fields(FlashLanguageModelConfig)} - {"_name"}
 
 
