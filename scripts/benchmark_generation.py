@@ -17,19 +17,13 @@ end the process. Rows of one position, batch and beam are written together, and 
 """
 
 import argparse
-import csv
-import ctypes
-import gc
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import date
 from itertools import product
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from fairseq.data import Dictionary
@@ -40,10 +34,10 @@ from fairseq.models import (
     MODEL_DATACLASS_REGISTRY,
 )
 from fairseq.sequence_generator import EnsembleModel
+from measuring import ROOT, Memory, Table, clock, commit, device_name, summary
 
 import fairseq_flash  # noqa: F401
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "scripts" / "results" / "generation.csv"
 COLUMNS = (
     *("commit", "date", "device", "torch", "name", "parameters", "backend", "pass", "dtype", "threads", "b"),
@@ -51,6 +45,7 @@ COLUMNS = (
     *("peak_memory", "repeats", "status"),
 )
 KEY = ("device", "torch", "pass", "dtype", "threads", "b", "beam", "n")
+SHOWN = ("name", "pass", "b", "beam", "n", "median_ms", "spread_ms", "state_bytes", "peak_memory", "status")
 PIECE = 4096  # tokens of a prompt that are read at a time
 TOLERANCE = 1e-3  # of the largest logit, in float32; measured: 2e-6
 
@@ -178,75 +173,6 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(item)
 
 
-class Memory:
-    """Peak memory of a stretch of work, beyond what was taken before it."""
-
-    def __init__(self, device: str) -> None:
-        self.cuda = device.startswith("cuda")
-
-    def available(self) -> int:
-        """Bytes that can still be taken."""
-        if self.cuda:
-            return torch.cuda.mem_get_info()[0]
-        return _proc("/proc/meminfo", "MemAvailable") or 1 << 62
-
-    def peak_of(self, work: Callable[[], None]) -> Optional[int]:
-        """Bytes, or None where the system does not tell."""
-        gc.collect()
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            work()
-            return torch.cuda.max_memory_allocated() - before
-        try:
-            # Freed memory goes back to the system, and the highest mark down to what is taken now.
-            ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")
-        except (OSError, AttributeError):
-            return None
-        before = _proc("/proc/self/status", "VmRSS")
-        work()
-        after = _proc("/proc/self/status", "VmHWM")
-        return None if before is None or after is None else max(0, after - before)
-
-
-def _proc(path: str, name: str) -> Optional[int]:
-    try:
-        lines = Path(path).read_text().splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), None)
-
-
-class Table:
-    """The CSV file: rows that are there are not measured again."""
-
-    def __init__(self, path: Path, common: dict) -> None:
-        self.path, self.common = path, common
-        rows = list(csv.DictReader(path.open())) if path.exists() else []
-        self._known = {(row["name"], *(row[name] for name in KEY)) for row in rows}
-
-    def has(self, names: list[str], **cell: Any) -> bool:
-        """Whether all of ``names`` have been measured there."""
-        key = tuple(str({**self.common, **cell}[name]) for name in KEY)
-        return all((name, *key) in self._known for name in names)
-
-    def add(self, rows: list[dict]) -> None:
-        """Appends the rows of one cell, so that a kill leaves whole cells."""
-        new = not self.path.exists()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", newline="") as stream:
-            writer = csv.DictWriter(stream, COLUMNS, restval="")
-            if new:
-                writer.writeheader()
-            writer.writerows({**self.common, **row} for row in rows)
-        for row in rows:
-            print("  ".join(f"{name}={row[name]}" for name in row if name in SHOWN), flush=True)
-
-
-SHOWN = ("name", "pass", "b", "beam", "n", "median_ms", "spread_ms", "state_bytes", "peak_memory", "status")
-
-
 def describe(contender: Contender) -> dict:
     """What a row says about the model."""
     cfg = contender.cfg
@@ -263,24 +189,10 @@ def describe(contender: Contender) -> dict:
     }
 
 
-def summary(times: list[float], tokens: int) -> dict:
-    """Median, spread (half the distance of the quartiles) and rate of ``times`` in ms for ``tokens`` each."""
-    median = statistics.median(times)
-    low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else (median, median, median)
-    return {
-        "median_ms": f"{median:.4g}",
-        "spread_ms": f"{(high - low) / 2:.2g}",
-        "tokens_per_s": f"{1000 * tokens / median:.4g}",
-        "repeats": len(times),
-        "status": "ok",
-    }
-
-
-def clock(device: str) -> float:
-    """Milliseconds, when all work is done."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return 1000 * time.perf_counter()
+def rated(times: list[float], tokens: int) -> dict:
+    """The summary of ``times`` in ms for ``tokens`` each, with their rate."""
+    found = summary(times)
+    return {**found, "tokens_per_s": f"{1000 * tokens / float(found['median_ms']):.4g}"}
 
 
 def orders(rows: int, beam: int, steps: int, device: str) -> list[torch.Tensor]:
@@ -315,7 +227,7 @@ def measure_steps(
     for _, (contender, _, times) in product(range(options.rounds), fitting):
         times += time_steps(contender, rows, beam, n, options.steps)
     for _, row, times in fitting:
-        row.update(summary(times, rows // beam))
+        row.update(rated(times, rows // beam))
     return found
 
 
@@ -350,7 +262,7 @@ def measure_prompts(contenders: list[Contender], n: int, options: Any) -> list[d
                 begin = clock(options.device)
                 work()
                 times.append(clock(options.device) - begin)
-            row.update(summary(times, n))
+            row.update(rated(times, n))
     return [row for row, *_ in runs]
 
 
@@ -360,13 +272,6 @@ def step_through(contender: Contender, tokens: torch.Tensor) -> None:
     order = torch.zeros(1, dtype=torch.long, device=contender.device)
     for end in range(1, tokens.shape[1] + 1):
         contender.step(incremental, tokens[:, :end], order)
-
-
-def commit() -> str:
-    """Of this repository, with a plus if files differ from it."""
-    words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+"]
-    done = subprocess.run(words, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -410,7 +315,6 @@ def main(arguments: list[str]) -> None:
     """Runs the command line."""
     options = parse(arguments)
     dtype = getattr(torch, options.dtype)
-    cuda = options.device.startswith("cuda")
     try:
         contenders = [
             Contender(name, options.vocabulary, options.device, dtype, options.overrides)
@@ -423,12 +327,16 @@ def main(arguments: list[str]) -> None:
     common = {
         "commit": commit(),
         "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "device": device_name(options.device),
         "torch": torch.__version__,
         "dtype": options.dtype,
         "threads": torch.get_num_threads(),
     }
-    table, memory = Table(options.output, common), Memory(options.device)
+    try:
+        table = Table(options.output, COLUMNS, KEY, SHOWN, common)
+    except ValueError as error:
+        sys.exit(f"benchmark_generation.py: {error}")
+    memory = Memory(options.device)
     for n, b, beam in product(options.positions, options.batches, options.beams):
         if not table.has(options.systems, **{"pass": "step", "b": b, "beam": beam, "n": n}):
             table.add(measure_steps(contenders, memory, b, beam, n, options))

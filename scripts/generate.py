@@ -155,7 +155,7 @@ def fingerprint(model: torch.nn.Module, dictionary: Dictionary) -> str:
 
 def save_state(path: Path, reader: Reader, mark: str) -> None:
     """Writes what ``reader`` has read, for the model of fingerprint ``mark``; a kill leaves the old file."""
-    layers = [{name: x.cpu() for name, x in _tensors(layer)} for layer in reader.state.layers]
+    layers = [_fields(layer, "cpu") for layer in reader.state.layers]
     new = path.with_name(path.name + ".new")
     content = {"format": STATE_FORMAT, "model": mark, "pending": reader.pending, "layers": layers}
     torch.save(content, new)
@@ -184,13 +184,15 @@ def load_state(path: Path, reader: Reader, mark: str) -> None:
     layers = []
     for index, empty in enumerate(reader.state.layers):
         stored = content["layers"][index]
-        _check_layer(path, index, dict(_tensors(empty)), stored)
+        _check_layer(path, index, _fields(empty, reader.device), stored)
         layers.append(empty._replace(**stored))
     reader.state, reader.pending = DecodingState(tuple(layers)), int(content["pending"])
 
 
-def _tensors(layer: Any) -> list[tuple[str, torch.Tensor]]:
-    return [(name, x) for name, x in layer._asdict().items() if x is not None]
+def _fields(layer: Any, device: Any) -> dict[str, Any]:
+    """What a layer's state holds, tensors and integers, on ``device``."""
+    held = {name: x for name, x in layer._asdict().items() if x is not None}
+    return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in held.items()}
 
 
 def _check_layer(path: Path, index: int, empty: dict, stored: dict) -> None:
@@ -198,6 +200,8 @@ def _check_layer(path: Path, index: int, empty: dict, stored: dict) -> None:
 
     def differs(name: str) -> bool:
         ours, theirs = empty[name], stored[name]
+        if not isinstance(ours, torch.Tensor) or not isinstance(theirs, torch.Tensor):
+            return type(ours) is not type(theirs)
         sizes = zip(ours.shape, theirs.shape, strict=False)
         return (
             ours.dtype != theirs.dtype or ours.dim() != theirs.dim() or any(a not in (0, b) for a, b in sizes)

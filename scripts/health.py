@@ -2,13 +2,14 @@
 
     python scripts/health.py --arch flash_lm_tiny [any option of the model]
 
-For each layer: the size of its branch against the residual and of its linear against its quadratic branch.
+For each layer: the size of its branches against the residual and of its linear against its quadratic branch.
 For each group of parameters: the size of its gradient against the median group's, after one backward pass on
 random tokens (Zipf's law). Outside the band, a warning; the exit status stays 0, as the paper's own start is
 outside.
 """
 
 import argparse
+import copy
 import logging
 import statistics
 import sys
@@ -20,7 +21,7 @@ from fairseq.data import Dictionary
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from torch import nn
 
-from fairseq_flash.modules import GatedAttentionUnit, Stack
+from fairseq_flash.modules import GatedAttentionUnit, Stack, TransformerBlock
 
 #: Lowest and highest ratio of a healthy start.
 BANDS = {"branch/residual": (0.01, 1.0), "linear/quadratic": (0.1, 10.0), "gradient/median": (1e-3, 1e3)}
@@ -61,43 +62,49 @@ def measure(model: nn.Module, tokens: torch.Tensor) -> list[Measurement]:
 
 @torch.no_grad()
 def layer_ratios(stack: Stack, tokens: torch.Tensor) -> list[Measurement]:
-    """The sizes of each layer's branches, beyond the first chunk, which the linear branch cannot see."""
-    found, inputs = [], []
+    """The sizes of each layer's branches; of the linear one beyond the first chunk, which it cannot see."""
+    found, inputs = [], {}
     hooks = [
-        block.register_forward_hook(lambda _, args, out: inputs.append((args[0], out[0])))
+        block.register_forward_hook(lambda block, args, out: inputs.update({block: (args[0], out[0])}))
         for block in stack.blocks
     ]
     stack(tokens)
     for hook in hooks:
         hook.remove()
-    for index, (block, (x, y)) in enumerate(zip(stack.blocks, inputs, strict=True)):
-        found.append(Measurement("branch/residual", f"layer {index}", size(y - x) / size(x)))
+    for index, (block, (x, y)) in enumerate(inputs.items()):
+        branch = attended(block, x)
+        found.append(Measurement("branch/residual", f"layer {index}", size(branch) / size(x)))
+        if isinstance(block, TransformerBlock):
+            x = x + branch
+            found.append(
+                Measurement("branch/residual", f"layer {index}, feed-forward", size(y - x) / size(x))
+            )
         if block.attention == "mixed_chunk":
-            quadratic, linear = (only(block, branch)(x)[0] - x for branch in ("local", "global"))
+            quadratic, linear = (attended(only(block, branch), inputs[block][0]) for branch in block.branches)
             c = block.chunk_size
             ratio = size(linear[:, c:]) / size(quadratic[:, c:])
             found.append(Measurement("linear/quadratic", f"layer {index}", ratio))
     return found
 
 
-def only(block: GatedAttentionUnit, attention: str) -> GatedAttentionUnit:
-    """A copy of a mixed chunk layer with one branch alone, "local" or "global"."""
-    copy = GatedAttentionUnit(
-        block.out.out_features,
-        attention=attention,
-        expansion_factor=block.expanded_dim // block.out.out_features,
-        attention_dim=block.attention_dim,
-        chunk_size=block.chunk_size,
-        causal=block.causal,
-        linear_norm=block.linear_norm,
-    ).to(block.out.weight)
-    copy.norm, copy.uvz, copy.out = block.norm, block.uvz, block.out
-    if attention == "local":
-        copy.bias = block.bias
-    heads = slice(None, 2) if attention == "local" else slice(2, None)
-    copy.offset_scale.gamma.copy_(block.offset_scale.gamma[heads])
-    copy.offset_scale.beta.copy_(block.offset_scale.beta[heads])
-    return copy.eval()
+def attended(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What the attention of a layer adds to its input ``x`` (b, n, d)."""
+    seen = []
+    hook = block.out.register_forward_hook(lambda layer, args, out: seen.append(out))
+    block(x)
+    hook.remove()
+    return seen[0]
+
+
+def only(block: nn.Module, branch: str) -> nn.Module:
+    """A copy of a mixed chunk layer with one branch alone, "quad" or "lin"."""
+    alone = copy.deepcopy(block)
+    alone.branches = (branch,)
+    if isinstance(block, GatedAttentionUnit):
+        begin = 2 * block.branches.index(branch)
+        for name, copies in block.offset_scale.named_parameters():
+            setattr(alone.offset_scale, name, nn.Parameter(copies[begin : begin + 2]))
+    return alone
 
 
 def gradient_ratios(model: nn.Module) -> list[Measurement]:
