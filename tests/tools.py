@@ -20,7 +20,8 @@ from fairseq import checkpoint_utils
 REPOSITORY = Path(__file__).resolve().parent.parent
 USER_DIR = REPOSITORY / "fairseq_flash"
 CONFIGS = USER_DIR / "configs"
-TINY = ("--arch", "flash_lm_tiny", "--embed-dim", "32", "--layers", "2", "--attention-dim", "16")
+SMALL = ("--embed-dim", "32", "--layers", "2", "--attention-dim", "16")
+TINY = ("--arch", "flash_lm_tiny", *SMALL)
 CHUNKS = ("--chunk-size", "8")
 RECIPE = (
     *("--task", "language_modeling", "--tokens-per-sample", "32", "--batch-size", "4", "--cpu"),
