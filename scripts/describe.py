@@ -188,12 +188,14 @@ def transformers(sketch: Sketch) -> dict[str, list[str]]:
     d = block.out.out_features
     layers = max(1, depth // 2) if isinstance(block, GatedAttentionUnit) else depth
     heads = next(heads for heads in range(max(1, d // 64), 0, -1) if d % (2 * heads) == 0)
-    # A layer has four square matrices, the feed-forward network, and vectors.
-    ffn = max(1, round((sketch.parameters()[1] / layers - 4 * d * d - 9 * d) / (2 * d + 1)))
+    # A layer has four square matrices, the feed-forward network of two matrices or three, and vectors.
+    rest = sketch.parameters()[1] / layers - 4 * d * d - 9 * d
+    ffn, gated = (max(1, round(rest / (count * d + count - 1))) for count in (2, 3))
     sizes = ("embed-dim", d), ("input-dim", d), ("output-dim", d), ("ffn-embed-dim", ffn)
     sizes = (*sizes, ("layers", layers), ("attention-heads", heads))
     theirs = [str(word) for name, size in sizes for word in (f"--decoder-{name}", size)]
-    ours = ["--embed-dim", str(d), "--layers", str(layers), "--attention-dim", str(d // heads)]
+    sizes = ("embed-dim", d), ("ffn-embed-dim", gated), ("layers", layers), ("attention-dim", d // heads)
+    ours = [str(word) for name, size in sizes for word in (f"--{name}", size)]
     tied = sketch.model.decoder.output_projection.weight is sketch.embedding.weight
     shared = ["--share-decoder-input-output-embed"] if tied else []
     return {
