@@ -148,12 +148,12 @@ class Sketch:
             tokens = self._tokens(1, n)
             if self.stack is not None:
                 self.model.decoder(tokens, incremental_state=incremental)
-                return _bytes(incremental)
+                return bytes_of(incremental)
             # fairseq's decoder takes a token at a time, and its state grows by the same with each.
             sizes = []
             for end in (1, 2):
                 self.model.decoder(tokens[:, :1].expand(1, end), incremental_state=incremental)
-                sizes.append(_bytes(incremental))
+                sizes.append(bytes_of(incremental))
         return sizes[0] + (n - 1) * (sizes[1] - sizes[0])
 
     def _tokens(self, b: int, n: int) -> torch.Tensor:
@@ -170,16 +170,12 @@ class Sketch:
         return counter.get_total_flops() / 2 / (self.batch * n)
 
 
-def _bytes(value: Any) -> int:
-    return sum(x.numel() * x.element_size() for x in _tensors(value))
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def bytes_of(value: Any) -> int:
+    """Of every tensor inside dicts and tuples, such as an incremental state."""
     if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (dict, tuple)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item)
+        return value.nbytes
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ()
+    return sum(bytes_of(part) for part in parts)
 
 
 def transformers(sketch: Sketch) -> dict[str, list[str]]:
