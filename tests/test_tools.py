@@ -73,7 +73,10 @@ BAD_OPTIONS = {
         "attention.dim.12, the size of a head, .*allowed: even divisors of embed_dim=32",
     ),
     "kernel that cannot run": (("--backend", "triton"), "backend.*triton.* cannot run.*allowed"),
-    "n_ref without effect": (("--n-ref", "64"), "n-ref 64 has no effect.*allowed: --block gau --attention quadratic"),
+    "n_ref without effect": (
+        ("--n-ref", "64"),
+        "n-ref 64 has no effect.*allowed: --block gau --attention quadratic",
+    ),
     "bias without effect": (
         ("--attention", "global", "--relative-bias", "rotary"),
         "relative-bias rotary has no effect.*allowed",
