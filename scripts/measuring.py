@@ -140,11 +140,11 @@ class Table:
 
     def add(self, rows: list[dict]) -> None:
         """Appends the rows of one cell, so that a kill leaves whole cells."""
-        whole = [{**self.common, **row} for row in rows]
+        whole = [{**dict.fromkeys(self.columns, ""), **self.common, **row} for row in rows]
         new = not self.path.exists() or not self.path.stat().st_size
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", newline="") as stream:
-            writer = csv.DictWriter(stream, self.columns, restval="")
+            writer = csv.DictWriter(stream, self.columns)
             if new:
                 writer.writeheader()
             writer.writerows(whole)

@@ -92,12 +92,16 @@ def test_a_state_gives_the_same_with_autograd_and_in_training_mode(attention, tr
 
 
 @every_kind
-def test_with_autograd_a_state_may_be_used_twice(attention):
+@pytest.mark.parametrize("autograd", [True, False], ids=["made with autograd", "made without"])
+def test_with_autograd_a_state_may_be_used_twice(attention, autograd):
     layer, x = build(attention), torch.randn(2, 6, D)
-    _, state = layer(x[:, :4], None, layer.empty_state(x))
+    with torch.set_grad_enabled(autograd):
+        _, state = layer(x[:, :4], None, layer.empty_state(x))
     first, _ = layer(x[:, 4:5], None, state)
-    layer(x[:, 5:6], None, state)
+    second, _ = layer(x[:, 5:6], None, state)
+    assert not torch.equal(first, second)
     assert torch.equal(layer(x[:, 4:5], None, state)[0], first)
+    (first + second).sum().backward()
 
 
 @every_kind
