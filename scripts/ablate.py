@@ -37,7 +37,8 @@ _OURS = (
     *("transformer_plus_lm", "transformer_pp_lm", "mc_transformer_pp_lm"),
 )
 #: Options as a dictionary: "" for a switch, None for one that a base sets and a choice takes away.
-_PAPER = {"--init": "paper", "--scaled-sin": "", "--linear-norm": "chunk"}
+_TABLE = {"--relative-bias": "toeplitz"}
+_PAPER = {"--init": "paper", "--scaled-sin": "", "--linear-norm": "chunk", **_TABLE}
 _TRANSFORMER = {
     **{"--arch": "transformer_lm", "--decoder-layers": "4", "--decoder-embed-dim": "256"},
     **{"--decoder-input-dim": "256", "--decoder-output-dim": "256", "--decoder-ffn-embed-dim": "1152"},
@@ -47,6 +48,9 @@ _TRANSFORMER = {
 SYSTEMS = {
     **{name: {"--arch": f"{name}_tiny"} for name in _OURS},
     "flash_lm chunk": {"--arch": "flash_lm_tiny", "--linear-norm": "chunk"},
+    "flash_lm toeplitz": {"--arch": "flash_lm_tiny", **_TABLE},
+    "flash_lm chunk toeplitz": {"--arch": "flash_lm_tiny", "--linear-norm": "chunk", **_TABLE},
+    "flash_local_lm toeplitz": {"--arch": "flash_local_lm_tiny", **_TABLE},
     "flash_lm_paper": {"--arch": "flash_lm_tiny", **_PAPER},
     "transformer_lm": _TRANSFORMER,
     "transformer_lm pre-norm": {**_TRANSFORMER, "--decoder-normalize-before": ""},
@@ -75,9 +79,9 @@ def gammas(quad: float, lin: float, **more: object) -> dict:
 
 
 BASES = {
-    "flash_lm": Base(
-        "flash_lm",
-        {**TINY, "--relative-bias": "toeplitz"},
+    "flash_lm toeplitz": Base(
+        "flash_lm toeplitz",
+        {**TINY, **_TABLE},
         {
             "score scale": SCALED,
             "norm": NORMS,
@@ -111,7 +115,7 @@ BASES = {
     ),
     "flash_lm_paper": Base(
         "flash_lm_paper",
-        {**TINY, **_PAPER, "--relative-bias": "toeplitz"},
+        {**TINY, **_PAPER},
         {
             "score scale": SCALED,
             "norm": NORMS,
@@ -125,9 +129,9 @@ BASES = {
             "bias": {"rotary": {"--relative-bias": "rotary"}},
         },
     ),
-    "flash_lm, rotary bias": Base(
-        "flash_lm",
-        {**TINY, "--relative-bias": "rotary"},
+    "flash_lm": Base(
+        "flash_lm toeplitz",  # whose rates were measured first
+        TINY,
         {
             "norm": NORMS,
             "bias": {
@@ -335,7 +339,8 @@ def main(arguments: list[str] | None = None) -> None:
     curves = Table(options.curves, CURVES, (*KEY, *CURVE_COLUMNS), (), {})
     for stage in options.stages:
         runs = list(STAGES[stage](Plan(options)))
-        carry_out(runs, table, options.folder, curves=curves, jobs=options.jobs)
+        points = max(1, min(run.updates for run in runs) // 10)
+        carry_out(runs, table, options.folder, curves=curves, jobs=options.jobs, log_interval=points)
 
 
 if __name__ == "__main__":
