@@ -42,7 +42,8 @@ __all__ = ["FIGURES", "draw", "save"]
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BASE = "flash_lm"  # what the bars are measured from
-RUNS = ("size", "budget", "device", "jobs")  # what rows of a comparison must share in a panel
+#: What rows of a comparison must share in a panel.
+RUNS = ("size", "budget", "data", "device", "dtype", "options", "jobs")
 
 
 def draw_generation(rows: Rows) -> plt.Figure:

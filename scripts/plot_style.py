@@ -1,6 +1,7 @@
 """What all figures share: one look a system, lines with bands over seeds, and rows of a CSV file."""
 
 import csv
+import logging
 import math
 import re
 from collections.abc import Iterable
@@ -10,6 +11,8 @@ from statistics import mean
 import matplotlib
 
 matplotlib.use("Agg")
+# Where fairseq is imported too, everyone's debugging is on.
+logging.getLogger("matplotlib").setLevel(logging.WARNING)
 import matplotlib.pyplot as plt
 from matplotlib import ticker
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, Optional
@@ -45,10 +47,12 @@ class Finished:
     Attributes:
         checkpoint: The last one.
         valid: The numbers of the last validation, as fairseq logged them, without ``valid_``.
+        call: Runs a command to its end, or until the plan is interrupted, and returns what it wrote.
     """
 
     checkpoint: Path
     valid: dict[str, Any]
+    call: Callable[[list[str]], str]
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,11 @@ class TrainingRun:
     row: dict[str, Any]
     weight: float = 1.0
     measure: Optional[Callable[[Finished], dict[str, Any]]] = None
+
+    def command(self, save_dir: Any, log_interval: int = 10) -> list[str]:
+        """The command line of fairseq-train, with checkpoints in ``save_dir``."""
+        words = [*self.words, "--max-update", self.updates, "--save-dir", save_dir, "--log-format", "json"]
+        return fairseq_command("train", *words, "--log-interval", min(log_interval, self.updates))
 
     @property
     def folder_name(self) -> str:
@@ -272,7 +281,8 @@ def _finish_run(
         row = log.measured(peak)
         if run.measure is not None:
             valid = log.valid[-1] if log.valid else {}
-            row.update(run.measure(Finished(folder / "checkpoint_last.pt", valid)))
+            call = partial(_call, log=folder / "measure.log", stop=stop, jobs=jobs)
+            row.update(run.measure(Finished(folder / "checkpoint_last.pt", valid, call)))
         return row, log.curve()
     except Interrupted:
         raise
@@ -283,11 +293,29 @@ def _finish_run(
 def _train(run, folder, log, show, stop, jobs, log_interval) -> int:
     """Runs fairseq-train to its end; returns its peak memory in bytes."""
     mend_checkpoints(folder)
-    words = [*run.words, "--max-update", run.updates, "--save-dir", folder]
-    words = fairseq_command(
-        "train", *words, "--log-format", "json", "--log-interval", min(log_interval, run.updates)
-    )
-    with log.path.open("ab") as output:
+
+    def follow() -> None:
+        log.read()
+        show(min(1.0, log.updates / run.updates))
+
+    status, usage = _run_process(run.command(folder, log_interval), log.path, stop, jobs, follow)
+    log.read()
+    if status or not log.intervals:
+        raise RuntimeError(f"status {status}: {_last_line(log.path)}; {log.path}")
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _call(words: list[str], log: Path, stop: threading.Event, jobs: int) -> str:
+    log.unlink(missing_ok=True)
+    status, _ = _run_process(words, log, stop, jobs, lambda: None)
+    if status:
+        raise RuntimeError(f"status {status}: {_last_line(log)}; {log}")
+    return log.read_text(errors="replace")
+
+
+def _run_process(words, log, stop, jobs, follow) -> tuple[int, resource.struct_rusage]:
+    """Runs a command whose output is added to ``log``; returns its status and what it used."""
+    with log.open("ab") as output:
         child = subprocess.Popen(
             words,
             cwd=ROOT,
@@ -302,17 +330,15 @@ def _train(run, folder, log, show, stop, jobs, log_interval) -> int:
             pid, status, usage = os.wait4(child.pid, os.WNOHANG)
             if pid:
                 child.returncode = os.waitstatus_to_exitcode(status)
-                break
+                return child.returncode, usage
             if stop.is_set():
                 os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
                 raise Interrupted
-            log.read()
-            show(min(1.0, log.updates / run.updates))
+            follow()
             time.sleep(0.2)
-    log.read()
-    if child.returncode or not log.intervals:
-        lines = log.path.read_text(errors="replace").split("\n")
-        last = next((line for line in reversed(lines) if line.strip()), "nothing was logged")
-        raise RuntimeError(f"status {child.returncode}: {last}; {log.path}")
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").split("\n")
+    return next((line for line in reversed(lines) if line.strip()), "nothing was logged")
