@@ -11,8 +11,6 @@ from statistics import mean
 import matplotlib
 
 matplotlib.use("Agg")
-# Where fairseq is imported too, everyone's debugging is on.
-logging.getLogger("matplotlib").setLevel(logging.WARNING)
 import matplotlib.pyplot as plt
 from matplotlib import ticker
 
@@ -20,6 +18,9 @@ __all__ = [
     *("Rows", "cells", "draw_lines", "finished", "legend_below", "panels", "plain_log", "read", "shared"),
     *("style", "values"),
 ]
+
+# Where fairseq is imported too, everyone's debugging is on.
+logging.getLogger("matplotlib").setLevel(logging.WARNING)
 
 #: Okabe and Ito's palette, told apart by every eye; the markers without colours as well.
 STYLES = {
