@@ -38,7 +38,7 @@ from typing import Optional
 import comparison_report
 import torch
 from comparison_plan import EVALUATED, Budget, Plan, rows_of
-from measuring import ROOT, Table, commit, device_name
+from measuring import ROOT, Table, commit, device_name, drop_torn_line
 from systems import SIZES, check_systems
 from train_process import locked
 from training_runs import CURVE_COLUMNS, MEASURED, TrainingRun, carry_out, environment
@@ -61,6 +61,7 @@ def forget_failed(path: Path, every: bool) -> None:
     """Drops rows of runs that were killed, or of all that failed, so that they are tried again."""
     if not path.exists():
         return
+    drop_torn_line(path)
     with path.open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     again = "error:" if every else "error: status -"
