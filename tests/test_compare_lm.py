@@ -262,7 +262,7 @@ def test_the_real_tools_train_evaluate_and_go_on_after_a_kill(text_folder, tmp_p
         tools.write_texts(folder / name, **{"text.txt": lines})
     prepare = tools.REPOSITORY / "scripts" / "prepare_lm.py"
     prepared = tools.run(
-        "python", prepare, "--text", folder, "--output", tmp_path / "bin", "--vocab-size", "150"
+        "python", prepare, "--text", folder, "--output", tmp_path / "bin", "--vocab-size", "400"
     )
     assert prepared.returncode == 0, prepared.stdout
     words = ("--lr", "flash_lm=2e-3,transformer_pp_lm=2e-3", "--budget", "20updates", "--keep")
