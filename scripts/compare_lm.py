@@ -155,6 +155,8 @@ def check(
             f"--data {options.data} has no {', '.join(missing)}; allowed: a folder that prepare_lm.py or "
             "fairseq-preprocess wrote, with the splits train and valid"
         )
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda is not allowed: there is no GPU; allowed: cpu")
     unknown = sorted(set(options.lr) - set(options.systems))
     if unknown:
         parser.error(f"--lr names {', '.join(unknown)}; allowed: {', '.join(options.systems)}")
