@@ -41,7 +41,7 @@ from comparison_plan import EVALUATED, Budget, Plan, rows_of
 from measuring import ROOT, Table, commit, device_name, drop_torn_line
 from systems import SIZES, check_systems
 from train_process import locked
-from training_runs import CURVE_COLUMNS, MEASURED, TrainingRun, carry_out, environment
+from training_runs import CURVE_COLUMNS, MEASURED, TrainingRun, carry_out, environment, progress_bar
 
 RESULTS = ROOT / "scripts" / "results"
 #: The columns that tell a run: what all runs of a command share, and what is different between them.
@@ -146,6 +146,10 @@ def check(
         options.budget = Budget.parse(options.budget)
         quarter = Budget(options.budget.amount / 4, options.budget.unit)
         options.lr_budget = Budget.parse(options.lr_budget or str(quarter))
+        if options.lr_budget.unit != options.budget.unit:
+            raise ValueError(
+                f"--lr-budget {options.lr_budget} is not allowed; allowed: {options.budget.unit}, as --budget"
+            )
         comparison_report.check_path(options.report)
     except ValueError as error:
         parser.error(str(error))
@@ -205,7 +209,7 @@ def main(arguments: list[str]) -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "fairseq": fairseq_version(),
-        "threads": environment(options.jobs)["OMP_NUM_THREADS"],
+        "threads": environment(options.jobs, 0)["OMP_NUM_THREADS"],
         "jobs": options.jobs,
         **options.shared,
     }
@@ -217,8 +221,11 @@ def main(arguments: list[str]) -> None:
         curves = Table(
             options.curves, CURVES, CURVES[1:], (), {name: common[name] for name in ("jobs", *SHARED)}
         )
-        for runs in plan.stages():
-            carry_out(runs, table, options.folder, curves=curves, jobs=options.jobs, keep=options.keep)
+        unit = "s" if options.budget.unit == "minutes" else "token"
+        with progress_bar(plan.weight(), unit) as bar:
+            how = dict(curves=curves, jobs=options.jobs, keep=options.keep, progress=bar)
+            for runs in plan.stages():
+                carry_out(runs, table, options.folder, **how)
     except ValueError as error:
         sys.exit(f"compare_lm.py: {error}")
     except KeyboardInterrupt:

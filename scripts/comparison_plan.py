@@ -62,16 +62,35 @@ class Plan:
         self.budgets = {"final": options.budget, "rate": options.lr_budget}
         self.budgets["speed"] = Budget(SPEED_UPDATES, "updates")
 
+    @property
+    def tuned(self) -> list[str]:
+        """Systems that try rates first."""
+        return [system for system in self.options.systems if system not in self.options.lr]
+
+    def weight(self) -> float:
+        """Of all stages, for the progress."""
+        options = self.options
+        cells = len(options.systems) * len(options.tokens_per_sample)
+        numbers = {"final": cells * len(options.seeds), "rate": len(self.tuned) * len(options.lr_grid)}
+        numbers["speed"] = cells if options.budget.unit == "minutes" else 0
+        return sum(number * self.weight_of(stage) for stage, number in numbers.items())
+
+    def weight_of(self, stage: str) -> float:
+        """Of a run: its tokens, or its seconds where the budget is a time."""
+        if self.options.budget.unit == "minutes":
+            return 60 * (1.0 if stage == "speed" else self.budgets[stage].amount)
+        tokens_per_update = self.options.tokens_per_update
+        return tokens_per_update * self.budgets[stage].updates(tokens_per_update)
+
     def stages(self) -> Iterator[list[TrainingRun]]:
         """One list of runs after the other; each reads what the earlier ones measured."""
         options, first = self.options, (self.options.tokens_per_sample[0], self.options.seeds[0])
-        tuned = [system for system in options.systems if system not in options.lr]
         if options.budget.unit == "minutes":
             grid = options.lr_grid[0]
             cells = [(system, n) for n in options.tokens_per_sample for system in options.systems]
             yield [self.run("speed", system, n, first[1], grid) for system, n in cells]
-        if tuned:
-            yield [self.run("rate", system, *first, lr) for lr in options.lr_grid for system in tuned]
+        if self.tuned:
+            yield [self.run("rate", system, *first, lr) for lr in options.lr_grid for system in self.tuned]
         cells = [(n, seed) for n in options.tokens_per_sample for seed in options.seeds]
         yield [
             self.run("final", system, *cell, self.best_rate(system))
@@ -89,7 +108,7 @@ class Plan:
             tuple(map(str, self.words(system, n, seed, lr, updates))),
             updates,
             row,
-            weight=updates * tokens_per_update,
+            weight=self.weight_of(stage),
             measure=None if stage == "speed" else self.evaluation(n),
         )
 

@@ -1,5 +1,6 @@
 """Plans of trainings by fairseq-train: each in a process of its own, several at a time, each done once."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -27,7 +28,15 @@ from measuring import ROOT, Table
 from tqdm import tqdm
 from train_process import die_with_parent, locked
 
-__all__ = ["CURVE_COLUMNS", "MEASURED", "Finished", "TrainingRun", "carry_out", "fairseq_command"]
+__all__ = [
+    "CURVE_COLUMNS",
+    "MEASURED",
+    "Finished",
+    "TrainingRun",
+    "carry_out",
+    "fairseq_command",
+    "progress_bar",
+]
 
 #: Columns that :func:`carry_out` fills; losses in nats per token, memory in bytes.
 MEASURED = (
@@ -197,6 +206,16 @@ def environment(jobs: int, slot: int) -> dict[str, str]:
     return found
 
 
+def progress_bar(total: float, unit: str = "token") -> tqdm:
+    """A line with the time left, by the mean speed so far; only on a terminal.
+
+    Args:
+        total: Sum of the runs' weights.
+        unit: Of the weights.
+    """
+    return tqdm(total=total, unit=unit, unit_scale=True, smoothing=0, mininterval=0.5, disable=None)
+
+
 def carry_out(
     runs: Iterable[TrainingRun],
     table: Table,
@@ -206,6 +225,7 @@ def carry_out(
     jobs: int = 1,
     log_interval: int = 10,
     keep: bool = False,
+    progress: Optional[tqdm] = None,
 ) -> None:
     """Carries out the runs that the table does not have yet.
 
@@ -220,6 +240,7 @@ def carry_out(
         jobs: Runs at a time; with more than one, their speeds cannot be compared.
         log_interval: Updates between points of the curves.
         keep: Whether checkpoints stay when their run is finished.
+        progress: From :func:`progress_bar`, where these runs are a part of a longer plan.
 
     Raises:
         KeyboardInterrupt: interrupted; all processes have been ended.
@@ -232,14 +253,10 @@ def carry_out(
     for slot in range(jobs):
         slots.put(slot)
     done = sum(run.weight for run in runs) - sum(run.weight for run in waiting)
-    bar = tqdm(
-        total=done + sum(run.weight for run in waiting),
-        unit="token",
-        unit_scale=True,
-        smoothing=0.05,
-        disable=None,
-    )
-    bar.update(done)
+    bar = progress_bar(sum(run.weight for run in runs)) if progress is None else progress
+    if not bar.disable:
+        # What was done before tells nothing about the time that is left.
+        bar.n, bar.initial = bar.n + done, bar.initial + done
     bar.set_description(f"{len(runs) - len(waiting)} of {len(runs)} runs")
 
     def one(run: TrainingRun) -> None:
@@ -266,7 +283,9 @@ def carry_out(
             shutil.rmtree(place, ignore_errors=True)
         show(1.0)
 
-    with locked(folder), ThreadPoolExecutor(jobs) as pool, bar:
+    with locked(folder), ThreadPoolExecutor(jobs) as pool, contextlib.ExitStack() as ends:
+        if progress is None:
+            ends.enter_context(bar)
         futures = [pool.submit(one, run) for run in waiting]
         try:
             for count, future in enumerate(as_completed(futures), start=len(runs) - len(waiting) + 1):
@@ -295,7 +314,7 @@ def _finish_run(
         row = log.measured(peak)
         if run.measure is not None:
             valid = log.valid[-1] if log.valid else {}
-            call = partial(_call, log=folder / "measure.log", stop=stop, jobs=jobs)
+            call = partial(_call, folder / "measure.log", stop, process_environment)
             row.update(run.measure(Finished(folder / "checkpoint_last.pt", valid, call)))
         return row, log.curve()
     except Interrupted:
@@ -312,22 +331,24 @@ def _train(run, folder, log, show, stop, process_environment, log_interval) -> i
         log.read()
         show(min(1.0, log.updates / run.updates))
 
-    status, usage = _run_process(run.command(folder, log_interval), log.path, stop, jobs, follow)
+    words = run.command(folder, log_interval)
+    status, usage = _run_process(words, log.path, stop, process_environment, follow)
     log.read()
     if status or not log.intervals:
         raise RuntimeError(f"status {status}: {_last_line(log.path)}; {log.path}")
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _call(words: list[str], log: Path, stop: threading.Event, jobs: int) -> str:
+def _call(log: Path, stop: threading.Event, process_environment: dict[str, str], words: list[str]) -> str:
+    """Runs a command to its end; returns what it wrote."""
     log.unlink(missing_ok=True)
-    status, _ = _run_process(words, log, stop, jobs, lambda: None)
+    status, _ = _run_process(words, log, stop, process_environment, lambda: None)
     if status:
         raise RuntimeError(f"status {status}: {_last_line(log)}; {log}")
     return log.read_text(errors="replace")
 
 
-def _run_process(words, log, stop, jobs, follow) -> tuple[int, resource.struct_rusage]:
+def _run_process(words, log, stop, process_environment, follow) -> tuple[int, resource.struct_rusage]:
     """Runs a command whose output is added to ``log``; returns its status and what it used."""
     with log.open("ab") as output:
         child = subprocess.Popen(

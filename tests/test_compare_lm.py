@@ -246,6 +246,7 @@ def test_data_of_another_tool_has_no_counts_and_that_is_said(compare, data, caps
             "--report report.pdf is not allowed; allowed: a name that ends in .html or .md",
         ),
         (("--data", "/nowhere"), "--data /nowhere has no dict.txt, train.idx, valid.idx; allowed"),
+        (("--lr-budget", "1minutes"), "--lr-budget 1minutes is not allowed; allowed: tokens, as --budget"),
         (("--jobs", "0"), "--jobs 0 is not allowed; allowed: 1 or more"),
     ],
 )
