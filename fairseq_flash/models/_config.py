@@ -98,6 +98,13 @@ class FlashConfig(FairseqDataclass):
         default=False,
         metadata={"help": "as --checkpoint-activations, with the layers' inputs kept in CPU memory"},
     )
+    diagnostics_interval: int = field(
+        default=0,
+        metadata={
+            "help": "updates between two reports on the layers (sizes of branches, gates, sparsity of the "
+            "attention) to --tensorboard-logdir and the log; 0: none, at no cost"
+        },
+    )
     backend: ChoiceEnum(list(BACKENDS)) = field(
         default="auto",
         metadata={"help": "implementation of the attention: auto takes the fastest that can run"},
