@@ -19,6 +19,7 @@ from typing import NamedTuple, Optional
 
 import torch
 from measuring import ROOT, Table, commit, device_name
+from systems import PRE_NORM, architecture
 from training_runs import CURVE_COLUMNS, MEASURED, Finished, TrainingRun, carry_out
 
 KEY = ("stage", "base", "factor", "value", "lr", "seed", "n", "budget")
@@ -32,29 +33,24 @@ LOW_RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3)
 SMALL_GAP = 0.02  # nats; less than this is looked at with more seeds
 TOKENS_PER_UPDATE = 4096
 
-_OURS = (
-    *("flash_lm", "flash_quad_lm", "flash_local_lm", "flash_global_lm"),
-    *("transformer_plus_lm", "transformer_pp_lm", "mc_transformer_pp_lm"),
-)
-#: Options as a dictionary: "" for a switch, None for one that a base sets and a choice takes away.
 _TABLE = {"--relative-bias": "toeplitz"}
-_PAPER = {"--init": "paper", "--scaled-sin": "", "--linear-norm": "chunk", **_TABLE}
-_TRANSFORMER = {
-    **{"--arch": "transformer_lm", "--decoder-layers": "4", "--decoder-embed-dim": "256"},
-    **{"--decoder-input-dim": "256", "--decoder-output-dim": "256", "--decoder-ffn-embed-dim": "1152"},
-    **{"--decoder-attention-heads": "4", "--attention-dropout": "0"},
-}
-#: What is trained, by name: fairseq-train's options.
+_CHUNK = {"--linear-norm": "chunk"}
+#: Options as a dictionary: "" for a switch, None for one that a base sets and a choice takes away.
+_PAPER = {"--init": "paper", "--scaled-sin": "", **_CHUNK, **_TABLE}
+#: What is trained, by name: the system, and options that differ from it.
 SYSTEMS = {
-    **{name: {"--arch": f"{name}_tiny"} for name in _OURS},
-    "flash_lm chunk": {"--arch": "flash_lm_tiny", "--linear-norm": "chunk"},
-    "flash_lm toeplitz": {"--arch": "flash_lm_tiny", **_TABLE},
-    "flash_lm chunk toeplitz": {"--arch": "flash_lm_tiny", "--linear-norm": "chunk", **_TABLE},
-    "flash_local_lm toeplitz": {"--arch": "flash_local_lm_tiny", **_TABLE},
-    "flash_lm_paper": {"--arch": "flash_lm_tiny", **_PAPER},
-    "transformer_lm": _TRANSFORMER,
-    "transformer_lm pre-norm": {**_TRANSFORMER, "--decoder-normalize-before": ""},
+    **{name: (name, {}) for name in ("flash_lm", "flash_quad_lm", "flash_local_lm", "flash_global_lm")},
+    **{name: (name, {}) for name in ("transformer_plus_lm", "transformer_pp_lm", "mc_transformer_pp_lm")},
+    "flash_lm chunk": ("flash_lm", _CHUNK),
+    "flash_lm toeplitz": ("flash_lm", _TABLE),
+    "flash_lm chunk toeplitz": ("flash_lm", {**_CHUNK, **_TABLE}),
+    "flash_local_lm toeplitz": ("flash_local_lm", _TABLE),
+    "flash_lm_paper": ("flash_lm", _PAPER),
+    "transformer_lm pre-norm": ("transformer_lm", {}),
+    "transformer_lm": ("transformer_lm", {PRE_NORM: None}),
 }
+#: Those that train for longer.
+WINNERS = [name for name in SYSTEMS if "toeplitz" not in name]
 TINY = {"--arch": "flash_ablation_lm", "--embed-dim": 256, "--layers": 8, "--chunk-size": 128}
 TINY_PP = {
     **TINY,
@@ -213,9 +209,10 @@ class Plan:
 
     def learning_rates(self) -> Iterator[TrainingRun]:
         """Every system with each rate."""
-        for name, words in SYSTEMS.items():
+        for name in SYSTEMS:
             for rate in LOW_RATES if name == "transformer_lm" else RATES:
-                yield self.run(name, words, self.options.tokens, stage="learning rate", lr=rate, seed=1)
+                row = dict(stage="learning rate", lr=rate, seed=1)
+                yield self.run(name, system_options(name), self.options.tokens, **row)
 
     def factors(self, seeds: Optional[list[int]] = None) -> Iterator[TrainingRun]:
         """Each base, and each of its choices."""
@@ -249,9 +246,9 @@ class Plan:
 
     def winners(self) -> Iterator[TrainingRun]:
         """Every system at its best rate, for more tokens."""
-        for name, words in SYSTEMS.items():
+        for name in WINNERS:
             row = dict(stage="winner", lr=self.best_rate(name), seed=1)
-            yield self.run(name, words, self.options.winner_tokens, **row)
+            yield self.run(name, system_options(name), self.options.winner_tokens, **row)
 
     def best_rate(self, name: str) -> float:
         """The rate with the lowest loss.
@@ -274,6 +271,17 @@ class Plan:
             loss = float(row["valid_loss"])
             row["loss"] = loss if math.isfinite(loss) else math.inf
         return rows
+
+
+def system_options(name: str) -> dict:
+    """A system's options as a dictionary."""
+    system, changes = SYSTEMS[name]
+    words = architecture(system, "tiny")
+    pairs = zip(words, [*words[1:], "--"], strict=True)
+    options = {
+        word: "" if following.startswith("--") else following for word, following in pairs if word[0] == "-"
+    }
+    return {**options, **changes}
 
 
 def as_words(options: dict) -> Iterator[str]:
