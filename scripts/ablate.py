@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
+from statistics import mean
 from typing import NamedTuple, Optional
 
 import torch
@@ -263,10 +264,10 @@ class Plan:
             )
         return float(min(rows, key=lambda row: row["loss"])["lr"])
 
-    def rows(self, stage: str) -> list[dict]:
-        """Successful rows of a stage, each with its ``loss``; one that is not finite counts as infinite."""
+    def rows(self, *stages: str) -> list[dict]:
+        """Successful rows of stages, each with its ``loss``; one that is not finite counts as infinite."""
         with self.options.output.open(newline="") as stream:
-            rows = [row for row in csv.DictReader(stream) if row["stage"] == stage and row["status"] == "ok"]
+            rows = [row for row in csv.DictReader(stream) if row["stage"] in stages and row["status"] == "ok"]
         for row in rows:
             loss = float(row["valid_loss"])
             row["loss"] = loss if math.isfinite(loss) else math.inf
@@ -291,6 +292,36 @@ def as_words(options: dict) -> Iterator[str]:
             yield option
             if value != "":
                 yield str(value)
+
+
+def tables(rows: list[dict]) -> Iterator[str]:
+    """The results as Markdown: losses by rate, and by choice with the difference from the base."""
+    rates = sorted({float(row["lr"]) for row in rows if row["stage"] == "learning rate"})
+    yield f"| system | {' | '.join(f'{rate:g}' for rate in rates)} |"
+    yield "| --- |" + " --- |" * len(rates)
+    found = {(row["name"], float(row["lr"])): row["loss"] for row in rows if row["stage"] == "learning rate"}
+    for name in dict.fromkeys(name for name, _ in found):
+        cells = [f"{found[name, rate]:.3f}" if (name, rate) in found else "" for rate in rates]
+        yield f"| {name} | {' | '.join(cells)} |"
+    losses: dict[tuple, dict] = {}
+    for row in rows:
+        if row["stage"] == "factor":
+            losses.setdefault((row["base"], row["factor"], row["value"]), {})[row["seed"]] = row["loss"]
+    for base in dict.fromkeys(base for base, _, _ in losses):
+        own = losses[base, "", ""]
+        yield f"\n| {base} | value | loss by seed | against the base, same seeds |\n| --- | --- | --- | --- |"
+        yield f"| | | {_numbers(own)} | |"
+        for (other, factor, value), by_seed in sorted(losses.items()):
+            if other == base and factor:
+                difference = mean(by_seed[seed] - own[seed] for seed in by_seed if seed in own)
+                yield f"| {factor} | {value} | {_numbers(by_seed)} | {difference:+.3f} |"
+    yield "\n| system, more tokens | rate | loss |\n| --- | --- | --- |"
+    for row in sorted((row for row in rows if row["stage"] == "winner"), key=lambda row: row["loss"]):
+        yield f"| {row['name']} | {row['lr']} | {row['loss']:.3f} |"
+
+
+def _numbers(by_seed: dict) -> str:
+    return ", ".join(f"{by_seed[seed]:.3f}" for seed in sorted(by_seed))
 
 
 STAGES = {
@@ -319,6 +350,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--tokens", type=int, default=1_000_000, help="of a run")
     add("--winner-tokens", type=int, default=5_000_000, help="of a run of the stage winner")
     add("--tokens-per-sample", type=int, default=1024)
+    add("--table", action="store_true", help="print what --output holds as Markdown, and train nothing")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--jobs", type=int, default=1, help="runs at a time; their speeds cannot be compared if more than 1")
     options = parser.parse_args(arguments)
@@ -336,6 +368,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line."""
     options = parse(arguments)
+    if options.table:
+        print("\n".join(tables(Plan(options).rows(*STAGES))))
+        return
     common = dict(
         commit=commit(),
         date=date.today().isoformat(),
