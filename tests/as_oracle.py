@@ -3,7 +3,7 @@
 import oracle
 import torch
 
-from fairseq_flash.modules import GatedAttentionUnit, RMSNorm, RotaryBias, ScaleNorm
+from fairseq_flash.modules import GatedAttentionUnit, GatedCrossAttention, RMSNorm, RotaryBias, ScaleNorm
 
 
 def norm(module: torch.nn.Module) -> tuple[str, dict]:
@@ -53,3 +53,22 @@ def unit_parameters(module: GatedAttentionUnit) -> tuple[str, dict]:
     if module.bias is not None:
         parameters.update(module.bias.named_parameters())
     return kind, parameters
+
+
+def cross_unit(module: GatedCrossAttention):
+    """The oracle of a layer that attends to a source, as a function of a row (n, d) and a source (m, d)."""
+    kind, norm_parameters = norm(module.norm)
+    parameters = dict(
+        norm=norm_parameters,
+        uz_weight=module.uz.weight,
+        uz_bias=module.uz.bias,
+        vz_weight=module.vz.weight,
+        vz_bias=module.vz.bias,
+        q_gamma=module.q_scale.gamma[0],
+        q_beta=module.q_scale.beta[0],
+        k_gamma=module.k_scale.gamma[0],
+        k_beta=module.k_scale.beta[0],
+        out_weight=module.out.weight,
+        out_bias=module.out.bias,
+    )
+    return lambda x, source: oracle.gated_cross_attention(x, source, parameters, norm=kind)
