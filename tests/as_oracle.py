@@ -3,7 +3,14 @@
 import oracle
 import torch
 
-from fairseq_flash.modules import GatedAttentionUnit, GatedCrossAttention, RMSNorm, RotaryBias, ScaleNorm
+from fairseq_flash.modules import (
+    GatedAttentionUnit,
+    GatedCrossAttention,
+    RMSNorm,
+    RotaryBias,
+    ScaleNorm,
+    Stack,
+)
 
 
 def norm(module: torch.nn.Module) -> tuple[str, dict]:
@@ -57,6 +64,12 @@ def unit_parameters(module: GatedAttentionUnit) -> tuple[str, dict]:
 
 def cross_unit(module: GatedCrossAttention):
     """The oracle of a layer that attends to a source, as a function of a row (n, d) and a source (m, d)."""
+    kind, parameters = cross_unit_parameters(module)
+    return lambda x, source: oracle.gated_cross_attention(x, source, parameters, norm=kind)
+
+
+def cross_unit_parameters(module: GatedCrossAttention) -> tuple[str, dict]:
+    """As :func:`unit_parameters`."""
     kind, norm_parameters = norm(module.norm)
     parameters = dict(
         norm=norm_parameters,
@@ -71,4 +84,27 @@ def cross_unit(module: GatedCrossAttention):
         out_weight=module.out.weight,
         out_bias=module.out.bias,
     )
-    return lambda x, source: oracle.gated_cross_attention(x, source, parameters, norm=kind)
+    return kind, parameters
+
+
+def sequence_to_sequence_parameters(model: torch.nn.Module) -> dict:
+    """The parameters of a flash_seq2seq under the oracle's names."""
+    encoder, decoder = (_stack_parameters(side.stack) for side in (model.encoder, model.decoder))
+    encoder["layers"] = [unit_parameters(block)[1] for block in model.encoder.stack.blocks]
+    decoder["layers"] = [
+        {
+            "self": unit_parameters(block.self_attention)[1],
+            "cross": cross_unit_parameters(block.cross_attention)[1],
+        }
+        for block in model.decoder.stack.blocks
+    ]
+    decoder["output_weight"] = model.decoder.output_projection.weight
+    return dict(encoder=encoder, decoder=decoder)
+
+
+def _stack_parameters(module: Stack) -> dict:
+    return dict(
+        embedding=module.embed_tokens.weight,
+        alpha=0.0 if module.embed_positions is None else module.embed_positions.alpha,
+        norm=norm(module.final_norm)[1],
+    )
