@@ -4,8 +4,8 @@
 
 Three stages, each once, in one CSV; a second run goes on where the first ended. "learning rate": every
 system with each rate. "factor": around flash_lm_tiny, and around the paper's settings at that size, one
-choice changed, at the best rate of its base. "seeds": two more seeds for the best two values of a factor
-whose losses differ by less than 0.02. With --stages winner, the systems at their best rates for more tokens;
+choice changed, at the best rate of its base. "seeds": two more seeds for the values of a factor that lie
+less than 0.02 from its best. With --stages winner, the systems at their best rates for more tokens;
 their checkpoints stay in the folder.
 """
 
@@ -28,6 +28,8 @@ CURVES = ("name", *KEY, *CURVE_COLUMNS)
 SHOWN = ("name", "factor", "value", "lr", "seed", "valid_loss", "status")
 
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+#: fairseq's default, a norm after each layer, learns nothing here at higher rates.
+LOW_RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3)
 SMALL_GAP = 0.02  # nats; less than this is looked at with more seeds
 TOKENS_PER_UPDATE = 4096
 
@@ -37,16 +39,18 @@ _OURS = (
 )
 #: Options as a dictionary: "" for a switch, None for one that a base sets and a choice takes away.
 _PAPER = {"--init": "paper", "--scaled-sin": "", "--linear-norm": "chunk"}
+_TRANSFORMER = {
+    **{"--arch": "transformer_lm", "--decoder-layers": "4", "--decoder-embed-dim": "256"},
+    **{"--decoder-input-dim": "256", "--decoder-output-dim": "256", "--decoder-ffn-embed-dim": "1152"},
+    **{"--decoder-attention-heads": "4", "--attention-dropout": "0"},
+}
 #: What is trained, by name: fairseq-train's options.
 SYSTEMS = {
     **{name: {"--arch": f"{name}_tiny"} for name in _OURS},
     "flash_lm chunk": {"--arch": "flash_lm_tiny", "--linear-norm": "chunk"},
     "flash_lm_paper": {"--arch": "flash_lm_tiny", **_PAPER},
-    "transformer_lm": {
-        **{"--arch": "transformer_lm", "--decoder-layers": "4", "--decoder-embed-dim": "256"},
-        **{"--decoder-input-dim": "256", "--decoder-output-dim": "256", "--decoder-ffn-embed-dim": "1152"},
-        **{"--decoder-attention-heads": "4", "--attention-dropout": "0"},
-    },
+    "transformer_lm": _TRANSFORMER,
+    "transformer_lm pre-norm": {**_TRANSFORMER, "--decoder-normalize-before": ""},
 }
 SHARED_FACTORS = {
     "score scale": {"1/sqrt(s), gamma 1": {"--score-scale": f"{128**-0.5:.4f}", "--gamma-quad": "1"}},
@@ -67,6 +71,22 @@ BASES = {
             },
             "gamma quadratic": {value: {"--gamma-quad": value} for value in ("0.1", "0.3", "1")},
             "gamma linear": {value: {"--gamma-lin": value} for value in ("0.02", "0.03", "0.3", "1")},
+            "together": {
+                "gammas 0.3, 0.03": {"--gamma-quad": "0.3", "--gamma-lin": "0.03"},
+                "gammas 0.3, 0.03, rmsnorm": {
+                    **{"--gamma-quad": "0.3", "--gamma-lin": "0.03", "--norm": "rmsnorm"},
+                },
+                "gammas 0.3, 0.03, rmsnorm, out 0.02": {
+                    **{"--gamma-quad": "0.3", "--gamma-lin": "0.03", "--norm": "rmsnorm"},
+                    "--out-std": "0.02",
+                },
+                "gammas 0.3, 0.03, chunk": {
+                    **{"--gamma-quad": "0.3", "--gamma-lin": "0.03", "--linear-norm": "chunk"},
+                },
+                "gammas 0.3, 0.003, chunk": {
+                    **{"--gamma-quad": "0.3", "--gamma-lin": "0.003", "--linear-norm": "chunk"},
+                },
+            },
             "linear norm": {"chunk": {"--linear-norm": "chunk"}},
             "absolute positions": {"ScaledSin": {"--scaled-sin": ""}},
             "chunk size": {value: {"--chunk-size": value} for value in ("32", "64", "256", "512")},
@@ -112,7 +132,7 @@ class Plan:
             **{"--optimizer": "adam", "--adam-betas": "(0.9, 0.98)", "--weight-decay": 0.01},
             **{"--clip-norm": 1.0, "--lr": row["lr"], "--lr-scheduler": "polynomial_decay"},
             **{"--warmup-updates": max(1, updates // 10), "--total-num-update": updates},
-            **{"--no-epoch-checkpoints": "", "--validate-interval-updates": max(1, updates // 5)},
+            "--no-epoch-checkpoints" if row.get("stage") == "winner" else "--no-save": "",
             **{"--num-workers": 0, "--seed": row["seed"], **words},
             "--cpu": None if self.options.device.startswith("cuda") else "",
         }
@@ -134,8 +154,8 @@ class Plan:
 
     def learning_rates(self) -> Iterator[TrainingRun]:
         """Every system with each rate."""
-        for rate in RATES:
-            for name, words in SYSTEMS.items():
+        for name, words in SYSTEMS.items():
+            for rate in LOW_RATES if name == "transformer_lm" else RATES:
                 yield self.run(name, words, self.options.tokens, stage="learning rate", lr=rate, seed=1)
 
     def factors(self, seeds: tuple[int, ...] = (1,)) -> Iterator[TrainingRun]:
@@ -162,9 +182,8 @@ class Plan:
             }
             for factor in {factor for factor, _ in losses} - {""}:
                 ranked = sorted((loss, key) for key, loss in losses.items() if key[0] in ("", factor))
-                (best, first), (next_best, second) = ranked[:2]
-                if next_best - best < SMALL_GAP:
-                    close |= {(base, *first), (base, *second)}
+                near = [key for loss, key in ranked if loss - ranked[0][0] < SMALL_GAP]
+                close |= {(base, *key) for key in near if len(near) > 1}
         for run in self.factors(seeds=(2, 3)):
             if (run.row["base"], run.row["factor"], run.row["value"]) in close:
                 yield run
