@@ -3,7 +3,7 @@
 import oracle
 import torch
 
-from fairseq_flash.modules import GatedAttentionUnit, RMSNorm, RotaryBias, ScaleNorm
+from fairseq_flash.modules import GatedAttentionUnit, RMSNorm, RotaryBias, ScaleNorm, Stack
 
 
 def norm(module: torch.nn.Module) -> tuple[str, dict]:
@@ -53,3 +53,22 @@ def unit_parameters(module: GatedAttentionUnit) -> tuple[str, dict]:
     if module.bias is not None:
         parameters.update(module.bias.named_parameters())
     return kind, parameters
+
+
+def stack(module: Stack):
+    """The oracle of a stack of gated attention units, from tokens (n,) to features (n, d)."""
+    embedding, positions = module.embed_tokens.weight, module.embed_positions
+    alpha = 0.0 if positions is None else positions.alpha
+    kind, final_norm = norm(module.final_norm)
+
+    def function(tokens):
+        x = [
+            embedding[t].double() + oracle.scaled_sin(i, embedding.shape[1], alpha)
+            for i, t in enumerate(tokens)
+        ]
+        x = torch.stack(x)
+        for block in module.blocks:
+            x = unit(block)(x)
+        return torch.stack([oracle.NORMS[kind](x_i, **final_norm) for x_i in x])
+
+    return function
