@@ -61,7 +61,7 @@ class MaskedLMHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(words))
 
     def forward(self, features: torch.Tensor, masked_tokens: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """Takes ``(b, n, d)``, gives ``(b, n, words)``; of the ``masked_tokens`` alone, ``(masked, words)``."""
+        """Takes ``(b, n, d)``, gives ``(b, n, words)``, or ``(masked, words)`` of ``masked_tokens`` alone."""
         if masked_tokens is not None:
             features = features[masked_tokens]
         hidden = self.norm(nn.functional.gelu(self.dense(features)))
