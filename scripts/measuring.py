@@ -105,7 +105,7 @@ class Table:
         path: Of the file, which need not exist.
         columns: Of the file.
         key: The columns that tell a cell, beside ``name``.
-        shown: The columns that are printed when a row is added.
+        shown: The columns that are printed when a row is added; empty for no print.
         common: What all rows say.
 
     Raises:
@@ -146,7 +146,7 @@ class Table:
             if new:
                 writer.writeheader()
             writer.writerows({**self.common, **row} for row in rows)
-        for row in rows:
+        for row in rows if self.shown else ():
             print("  ".join(f"{name}={row[name]}" for name in row if name in self.shown), flush=True)
 
 

@@ -10,7 +10,6 @@ checkpoint.
 """
 
 import argparse
-import fcntl
 import hashlib
 import json
 import os
@@ -21,13 +20,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from checkpoints import mend_checkpoints
 from read_text import find_text_files
-from train_process import train
+from train_process import locked, train
 
 ROOT = Path(__file__).resolve().parent.parent
 USER_DIR = ROOT / "fairseq_flash"
@@ -204,20 +201,6 @@ def print_table(run: Run, text: str, interactive: list[str]) -> None:
     print("\nnext:\n  the same command with --more 10      ten minutes more")
     print(f"  {show(tensorboard)}\n  {show(interactive)}")
     print(f"  (these commands are in {shlex.quote(str(Path(sys.executable).parent))})")
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[int]:
-    """Keeps a second run out of the folder, also while a child of a killed run is still at work."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield lock
-    except BlockingIOError:
-        sys.exit(f"another run is at work in {folder}")
-    finally:
-        os.close(lock)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

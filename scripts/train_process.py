@@ -1,19 +1,43 @@
 """Runs fairseq-train as a process that never outlives its parent, and measures it."""
 
 import ctypes
+import fcntl
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import IO
 
-__all__ = ["train"]
+__all__ = ["die_with_parent", "locked", "train"]
 
 PR_SET_PDEATHSIG = 1  # Linux: the signal that a process gets when its parent dies
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[int]:
+    """Keeps a second run out of the folder, also while a child of a killed run is still at work.
+
+    Yields:
+        A file descriptor; a child that keeps it open keeps the folder locked.
+
+    Raises:
+        SystemExit: another run is at work in the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield lock
+    except BlockingIOError:
+        sys.exit(f"another run is at work in {folder}")
+    finally:
+        os.close(lock)
 
 
 def train(words: list[str], log: Path, lock: int) -> dict[str, float | str]:
@@ -43,7 +67,7 @@ def train(words: list[str], log: Path, lock: int) -> dict[str, float | str]:
             stderr=errors,
             pass_fds=[lock],
             start_new_session=True,  # so that Ctrl-C reaches the parent only, which ends the child silently
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
         )
         peak_kb = _wait(child, written if errors else None)
         written.seek(start)
@@ -53,7 +77,8 @@ def train(words: list[str], log: Path, lock: int) -> dict[str, float | str]:
     return _measure(text, peak_kb)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """Called in a new process: it is killed when the thread that started it ends (on Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

@@ -1,0 +1,318 @@
+"""Plans of trainings by fairseq-train: each in a process of its own, several at a time, each done once."""
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, median
+from typing import Any, Optional
+
+from checkpoints import mend_checkpoints
+from measuring import ROOT, Table
+from tqdm import tqdm
+from train_process import die_with_parent, locked
+
+__all__ = ["CURVE_COLUMNS", "MEASURED", "Finished", "TrainingRun", "carry_out", "fairseq_command"]
+
+#: Columns that :func:`carry_out` fills; losses in nats per token, memory in bytes.
+MEASURED = (
+    *("parameters", "updates", "tokens", "seconds", "tokens_per_second", "peak_memory"),
+    *("train_loss", "valid_loss", "status"),
+)
+#: Columns of a loss curve, beside those that tell the run.
+CURVE_COLUMNS = ("updates", "tokens", "seconds", "split", "loss")
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was ended with the whole plan."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A training that has ended, for what is measured of it afterwards.
+
+    Attributes:
+        checkpoint: The last one.
+        valid: The numbers of the last validation, as fairseq logged them, without ``valid_``.
+    """
+
+    checkpoint: Path
+    valid: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """One training.
+
+    Attributes:
+        words: Arguments of fairseq-train but for ``--max-update``, ``--save-dir`` and the log's.
+        updates: ``--max-update``.
+        row: The columns that tell the run in the CSV, ``name`` among them.
+        weight: Of the run in the plan's progress, such as its tokens.
+        measure: Called at the end for more columns.
+    """
+
+    words: tuple[str, ...]
+    updates: int
+    row: dict[str, Any]
+    weight: float = 1.0
+    measure: Optional[Callable[[Finished], dict[str, Any]]] = None
+
+    @property
+    def folder_name(self) -> str:
+        """Readable, and another one for other arguments."""
+        digest = hashlib.sha256(json.dumps([self.words, self.updates]).encode()).hexdigest()[:10]
+        readable = "-".join(str(value) for value in self.row.values())
+        return f"{re.sub(r'[^A-Za-z0-9_.=-]+', '_', readable)[:80]}-{digest}"
+
+
+@dataclass
+class Log:
+    """What fairseq-train has logged so far; a resumed training repeats updates, of which the last count."""
+
+    path: Path
+    intervals: list[dict] = field(default_factory=list)
+    valid: list[dict] = field(default_factory=list)
+    parameters: Optional[int] = None
+    total_gb: Optional[float] = None
+    updates: int = 0
+    _offset: int = 0
+
+    def read(self) -> None:
+        """Takes in the whole lines that are new."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as stream:
+            stream.seek(self._offset)
+            text = stream.read()
+        text = text[: text.rfind(b"\n") + 1]
+        self._offset += len(text)
+        for line in text.decode(errors="replace").splitlines():
+            self._take(line)
+
+    def _take(self, line: str) -> None:
+        if found := re.search(r"num\. shared model params: ([\d,]+)", line):
+            self.parameters = int(found[1].replace(",", ""))
+        elif found := re.search(r"total memory = ([\d.]+)", line):
+            self.total_gb = float(found[1])
+        elif found := re.search(r"\| (train_inner|train|valid) \| (\{.*\})", line):
+            numbers = json.loads(found[2]).items()
+            point = {name.removeprefix(f"{found[1]}_"): _number(value) for name, value in numbers}
+            self.updates = int(point["num_updates"])
+            if found[1] != "train":
+                known = self.intervals if found[1] == "train_inner" else self.valid
+                known[:] = [old for old in known if old["num_updates"] < self.updates]
+                known.append(point)
+
+    def tokens_per_update(self) -> float:
+        """The mean of the intervals."""
+        return mean(interval["wpb"] for interval in self.intervals)
+
+    def speed(self) -> float:
+        """Tokens a second: the median of the intervals, without the first, in which everything is set up."""
+        return median(interval["wps"] for interval in self.intervals[1:] or self.intervals)
+
+    def curve(self) -> list[dict]:
+        """Loss by update, tokens and seconds; seconds are tokens at the median speed."""
+        points = [("train", point) for point in self.intervals] + [("valid", point) for point in self.valid]
+        return [
+            {**self._place(point["num_updates"]), "split": split, "loss": loss(point)}
+            for split, point in points
+        ]
+
+    def _place(self, updates: float) -> dict[str, Any]:
+        tokens = updates * self.tokens_per_update()
+        return {"updates": int(updates), "tokens": round(tokens), "seconds": f"{tokens / self.speed():.4g}"}
+
+    def measured(self, peak_bytes: int) -> dict[str, Any]:
+        """The columns of ``MEASURED``."""
+        free = [interval["gb_free"] for interval in self.intervals if "gb_free" in interval]
+        if self.total_gb and free:
+            peak_bytes = int((self.total_gb - min(free)) * 2**30)
+        last = self.intervals[-max(1, len(self.intervals) // 10) :]
+        return dict(
+            parameters=self.parameters,
+            **self._place(self.updates),
+            tokens_per_second=f"{self.speed():.4g}",
+            peak_memory=peak_bytes,
+            train_loss=f"{mean(map(loss, last)):.5g}",
+            valid_loss=f"{loss(self.valid[-1]):.5g}" if self.valid else "",
+            status="ok",
+        )
+
+
+def loss(point: dict) -> float:
+    """Nats per token of a logged point; fairseq logs bits, and the loss without label smoothing apart."""
+    return round(point.get("nll_loss", point["loss"]) * math.log(2), 5)
+
+
+def _number(value: Any) -> Any:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value
+
+
+def fairseq_command(tool: str, *words: Any) -> list[str]:
+    """The command line of one of fairseq's tools in this environment.
+
+    Args:
+        tool: Its module, such as ``"train"`` or ``"eval_lm"``.
+        words: Its arguments.
+    """
+    return [sys.executable, "-m", f"fairseq_cli.{tool}", *map(str, words)]
+
+
+def environment(jobs: int) -> dict[str, str]:
+    """Of a process that shares the cores with ``jobs - 1`` others."""
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // jobs))
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def carry_out(
+    runs: Iterable[TrainingRun],
+    table: Table,
+    folder: Path,
+    *,
+    curves: Optional[Table] = None,
+    jobs: int = 1,
+    log_interval: int = 10,
+    keep: bool = False,
+) -> None:
+    """Carries out the runs that the table does not have yet.
+
+    A run that fails is a row with its error. Killed at any point, the next call goes on: finished runs are
+    rows, an unfinished one resumes from its last checkpoint, where its arguments make it save any.
+
+    Args:
+        runs: The plan, in order.
+        table: Where rows go: the runs' own columns, ``MEASURED``, and what ``measure`` adds.
+        folder: For checkpoints and logs.
+        curves: Where loss curves go, as rows of the run's own columns and ``CURVE_COLUMNS``.
+        jobs: Runs at a time; with more than one, their speeds cannot be compared.
+        log_interval: Updates between points of the curves.
+        keep: Whether checkpoints stay when their run is finished.
+
+    Raises:
+        KeyboardInterrupt: interrupted; all processes have been ended.
+    """
+    runs = list(runs)
+    waiting = [run for run in runs if not table.has([run.row["name"]], **run.row)]
+    folder.mkdir(parents=True, exist_ok=True)
+    writing, stop = threading.Lock(), threading.Event()
+    done = sum(run.weight for run in runs) - sum(run.weight for run in waiting)
+    bar = tqdm(
+        total=done + sum(run.weight for run in waiting),
+        unit="token",
+        unit_scale=True,
+        smoothing=0.05,
+        disable=None,
+    )
+    bar.update(done)
+    bar.set_description(f"{len(runs) - len(waiting)} of {len(runs)} runs")
+
+    def one(run: TrainingRun) -> None:
+        shown = 0.0
+
+        def show(share: float) -> None:
+            nonlocal shown
+            with writing:
+                bar.update(run.weight * (share - shown))
+            shown = share
+
+        place = folder / run.folder_name
+        row, curve = _finish_run(run, place, show, stop, jobs, log_interval)
+        with writing:
+            if curves is not None:
+                curves.add([{**run.row, **point} for point in curve])
+            table.add([{**run.row, **row}])
+            bar.set_description(f"{bar.desc.split()[0]} of {len(runs)} runs, last {run.row['name']}")
+        if not keep and row["status"] == "ok":
+            shutil.rmtree(place, ignore_errors=True)
+        show(1.0)
+
+    with locked(folder), ThreadPoolExecutor(jobs) as pool, bar:
+        futures = [pool.submit(one, run) for run in waiting]
+        try:
+            for count, future in enumerate(as_completed(futures), start=len(runs) - len(waiting) + 1):
+                future.result()
+                with writing:
+                    bar.set_description(f"{count} of {len(runs)} runs")
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _finish_run(
+    run: TrainingRun,
+    folder: Path,
+    show: Callable[[float], None],
+    stop: threading.Event,
+    jobs: int,
+    log_interval: int,
+) -> tuple[dict[str, Any], list[dict]]:
+    """The measured columns of a run and its curve; an error is a row too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log = Log(folder / "train.log")
+    try:
+        peak = _train(run, folder, log, show, stop, jobs, log_interval)
+        row = log.measured(peak)
+        if run.measure is not None:
+            valid = log.valid[-1] if log.valid else {}
+            row.update(run.measure(Finished(folder / "checkpoint_last.pt", valid)))
+        return row, log.curve()
+    except Interrupted:
+        raise
+    except Exception as error:
+        return {"parameters": log.parameters or "", "updates": log.updates, "status": f"error: {error}"}, []
+
+
+def _train(run, folder, log, show, stop, jobs, log_interval) -> int:
+    """Runs fairseq-train to its end; returns its peak memory in bytes."""
+    mend_checkpoints(folder)
+    words = [*run.words, "--max-update", run.updates, "--save-dir", folder]
+    words = fairseq_command(
+        "train", *words, "--log-format", "json", "--log-interval", min(log_interval, run.updates)
+    )
+    with log.path.open("ab") as output:
+        child = subprocess.Popen(
+            words,
+            cwd=ROOT,
+            env=environment(jobs),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
+        while True:
+            pid, status, usage = os.wait4(child.pid, os.WNOHANG)
+            if pid:
+                child.returncode = os.waitstatus_to_exitcode(status)
+                break
+            if stop.is_set():
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+                raise Interrupted
+            log.read()
+            show(min(1.0, log.updates / run.updates))
+            time.sleep(0.2)
+    log.read()
+    if child.returncode or not log.intervals:
+        lines = log.path.read_text(errors="replace").split("\n")
+        last = next((line for line in reversed(lines) if line.strip()), "nothing was logged")
+        raise RuntimeError(f"status {child.returncode}: {last}; {log.path}")
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
