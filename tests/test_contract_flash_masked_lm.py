@@ -39,6 +39,14 @@ KINDS = {
     "quadratic": (*QUADRATIC, "--scaled-sin"),
     "quadratic toeplitz": (*QUADRATIC, "--relative-bias", "toeplitz"),
 }
+TINY_ROBERTA = (
+    *("--encoder-layers", "4", "--encoder-embed-dim", "256", "--encoder-ffn-embed-dim", "1152"),
+    *("--encoder-attention-heads", "4"),
+)
+EMBEDDING = {
+    "FlashMaskedLM": "encoder.stack.embed_tokens.weight",
+    "RobertaModel": "encoder.sentence_encoder.embed_tokens.weight",
+}
 #: One token, less than a chunk, a chunk, several with and without a rest.
 LENGTHS = (1, 3, 4, 7, 13, 16)
 
@@ -125,6 +133,28 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
     assert actual.shape == expected.shape
     error = ((actual - expected).abs().max() / expected.abs().max()).item()
     assert error <= tolerance, f"off by {error / EPSILON:.0f} epsilon"
+
+
+@pytest.mark.parametrize(
+    ("arch", "roberta"),
+    [
+        ("flash_masked_lm", ()),
+        ("flash_quad_masked_lm", ()),
+        ("flash_masked_lm_tiny", TINY_ROBERTA),
+        ("flash_quad_masked_lm_tiny", TINY_ROBERTA),
+    ],
+)
+def test_it_has_as_many_parameters_as_the_roberta_that_it_pairs_with(data, arch, roberta):
+    counts = []
+    for words in (("--arch", arch), ("--arch", "roberta_base", *roberta)):
+        words = [str(data), "--task", "masked_lm", "--tokens-per-sample", "512", *words]
+        args = options.parse_args_and_arch(options.get_training_parser(), words)
+        cfg = convert_namespace_to_omegaconf(args)
+        model = tasks.setup_task(cfg.task).build_model(cfg.model)
+        # At a vocabulary of 8000: the embeddings are shared with the output, which has a bias.
+        width, words = model.get_parameter(EMBEDDING[type(model).__name__]).shape[::-1]
+        counts.append(sum(p.numel() for p in model.parameters()) + (8000 - words) * (width + 1))
+    assert counts[0] == pytest.approx(counts[1], rel=0.05)
 
 
 @pytest.mark.parametrize("length", [1, 3, 13])
