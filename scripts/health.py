@@ -4,8 +4,8 @@
 
 For each layer: the size of its branches against the residual and of its linear against its quadratic branch.
 For each group of parameters: the size of its gradient against the median group's, after one backward pass on
-random tokens (Zipf's law), of which an encoder has to find the masked ones. Outside the band, a warning; the exit status stays 0, as the paper's own start is
-outside.
+random tokens (Zipf's law), of which an encoder has to find the masked ones. Outside the band, a warning; the
+exit status stays 0, as the paper's own start is outside.
 """
 
 import argparse
