@@ -3,10 +3,9 @@
     python scripts/ablate.py --data data-bin/books [--device cuda --jobs 12]
 
 Three stages, each once, in one CSV; a second run goes on where the first ended. "learning rate": every
-system with each rate. "factor": around flash_lm_tiny, and around the paper's settings at that size, one
-choice changed, at the best rate of its base. "seeds": two more seeds for the best two values of a factor
-whose losses differ by less than 0.02. With --stages winner, the systems at their best rates for more tokens;
-their checkpoints stay in the folder.
+system with each rate. "factor": around each base, one choice changed, at the best rate of its system.
+"seeds": two more seeds for the values of a factor that lie less than 0.02 from its best. With --stages
+winner, the systems at their best rates for more tokens; their checkpoints stay in the folder.
 """
 
 import argparse
@@ -16,7 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 from measuring import ROOT, Table, commit, device_name
@@ -28,6 +27,8 @@ CURVES = ("name", *KEY, *CURVE_COLUMNS)
 SHOWN = ("name", "factor", "value", "lr", "seed", "valid_loss", "status")
 
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+#: fairseq's default, a norm after each layer, learns nothing here at higher rates.
+LOW_RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3)
 SMALL_GAP = 0.02  # nats; less than this is looked at with more seeds
 TOKENS_PER_UPDATE = 4096
 
@@ -37,61 +38,135 @@ _OURS = (
 )
 #: Options as a dictionary: "" for a switch, None for one that a base sets and a choice takes away.
 _PAPER = {"--init": "paper", "--scaled-sin": "", "--linear-norm": "chunk"}
+_TRANSFORMER = {
+    **{"--arch": "transformer_lm", "--decoder-layers": "4", "--decoder-embed-dim": "256"},
+    **{"--decoder-input-dim": "256", "--decoder-output-dim": "256", "--decoder-ffn-embed-dim": "1152"},
+    **{"--decoder-attention-heads": "4", "--attention-dropout": "0"},
+}
 #: What is trained, by name: fairseq-train's options.
 SYSTEMS = {
     **{name: {"--arch": f"{name}_tiny"} for name in _OURS},
     "flash_lm chunk": {"--arch": "flash_lm_tiny", "--linear-norm": "chunk"},
     "flash_lm_paper": {"--arch": "flash_lm_tiny", **_PAPER},
-    "transformer_lm": {
-        **{"--arch": "transformer_lm", "--decoder-layers": "4", "--decoder-embed-dim": "256"},
-        **{"--decoder-input-dim": "256", "--decoder-output-dim": "256", "--decoder-ffn-embed-dim": "1152"},
-        **{"--decoder-attention-heads": "4", "--attention-dropout": "0"},
-    },
+    "transformer_lm": _TRANSFORMER,
+    "transformer_lm pre-norm": {**_TRANSFORMER, "--decoder-normalize-before": ""},
 }
-SHARED_FACTORS = {
-    "score scale": {"1/sqrt(s), gamma 1": {"--score-scale": f"{128**-0.5:.4f}", "--gamma-quad": "1"}},
-    "norm": {value: {"--norm": value} for value in ("scalenorm", "rmsnorm")},
-    "rotary in the linear branch": {"off": {"--plain-linear": ""}},
+TINY = {"--arch": "flash_ablation_lm", "--embed-dim": 256, "--layers": 8, "--chunk-size": 128}
+TINY_PP = {
+    **TINY,
+    **{"--block": "transformer", "--attention-dim": 64, "--layers": 4, "--glu": "", "--ffn-embed-dim": 768},
 }
-#: For each base: its options of the ablation model, and by factor the values that differ from it.
+SCALED = {"1/sqrt(s), gamma 1": {"--score-scale": f"{128**-0.5:.4f}", "--gamma-quad": 1}}
+NORMS = {value: {"--norm": value} for value in ("scalenorm", "rmsnorm")}
+PLAIN_LINEAR = {"off": {"--plain-linear": ""}}
+
+
+class Base(NamedTuple):
+    """Options of the ablation model, the system whose rate it takes, and values by factor that differ."""
+
+    system: str
+    options: dict
+    factors: dict[str, dict[str, dict]]
+
+
+def gammas(quad: float, lin: float, **more: object) -> dict:
+    """Options for how the gammas of the branches start."""
+    return {"--gamma-quad": quad, "--gamma-lin": lin, **more}
+
+
 BASES = {
-    "flash_lm": (
-        {},
+    "flash_lm": Base(
+        "flash_lm",
+        {**TINY, "--relative-bias": "toeplitz"},
         {
-            **SHARED_FACTORS,
+            "score scale": SCALED,
+            "norm": NORMS,
+            "rotary in the linear branch": PLAIN_LINEAR,
             "start": {
                 "paper": {"--init": "paper"},
-                "dense 0.02": {"--dense-std": "0.02"},
-                "out 0.02": {"--out-std": "0.02"},
-                "embedding 0.0625": {"--embed-std": "0.0625"},
+                "dense 0.02": {"--dense-std": 0.02},
+                "out 0.02": {"--out-std": 0.02},
+                "embedding 0.0625": {"--embed-std": 0.0625},
             },
-            "gamma quadratic": {value: {"--gamma-quad": value} for value in ("0.1", "0.3", "1")},
-            "gamma linear": {value: {"--gamma-lin": value} for value in ("0.02", "0.03", "0.3", "1")},
+            "gamma quadratic": {str(value): {"--gamma-quad": value} for value in (0.1, 0.3, 1)},
+            "gamma linear": {str(value): {"--gamma-lin": value} for value in (0.02, 0.03, 0.3, 1)},
+            "together": {
+                "gammas 0.3, 0.03": gammas(0.3, 0.03),
+                "gammas 0.3, 0.03, rmsnorm": gammas(0.3, 0.03, **NORMS["rmsnorm"]),
+                "gammas 0.3, 0.03, rmsnorm, out 0.02": gammas(
+                    0.3, 0.03, **NORMS["rmsnorm"], **{"--out-std": 0.02}
+                ),
+                "gammas 0.3, 0.03, chunk": gammas(0.3, 0.03, **{"--linear-norm": "chunk"}),
+                "gammas 0.3, 0.003, chunk": gammas(0.3, 0.003, **{"--linear-norm": "chunk"}),
+            },
             "linear norm": {"chunk": {"--linear-norm": "chunk"}},
             "absolute positions": {"ScaledSin": {"--scaled-sin": ""}},
-            "chunk size": {value: {"--chunk-size": value} for value in ("32", "64", "256", "512")},
+            "chunk size": {str(value): {"--chunk-size": value} for value in (32, 64, 256, 512)},
             "bias": {
                 "rotary": {"--relative-bias": "rotary"},
-                "toeplitz 0.2": {"--bias-std": "0.2"},
-                "rotary N(0, 0.02)": {"--relative-bias": "rotary", "--bias-height": "0"},
+                "toeplitz 0.2": {"--bias-std": 0.2},
+                "rotary N(0, 0.02)": {"--relative-bias": "rotary", "--bias-height": 0},
             },
         },
     ),
-    "flash_lm_paper": (
-        _PAPER,
+    "flash_lm_paper": Base(
+        "flash_lm_paper",
+        {**TINY, **_PAPER, "--relative-bias": "toeplitz"},
         {
-            **SHARED_FACTORS,
+            "score scale": SCALED,
+            "norm": NORMS,
+            "rotary in the linear branch": PLAIN_LINEAR,
             "start": {"fan-in": {"--init": "fan_in"}},
-            "gamma quadratic": {value: {"--gamma-quad": value} for value in ("0.1", "1")},
-            "gamma linear": {value: {"--gamma-lin": value} for value in ("0.1", "1")},
+            "gamma quadratic": {str(value): {"--gamma-quad": value} for value in (0.1, 1)},
+            "gamma linear": {str(value): {"--gamma-lin": value} for value in (0.1, 1)},
             "linear norm": {"mean": {"--linear-norm": "mean"}},
             "absolute positions": {"none": {"--scaled-sin": None}},
-            "chunk size": {value: {"--chunk-size": value} for value in ("64", "256")},
+            "chunk size": {str(value): {"--chunk-size": value} for value in (64, 256)},
             "bias": {"rotary": {"--relative-bias": "rotary"}},
         },
     ),
+    "flash_lm, rotary bias": Base(
+        "flash_lm",
+        {**TINY, "--relative-bias": "rotary"},
+        {
+            "norm": NORMS,
+            "bias": {
+                **{f"height {value}": {"--bias-height": value} for value in (0.01, 0.1, 0.3)},
+                **{
+                    f"toeplitz, height {value}": {"--relative-bias": "toeplitz", "--bias-height": value}
+                    for value in (0.03, 0.1)
+                },
+            },
+            "chunk size": {str(value): {"--chunk-size": value} for value in (64, 256)},
+            "gamma quadratic": {"0.3": {"--gamma-quad": 0.3}},
+            "gamma linear": {str(value): {"--gamma-lin": value} for value in (0.03, 0.05)},
+            "together": {
+                "gammas 0.3, 0.03": gammas(0.3, 0.03),
+                "gammas 0.3, 0.03, rmsnorm": gammas(0.3, 0.03, **NORMS["rmsnorm"]),
+                "gammas 0.3, 0.003, chunk": gammas(0.3, 0.003, **{"--linear-norm": "chunk"}),
+            },
+            "branches": {"local": {"--attention": "local"}},
+        },
+    ),
+    "transformer_pp_lm": Base(
+        "transformer_pp_lm",
+        {**TINY_PP, "--attention": "quadratic"},
+        {
+            "norm": {"rmsnorm": NORMS["rmsnorm"]},
+            "start": {"paper": {"--init": "paper"}, "out 0.02": {"--out-std": 0.02}},
+            "absolute positions": {"ScaledSin": {"--scaled-sin": ""}},
+        },
+    ),
+    "mc_transformer_pp_lm": Base(
+        "mc_transformer_pp_lm",
+        {**TINY_PP, "--attention": "mixed_chunk"},
+        {
+            "gamma linear": {str(value): {"--gamma-lin": value} for value in (0.1, 1)},
+            "branches": {"local": {"--attention": "local"}},
+            "chunk size": {"64": {"--chunk-size": 64}},
+        },
+    ),
 }
-TINY = {"--arch": "flash_ablation_lm", "--embed-dim": "256", "--layers": "8", "--chunk-size": "128"}
 
 
 class Plan:
@@ -112,7 +187,7 @@ class Plan:
             **{"--optimizer": "adam", "--adam-betas": "(0.9, 0.98)", "--weight-decay": 0.01},
             **{"--clip-norm": 1.0, "--lr": row["lr"], "--lr-scheduler": "polynomial_decay"},
             **{"--warmup-updates": max(1, updates // 10), "--total-num-update": updates},
-            **{"--no-epoch-checkpoints": "", "--validate-interval-updates": max(1, updates // 5)},
+            "--no-epoch-checkpoints" if row.get("stage") == "winner" else "--no-save": "",
             **{"--num-workers": 0, "--seed": row["seed"], **words},
             "--cpu": None if self.options.device.startswith("cuda") else "",
         }
@@ -134,38 +209,37 @@ class Plan:
 
     def learning_rates(self) -> Iterator[TrainingRun]:
         """Every system with each rate."""
-        for rate in RATES:
-            for name, words in SYSTEMS.items():
+        for name, words in SYSTEMS.items():
+            for rate in LOW_RATES if name == "transformer_lm" else RATES:
                 yield self.run(name, words, self.options.tokens, stage="learning rate", lr=rate, seed=1)
 
-    def factors(self, seeds: tuple[int, ...] = (1,)) -> Iterator[TrainingRun]:
+    def factors(self, seeds: Optional[list[int]] = None) -> Iterator[TrainingRun]:
         """Each base, and each of its choices."""
-        for base, (common, factors) in BASES.items():
-            choices = {("", ""): {}}
-            choices |= {
-                (factor, value): words for factor in factors for value, words in factors[factor].items()
-            }
-            row = dict(stage="factor", base=base, lr=self.best_rate(base))
-            for seed in seeds:
+        for seed in seeds or self.options.seeds:
+            for base in self.options.bases:
+                system, common, factors = BASES[base]
+                choices = {("", ""): {}}
+                choices |= {
+                    (factor, value): words for factor in factors for value, words in factors[factor].items()
+                }
+                row = dict(stage="factor", base=base, lr=self.best_rate(system), seed=seed)
                 for (factor, value), words in choices.items():
-                    words = {**TINY, **common, **words}
-                    run = dict(row, factor=factor, value=value, seed=seed)
-                    yield self.run(base, words, self.options.tokens, **run)
+                    words = {**common, **words}
+                    yield self.run(base, words, self.options.tokens, **row, factor=factor, value=value)
 
     def close_seeds(self) -> Iterator[TrainingRun]:
         """Two more seeds where one seed does not tell: of the base and of every value near it."""
         rows = self.rows("factor")
-        close = {(base, "", "") for base in BASES}
-        for base in BASES:
+        close = {(base, "", "") for base in self.options.bases}
+        for base in self.options.bases:
             losses = {
                 (r["factor"], r["value"]): r["loss"] for r in rows if r["base"] == base and r["seed"] == "1"
             }
             for factor in {factor for factor, _ in losses} - {""}:
                 ranked = sorted((loss, key) for key, loss in losses.items() if key[0] in ("", factor))
-                (best, first), (next_best, second) = ranked[:2]
-                if next_best - best < SMALL_GAP:
-                    close |= {(base, *first), (base, *second)}
-        for run in self.factors(seeds=(2, 3)):
+                near = [key for loss, key in ranked if loss - ranked[0][0] < SMALL_GAP]
+                close |= {(base, *key) for key in near if len(near) > 1}
+        for run in self.factors(seeds=[2, 3]):
             if (run.row["base"], run.row["factor"], run.row["value"]) in close:
                 yield run
 
@@ -228,6 +302,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--curves", type=Path, help="CSV of the loss curves (beside --output)")
     add("--folder", type=Path, default=ROOT / "outputs" / "ablation", help="for logs")
     add("--stages", nargs="+", choices=list(STAGES), default=["learning rate", "factor", "seeds"])
+    add("--bases", nargs="+", choices=list(BASES), default=list(BASES), help="of the stages factor and seeds")
+    add("--seeds", type=int, nargs="+", default=[1], help="of the stage factor (1)")
     add("--tokens", type=int, default=1_000_000, help="of a run")
     add("--winner-tokens", type=int, default=5_000_000, help="of a run of the stage winner")
     add("--tokens-per-sample", type=int, default=1024)

@@ -8,37 +8,30 @@ A step is what fairseq's SequenceGenerator does for each token: the decoder with
 log-probabilities, and the reordering of the state, which it asks for with and without beams. With beams, each
 step continues other hypotheses than the step before. All systems take turns in one process, with random
 weights of their default sizes. Nobody steps to position 65536: a flash_lm reads random tokens in its prompt
-pass, and a transformer_lm, whose cost depends only on their number, gets random keys and values. Before
-anything is timed, each system must give the same token by token as in parallel.
+pass, and a Transformer, whose cost depends only on their number, gets random keys and values. Before anything
+is timed, each system must give the same token by token as in parallel.
 
 ``peak_memory`` is what building the state and two steps add to the memory of the process, in bytes. What
 does not fit is a row with status "out of memory"; on a CPU that is decided beforehand, as the kernel would
-end the process. Rows of one position, batch and beam are written together, and not measured again.
+end the process. Rows of one position, batch and beam are written together, and not measured again; a system
+that is new in a file takes turns with the new ones alone, so measure ratios into a new file (--output).
 """
 
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from datetime import date
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from fairseq.data import Dictionary
-from fairseq.models import (
-    ARCH_CONFIG_REGISTRY,
-    ARCH_MODEL_NAME_REGISTRY,
-    ARCH_MODEL_REGISTRY,
-    MODEL_DATACLASS_REGISTRY,
-)
-from fairseq.sequence_generator import EnsembleModel
+from contender import Contender, columns_of
 from measuring import ROOT, Memory, Table, clock, commit, device_name, summary
 
-import fairseq_flash  # noqa: F401
-
 RESULTS = ROOT / "scripts" / "results" / "generation.csv"
+SYSTEMS = ["flash_lm", "transformer_lm", "transformer_pp_lm"]
 COLUMNS = (
     *("commit", "date", "device", "torch", "name", "parameters", "backend", "pass", "dtype", "threads", "b"),
     *("beam", "n", "d", "e", "s", "c", "median_ms", "spread_ms", "tokens_per_s", "state_bytes"),
@@ -46,147 +39,6 @@ COLUMNS = (
 )
 KEY = ("device", "torch", "pass", "dtype", "threads", "b", "beam", "n")
 SHOWN = ("name", "pass", "b", "beam", "n", "median_ms", "spread_ms", "state_bytes", "peak_memory", "status")
-PIECE = 4096  # tokens of a prompt that are read at a time
-TOLERANCE = 1e-3  # of the largest logit, in float32; measured: 2e-6
-
-
-class Contender:
-    """A model of random weights, with an incremental state that can start at any position.
-
-    Args:
-        name: A registered architecture.
-        vocabulary: Number of words.
-        device: Where it runs.
-        dtype: Of its weights.
-        overrides: Options that differ from the architecture's, as far as the model has them.
-
-    Raises:
-        ValueError: there is no such language model.
-    """
-
-    def __init__(self, name: str, vocabulary: int, device: str, dtype: torch.dtype, overrides: dict) -> None:
-        known = sorted(
-            n for n in ARCH_MODEL_REGISTRY if n.startswith(("flash_lm", "transformer_")) and "_lm" in n
-        )
-        if name not in known:
-            raise ValueError(f"--systems {name} is unknown; allowed: {', '.join(known)}")
-        words = Dictionary()
-        for word in range(vocabulary - len(words)):
-            words.add_symbol(str(word))
-        task = argparse.Namespace(source_dictionary=words, target_dictionary=words)
-        torch.manual_seed(1)
-        self.name, self.cfg = name, _config(name, overrides)
-        self.model = ARCH_MODEL_REGISTRY[name].build_model(self.cfg, task).to(device, dtype).eval()
-        self.ensemble = EnsembleModel([self.model])
-        self.vocabulary, self.device, self.dtype = len(words), device, dtype
-        self._read: tuple[int, Any] = (0, None)
-
-    @property
-    def has_state(self) -> bool:
-        """Whether a prompt can be read at once."""
-        return hasattr(self.model.decoder, "continue_from")
-
-    def tokens(self, rows: int, length: int) -> torch.Tensor:
-        """Random words."""
-        return torch.randint(4, self.vocabulary, (rows, length), device=self.device)
-
-    def start(self, position: int, rows: int) -> tuple[dict, torch.Tensor]:
-        """An incremental state before the token at ``position``, and the tokens that fairseq would pass."""
-        incremental: dict = {}
-        if self.has_state:
-            if self._read[0] != position:
-                self._read = position, self.read(self.tokens(1, position))
-            order = torch.zeros(rows, dtype=torch.long, device=self.device)
-            self.model.decoder.continue_from(incremental, self._read[1].reorder(order))
-            return incremental, self.tokens(rows, 1)
-        for layer in self.model.decoder.layers:
-            attention = layer.self_attn
-            shape = (rows, attention.num_heads, position, attention.head_dim)
-            pair = (torch.randn(shape, device=self.device, dtype=self.dtype) for _ in range(2))
-            saved = dict(zip(("prev_key", "prev_value"), pair, strict=True))
-            attention._set_input_buffer(incremental, {**saved, "prev_key_padding_mask": None})
-        return incremental, self.tokens(rows, position + 1)
-
-    def read(self, tokens: torch.Tensor) -> Any:
-        """The state that a prompt pass leaves behind."""
-        stack = self.model.decoder.stack
-        state = stack.empty_state(tokens)
-        for piece in tokens.split(PIECE, dim=1):
-            _, state = stack(piece, None, state)
-        return state
-
-    def step(self, incremental: dict, tokens: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-        """One token for every row, as fairseq's generator makes it; returns the tokens with it."""
-        if incremental:
-            self.ensemble.reorder_incremental_state([incremental], order)
-        log_probs, _ = self.ensemble.forward_decoder(tokens, None, [incremental])
-        return torch.cat((tokens, log_probs.argmax(dim=-1, keepdim=True)), dim=1)
-
-    def state_bytes(self, position: int, rows: int) -> int:
-        """What the state takes, reckoned from a state of one row (and for growing ones, of one token)."""
-        incremental, _ = self.start(position if self.has_state else 1, 1)
-        tokens = 1 if self.has_state else position
-        return rows * tokens * sum(x.nbytes for x in _tensors(incremental))
-
-    def check(self) -> None:
-        """Refuses a model whose tokens depend on how they are computed.
-
-        Raises:
-            RuntimeError: they do.
-        """
-        tokens = self.tokens(2, 24 if not self.has_state else 300)
-        expected = self.model(tokens)[0].float()
-        incremental: dict = {}
-        begin = 0
-        if self.has_state:
-            begin = 280
-            self.model.decoder.continue_from(incremental, self.read(tokens[:, :begin]))
-        found = [
-            self.model.decoder(tokens[:, begin : end + 1], incremental_state=incremental)[0][:, -1].float()
-            for end in range(begin, tokens.shape[1])
-        ]
-        error = (torch.stack(found, dim=1) - expected[:, begin:]).abs().max() / expected.abs().max()
-        allowed = TOLERANCE if self.dtype == torch.float32 else 5e-2
-        if not error <= allowed:
-            raise RuntimeError(f"{self.name}: token by token differs from parallel by {float(error):.1e}")
-
-
-def _config(name: str, overrides: dict) -> Any:
-    """The architecture's options, as far as the model has them."""
-    preset = argparse.Namespace()
-    if name in ARCH_CONFIG_REGISTRY:
-        ARCH_CONFIG_REGISTRY[name](preset)
-    cfg = MODEL_DATACLASS_REGISTRY[ARCH_MODEL_NAME_REGISTRY.get(name, name)]()
-    for option, value in {**vars(preset), **overrides}.items():
-        if hasattr(cfg, option):
-            setattr(cfg, option, value)
-    return cfg
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from _tensors(tuple(value.values()))
-    elif isinstance(value, tuple):
-        for item in value:
-            yield from _tensors(item)
-
-
-def describe(contender: Contender) -> dict:
-    """What a row says about the model."""
-    cfg = contender.cfg
-    d = getattr(cfg, "embed_dim", None) or getattr(cfg, "decoder_embed_dim", "")
-    own = hasattr(cfg, "expansion_factor")
-    return {
-        "name": contender.name,
-        "parameters": sum(p.numel() for p in contender.model.parameters()),
-        "backend": getattr(cfg, "backend", ""),
-        "d": d,
-        "e": cfg.expansion_factor * d if own else "",
-        "s": getattr(cfg, "attention_dim", ""),
-        "c": getattr(cfg, "chunk_size", ""),
-    }
 
 
 def rated(times: list[float], tokens: int) -> dict:
@@ -207,7 +59,7 @@ def measure_steps(
     """Rows for generation at position ``n``."""
     rows, found, fitting = b * beam, [], []
     for contender in contenders:
-        row = {**describe(contender), "pass": "step", "b": b, "beam": beam, "n": n}
+        row = {**columns_of(contender), "pass": "step", "b": b, "beam": beam, "n": n}
         row["state_bytes"] = contender.state_bytes(n, rows)
         found.append(row)
 
@@ -242,27 +94,35 @@ def time_steps(contender: Contender, rows: int, beam: int, n: int, steps: int) -
     return times[1:]
 
 
-def measure_prompts(contenders: list[Contender], n: int, options: Any) -> list[dict]:
-    """Rows for a prompt of ``n`` tokens: at once, as a forward pass without a state, and token by token."""
+def prompt_ways(contender: Contender, n: int, longest_stepped: int) -> dict[str, Callable]:
+    """How a prompt of ``n`` tokens is read: at once, as a forward pass without a state, token by token."""
+    tokens = contender.tokens(1, n)
+    ways: dict[str, Callable] = {}
+    if contender.has_state:
+        ways["prompt at once"] = lambda: contender.read(tokens)
+        ways["forward pass"] = lambda: contender.model(tokens, features_only=True)
+    if n <= longest_stepped:
+        ways["prompt token by token"] = lambda: step_through(contender, tokens)
+    return ways
+
+
+def measure_prompts(contenders: list[Contender], table: Table, n: int, options: Any) -> list[dict]:
+    """Rows for a prompt of ``n`` tokens, but for those that ``table`` has."""
     runs = []
     for contender in contenders:
-        tokens = contender.tokens(1, n)
-        ways = {}
-        if contender.has_state:
-            ways["prompt at once"] = lambda c=contender, t=tokens: c.read(t)
-            ways["forward pass"] = lambda c=contender, t=tokens: c.model(t, features_only=True)
-        if n <= options.longest_stepped:
-            ways["prompt token by token"] = lambda c=contender, t=tokens: step_through(c, t)
-        for name, work in ways.items():
-            rounds = 1 if name == "prompt token by token" else options.rounds
-            runs.append(({**describe(contender), "pass": name, "b": 1, "beam": 1, "n": n}, work, rounds, []))
+        for name, work in prompt_ways(contender, n, options.longest_stepped).items():
+            cell = {"pass": name, "b": 1, "beam": 1, "n": n}
+            if not table.has([contender.name], **cell):
+                rounds = 1 if name == "prompt token by token" else options.rounds
+                runs.append(({**columns_of(contender), **cell}, work, rounds, []))
     for turn in range(options.rounds):
-        for row, work, rounds, times in runs:
+        for _, work, rounds, times in runs:
             if turn < rounds:
                 begin = clock(options.device)
                 work()
                 times.append(clock(options.device) - begin)
-            row.update(rated(times, n))
+    for row, _, _, times in runs:
+        row.update(rated(times, n))
     return [row for row, *_ in runs]
 
 
@@ -281,7 +141,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         description=about, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--systems", nargs="+", default=["flash_lm", "transformer_lm"], metavar="ARCH")
+    add("--systems", nargs="+", default=SYSTEMS, metavar="ARCH")
     add("--positions", nargs="*", type=int, default=[256, 1024, 4096, 16384, 65536], metavar="N")
     add("--batches", nargs="+", type=int, default=[1, 16], metavar="B")
     add("--beams", nargs="+", type=int, default=[1, 4], metavar="K")
@@ -338,12 +198,11 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"benchmark_generation.py: {error}")
     memory = Memory(options.device)
     for n, b, beam in product(options.positions, options.batches, options.beams):
-        if not table.has(options.systems, **{"pass": "step", "b": b, "beam": beam, "n": n}):
-            table.add(measure_steps(contenders, memory, b, beam, n, options))
+        cell = {"pass": "step", "b": b, "beam": beam, "n": n}
+        left = [contender for contender in contenders if not table.has([contender.name], **cell)]
+        table.add(measure_steps(left, memory, b, beam, n, options))
     for n in options.prompts:
-        able = [contender.name for contender in contenders if contender.has_state]
-        if not table.has(able, **{"pass": "prompt at once", "b": 1, "beam": 1, "n": n}):
-            table.add(measure_prompts(contenders, n, options))
+        table.add(measure_prompts(contenders, table, n, options))
     print(f"written to {options.output}")
 
 

@@ -148,12 +148,12 @@ class Sketch:
             tokens = self._tokens(1, n)
             if self.stack is not None:
                 self.model.decoder(tokens, incremental_state=incremental)
-                return _bytes(incremental)
+                return bytes_of(incremental)
             # fairseq's decoder takes a token at a time, and its state grows by the same with each.
             sizes = []
             for end in (1, 2):
                 self.model.decoder(tokens[:, :1].expand(1, end), incremental_state=incremental)
-                sizes.append(_bytes(incremental))
+                sizes.append(bytes_of(incremental))
         return sizes[0] + (n - 1) * (sizes[1] - sizes[0])
 
     def _tokens(self, b: int, n: int) -> torch.Tensor:
@@ -170,16 +170,12 @@ class Sketch:
         return counter.get_total_flops() / 2 / (self.batch * n)
 
 
-def _bytes(value: Any) -> int:
-    return sum(x.numel() * x.element_size() for x in _tensors(value))
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def bytes_of(value: Any) -> int:
+    """Of every tensor inside dicts and tuples, such as an incremental state."""
     if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (dict, tuple)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item)
+        return value.nbytes
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ()
+    return sum(bytes_of(part) for part in parts)
 
 
 def transformers(sketch: Sketch) -> dict[str, list[str]]:
@@ -188,12 +184,14 @@ def transformers(sketch: Sketch) -> dict[str, list[str]]:
     d = block.out.out_features
     layers = max(1, depth // 2) if isinstance(block, GatedAttentionUnit) else depth
     heads = next(heads for heads in range(max(1, d // 64), 0, -1) if d % (2 * heads) == 0)
-    # A layer has four square matrices, the feed-forward network, and vectors.
-    ffn = max(1, round((sketch.parameters()[1] / layers - 4 * d * d - 9 * d) / (2 * d + 1)))
+    # A layer has four square matrices, the feed-forward network of two matrices or three, and vectors.
+    rest = sketch.parameters()[1] / layers - 4 * d * d - 9 * d
+    ffn, gated = (max(1, round(rest / (count * d + count - 1))) for count in (2, 3))
     sizes = ("embed-dim", d), ("input-dim", d), ("output-dim", d), ("ffn-embed-dim", ffn)
     sizes = (*sizes, ("layers", layers), ("attention-heads", heads))
     theirs = [str(word) for name, size in sizes for word in (f"--decoder-{name}", size)]
-    ours = ["--embed-dim", str(d), "--layers", str(layers), "--attention-dim", str(d // heads)]
+    sizes = ("embed-dim", d), ("ffn-embed-dim", gated), ("layers", layers), ("attention-dim", d // heads)
+    ours = [str(word) for name, size in sizes for word in (f"--{name}", size)]
     tied = sketch.model.decoder.output_projection.weight is sketch.embedding.weight
     shared = ["--share-decoder-input-output-embed"] if tied else []
     return {

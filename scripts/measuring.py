@@ -122,10 +122,11 @@ class Table:
             _drop_torn_line(path)
             with path.open(newline="") as stream:
                 reader = csv.DictReader(stream)
+                found = tuple(reader.fieldnames or ())
                 rows = list(reader)
-            if reader.fieldnames and tuple(reader.fieldnames) != self.columns:
+            if found and found != self.columns:
                 raise ValueError(
-                    f"--output {path} has the columns {','.join(reader.fieldnames)}; "
+                    f"--output {path} has the columns {','.join(found)}; "
                     f"allowed: {','.join(self.columns)}, or a new file"
                 )
         self._known = {self._cell(row) for row in rows}
@@ -139,13 +140,15 @@ class Table:
 
     def add(self, rows: list[dict]) -> None:
         """Appends the rows of one cell, so that a kill leaves whole cells."""
+        whole = [{**dict.fromkeys(self.columns, ""), **self.common, **row} for row in rows]
         new = not self.path.exists() or not self.path.stat().st_size
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", newline="") as stream:
-            writer = csv.DictWriter(stream, self.columns, restval="")
+            writer = csv.DictWriter(stream, self.columns)
             if new:
                 writer.writeheader()
-            writer.writerows({**self.common, **row} for row in rows)
+            writer.writerows(whole)
+        self._known |= {self._cell(row) for row in whole}
         for row in rows if self.shown else ():
             print("  ".join(f"{name}={row[name]}" for name in row if name in self.shown), flush=True)
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import queue
 import re
 import shutil
 import signal
@@ -18,6 +19,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any, Optional
 
+import torch
 from checkpoints import mend_checkpoints
 from measuring import ROOT, Table
 from tqdm import tqdm
@@ -174,11 +176,16 @@ def fairseq_command(tool: str, *words: Any) -> list[str]:
     return [sys.executable, "-m", f"fairseq_cli.{tool}", *map(str, words)]
 
 
-def environment(jobs: int) -> dict[str, str]:
-    """Of a process that shares the cores with ``jobs - 1`` others."""
+def environment(jobs: int, slot: int) -> dict[str, str]:
+    """Of a process that shares the cores with ``jobs - 1`` others and has one of the GPUs, if any."""
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // jobs))
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(paths)}
+    found = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(paths)}
+    gpus = torch.cuda.device_count()
+    if gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        found["CUDA_VISIBLE_DEVICES"] = visible[slot % gpus] if len(visible) == gpus else str(slot % gpus)
+    return found
 
 
 def carry_out(
@@ -212,6 +219,9 @@ def carry_out(
     waiting = [run for run in runs if not table.has([run.row["name"]], **run.row)]
     folder.mkdir(parents=True, exist_ok=True)
     writing, stop = threading.Lock(), threading.Event()
+    slots: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for slot in range(jobs):
+        slots.put(slot)
     done = sum(run.weight for run in runs) - sum(run.weight for run in waiting)
     bar = tqdm(
         total=done + sum(run.weight for run in waiting),
@@ -233,7 +243,11 @@ def carry_out(
             shown = share
 
         place = folder / run.folder_name
-        row, curve = _finish_run(run, place, show, stop, jobs, log_interval)
+        slot = slots.get()
+        try:
+            row, curve = _finish_run(run, place, show, stop, environment(jobs, slot), log_interval)
+        finally:
+            slots.put(slot)
         with writing:
             if curves is not None:
                 curves.add([{**run.row, **point} for point in curve])
@@ -261,14 +275,14 @@ def _finish_run(
     folder: Path,
     show: Callable[[float], None],
     stop: threading.Event,
-    jobs: int,
+    process_environment: dict[str, str],
     log_interval: int,
 ) -> tuple[dict[str, Any], list[dict]]:
     """The measured columns of a run and its curve; an error is a row too."""
     folder.mkdir(parents=True, exist_ok=True)
     log = Log(folder / "train.log")
     try:
-        peak = _train(run, folder, log, show, stop, jobs, log_interval)
+        peak = _train(run, folder, log, show, stop, process_environment, log_interval)
         row = log.measured(peak)
         if run.measure is not None:
             valid = log.valid[-1] if log.valid else {}
@@ -280,7 +294,7 @@ def _finish_run(
         return {"parameters": log.parameters or "", "updates": log.updates, "status": f"error: {error}"}, []
 
 
-def _train(run, folder, log, show, stop, jobs, log_interval) -> int:
+def _train(run, folder, log, show, stop, process_environment, log_interval) -> int:
     """Runs fairseq-train to its end; returns its peak memory in bytes."""
     mend_checkpoints(folder)
     words = [*run.words, "--max-update", run.updates, "--save-dir", folder]
@@ -291,7 +305,7 @@ def _train(run, folder, log, show, stop, jobs, log_interval) -> int:
         child = subprocess.Popen(
             words,
             cwd=ROOT,
-            env=environment(jobs),
+            env=process_environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

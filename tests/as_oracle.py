@@ -3,7 +3,14 @@
 import oracle
 import torch
 
-from fairseq_flash.modules import GatedAttentionUnit, RMSNorm, RotaryBias, ScaleNorm, Stack
+from fairseq_flash.modules import (
+    GatedAttentionUnit,
+    RMSNorm,
+    RotaryBias,
+    ScaleNorm,
+    Stack,
+    TransformerBlock,
+)
 
 
 def norm(module: torch.nn.Module) -> tuple[str, dict]:
@@ -53,6 +60,32 @@ def unit_parameters(module: GatedAttentionUnit) -> tuple[str, dict]:
     if module.bias is not None:
         parameters.update(module.bias.named_parameters())
     return kind, parameters
+
+
+def transformer(module: TransformerBlock):
+    """The oracle of a Transformer layer as a function of a row (n, d)."""
+    kind, norm_parameters = norm(module.norm)
+    parameters = dict(norm=norm_parameters, ffn_norm=norm(module.ffn_norm)[1])
+    for name in ("qkv", "out", "ffn_in", "ffn_out"):
+        linear = getattr(module, name)
+        parameters.update({f"{name}_weight": linear.weight, f"{name}_bias": linear.bias})
+    for name in ("q", "k") if "lin" in module.branches else ():
+        scale = getattr(module, f"{name}_scale")
+        parameters.update({f"{name}_gamma": scale.gamma[0], f"{name}_beta": scale.beta[0]})
+
+    def function(x):
+        return oracle.transformer_block(
+            x,
+            parameters,
+            attention=module.attention,
+            head_dim=module.attention_dim,
+            chunk_size=module.chunk_size,
+            linear_norm=module.linear_norm,
+            norm=kind,
+            glu=module.glu,
+        )
+
+    return function
 
 
 def stack(module: Stack):

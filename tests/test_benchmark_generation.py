@@ -5,6 +5,7 @@ import csv
 import pytest
 import tools
 import torch
+from describe import bytes_of
 
 QUICK = (
     "--quick",
@@ -38,7 +39,14 @@ def test_every_cell_is_a_row_and_is_measured_once(benchmark, tmp_path):
     benchmark.main([*QUICK, "--output", str(path)])
     rows = rows_of(path)
     steps = [(row["name"], row["beam"]) for row in rows if row["pass"] == "step"]
-    assert sorted(steps) == [(n, b) for n in ("flash_lm", "transformer_lm") for b in ("1", "2")]
+    systems = ("flash_lm", "transformer_lm", "transformer_pp_lm")
+    assert sorted(steps) == [(name, beam) for name in systems for beam in ("1", "2")]
+    sizes = {row["name"]: [row[size] for size in ("d", "e", "s", "c")] for row in rows}
+    assert sizes == {
+        "flash_lm": ["64", "128", "128", "256"],
+        "transformer_lm": ["64", "", "", ""],
+        "transformer_pp_lm": ["64", "", "64", ""],
+    }
     assert {row["pass"] for row in rows} == {
         "step",
         "prompt at once",
@@ -50,13 +58,42 @@ def test_every_cell_is_a_row_and_is_measured_once(benchmark, tmp_path):
     assert rows_of(path) == rows
 
 
-def test_the_reckoned_size_of_a_state_is_the_real_one(benchmark):
-    with torch.no_grad():
-        for name in ("flash_lm", "transformer_lm"):
-            options = benchmark.parse([*QUICK])
-            contender = benchmark.Contender(name, 100, "cpu", torch.float32, options.overrides)
-            incremental, _ = contender.start(30, 3)
-            assert contender.state_bytes(30, 3) == sum(x.nbytes for x in benchmark._tensors(incremental))
+def test_a_system_that_is_new_in_a_file_is_measured_alone(benchmark, tmp_path):
+    path = tmp_path / "results.csv"
+    benchmark.main([*QUICK, "--systems", "flash_lm", "transformer_lm", "--output", str(path)])
+    old = rows_of(path)
+    benchmark.main([*QUICK, "--output", str(path)])
+    rows = rows_of(path)
+    assert rows[: len(old)] == old
+    new = rows[len(old) :]
+    assert {row["name"] for row in new} == {"transformer_pp_lm"}
+    assert {row["pass"] for row in new} == {row["pass"] for row in old}
+    by_hand = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(by_hand[:-1]))
+    benchmark.main([*QUICK, "--output", str(path)])
+    key = ("name", "pass", "b", "beam", "n")
+    assert [[row[k] for k in key] for row in rows_of(path)] == [[row[k] for k in key] for row in rows]
+
+
+CONTENDERS = ["flash_lm", "flash_quad_lm", "transformer_lm", "transformer_pp_lm", "mc_transformer_pp_lm"]
+
+
+@pytest.mark.parametrize("name", CONTENDERS)
+@torch.no_grad()
+def test_a_start_at_a_position_has_the_state_of_that_position(benchmark, name):
+    options = benchmark.parse([*QUICK])
+    contender = benchmark.Contender(name, 100, "cpu", torch.float32, options.overrides)
+    incremental, tokens = contender.start(30, 3)
+    size = bytes_of(incremental)
+    assert contender.state_bytes(30, 3) == size
+    assert (contender.state_bytes(60, 3) > size) == contender.grows
+    assert contender.grows == (name in ("flash_quad_lm", "transformer_lm", "transformer_pp_lm"))
+    first = contender.step(incremental, tokens, torch.arange(3))
+    contender.step(incremental, first, torch.tensor([0, 0, 2]))
+    if contender.has_state:
+        (_, state), *_ = incremental.values()
+        assert state.position.tolist() == [32, 32, 32]
+    contender.check()
 
 
 def test_a_wrong_result_is_not_timed(benchmark, tmp_path, monkeypatch):

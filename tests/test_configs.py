@@ -105,3 +105,13 @@ def test_hydra_train_runs_the_yaml_with_data_and_user_dir_alone(data_bin, tmp_pa
         *("--tokens-per-sample", "32", "--batch-size", "4"),
     )
     assert 50 < tools.perplexity(output) < 300
+
+
+def test_the_script_writes_exactly_the_committed_files(tmp_path, monkeypatch):
+    script = tools.load_script("write_configs")
+    monkeypatch.setattr(script, "CONFIGS", tmp_path)
+    script.main()
+    written, committed = (
+        {path.name: path.read_bytes() for path in folder.iterdir()} for folder in (tmp_path, tools.CONFIGS)
+    )
+    assert written == committed

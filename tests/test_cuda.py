@@ -5,21 +5,28 @@ import tools
 import torch
 from torch import nn
 
-from fairseq_flash.modules import GatedAttentionUnit, Stack
+from fairseq_flash.modules import GatedAttentionUnit, Stack, TransformerBlock
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 TOLERANCE = 4096 * torch.finfo(torch.float64).eps  # passed on an H100; other orders of long sums
 KINDS = ["mixed_chunk", "quadratic", "local", "global"]
+EVERY_KIND = [*KINDS, *(f"transformer {attention}" for attention in KINDS)]
+BIDIRECTIONAL = [(kind, False) for kind in KINDS]
 N = 300
 
 
-def build(attention, causal=True):
+def build(kind, causal=True):
     torch.manual_seed(0)
-    blocks = [
-        GatedAttentionUnit(64, attention=attention, chunk_size=64, causal=causal, n_ref=N) for _ in range(3)
-    ]
-    return Stack(nn.Embedding(50, 64), blocks, embed_dim=64, attention_dim=128).double().eval()
+    *transformer, attention = kind.split()
+    if transformer:
+        sizes = dict(attention_dim=32, chunk_size=64, glu=True)
+        blocks = [TransformerBlock(64, attention=attention, **sizes) for _ in range(3)]
+    else:
+        sizes = dict(chunk_size=64, causal=causal, n_ref=N)
+        blocks = [GatedAttentionUnit(64, attention=attention, **sizes) for _ in range(3)]
+    stack = Stack(nn.Embedding(50, 64), blocks, embed_dim=64, attention_dim=blocks[0].attention_dim)
+    return stack.double().eval()
 
 
 def batch():
@@ -29,12 +36,11 @@ def batch():
     return tokens, mask
 
 
-@pytest.mark.parametrize("attention", KINDS)
-@pytest.mark.parametrize("causal", [True, False])
-def test_outputs_and_gradients_are_the_cpus(attention, causal):
+@pytest.mark.parametrize(("kind", "causal"), [*((kind, True) for kind in EVERY_KIND), *BIDIRECTIONAL])
+def test_outputs_and_gradients_are_the_cpus(kind, causal):
     results = {}
     for device in ("cpu", "cuda"):
-        stack = build(attention, causal).to(device)
+        stack = build(kind, causal).to(device)
         out, _ = stack(*(x.to(device) for x in batch()))
         # Not a sum of squares: behind a norm that is constant, and its gradient rounding alone.
         (out * torch.linspace(-1, 1, 64, dtype=out.dtype, device=device)).sum().backward()
@@ -43,10 +49,10 @@ def test_outputs_and_gradients_are_the_cpus(attention, causal):
         assert (cpu - cuda).abs().max() <= TOLERANCE * cpu.abs().max()
 
 
-@pytest.mark.parametrize("attention", KINDS)
+@pytest.mark.parametrize("kind", EVERY_KIND)
 @torch.no_grad()
-def test_decoding_on_the_gpu_is_the_parallel_pass(attention):
-    stack = build(attention).cuda()
+def test_decoding_on_the_gpu_is_the_parallel_pass(kind):
+    stack = build(kind).cuda()
     tokens = batch()[0].cuda()
     whole, _ = stack(tokens)
     out, state = stack(tokens[:, :170], None, stack.empty_state(tokens))
@@ -57,9 +63,10 @@ def test_decoding_on_the_gpu_is_the_parallel_pass(attention):
     assert (torch.cat(outs, dim=1) - whole).abs().max() <= 1e-10
 
 
+@pytest.mark.parametrize("kind", EVERY_KIND)
 @torch.no_grad()
-def test_decoding_never_waits_for_the_gpu():
-    stack = build("mixed_chunk").cuda()
+def test_decoding_never_waits_for_the_gpu(kind):
+    stack = build(kind).cuda()
     tokens = batch()[0].cuda()
     _, state = stack(tokens, None, stack.empty_state(tokens))
     torch.cuda.synchronize()
@@ -72,9 +79,11 @@ def test_decoding_never_waits_for_the_gpu():
 
 
 @pytest.mark.parametrize("options", [["--fp16"], ["--bf16"], ["--amp"], ["--memory-efficient-bf16"]], ids=str)
-def test_fairseq_trains_in_reduced_precision(options, data_bin, tmp_path):
+@pytest.mark.parametrize("arch", ["flash_lm", "flash_quad_lm", "transformer_pp_lm", "mc_transformer_pp_lm"])
+def test_fairseq_trains_in_reduced_precision(arch, options, data_bin, tmp_path):
     recipe = [*(option for option in tools.RECIPE if option != "--cpu"), *tools.ADAM]
-    output = tools.train(data_bin, tmp_path, *options, updates=30, recipe=recipe)
+    words = ["--arch", f"{arch}_tiny", *tools.SMALL, *options]
+    output = tools.train(data_bin, tmp_path, *words, updates=30, recipe=recipe)
     losses = [float(loss) for _, loss in tools.losses(output)]
     assert sum(losses[-5:]) < sum(losses[:5])
-    assert tools.losses(tools.train(data_bin, tmp_path, *options, updates=32, recipe=recipe))
+    assert tools.losses(tools.train(data_bin, tmp_path, *words, updates=32, recipe=recipe))

@@ -11,7 +11,6 @@ import time
 import pytest
 import tools
 import torch
-from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
 
 SCRIPT = tools.REPOSITORY / "scripts" / "generate.py"
@@ -23,22 +22,10 @@ def generate():
     return tools.load_script("generate")
 
 
-def perturbed(path, seed):
-    """The checkpoint with noise on its weights, so that its greedy text has many words."""
-    content = checkpoint_utils.load_checkpoint_to_cpu(str(path))
-    noise = torch.Generator().manual_seed(seed)
-    for name, weight in content["model"].items():
-        if weight.is_floating_point():
-            scale = 20 if "output_projection" in name else 1
-            weight.add_(0.1 * torch.randn(weight.shape, generator=noise)).mul_(scale)
-    torch.save(content, path.with_name(f"perturbed_{seed}.pt"))
-    return path.with_name(f"perturbed_{seed}.pt")
-
-
 @pytest.fixture(scope="module")
 def varied(checkpoint):
     """A checkpoint that writes more than one word."""
-    return perturbed(checkpoint, 1)
+    return tools.perturbed(checkpoint, 1)
 
 
 @pytest.fixture
@@ -147,7 +134,7 @@ def test_the_state_file_has_one_size_whatever_the_prompt(stream, tmp_path):
 
 def test_a_state_of_other_weights_is_refused(stream, generate, checkpoint, data_bin, tmp_path):
     words = [
-        str(perturbed(checkpoint, 2)),
+        str(tools.perturbed(checkpoint, 2)),
         "--data",
         str(data_bin),
         "--cpu",

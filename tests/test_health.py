@@ -54,3 +54,16 @@ def test_the_branches_of_a_layer_add_up(health, arch):
         whole = health.attended(block, x)
     assert all(part.abs().max() > 0 for part in parts)
     assert (whole - sum(parts)).abs().max() <= 1e-12 * whole.abs().max()
+
+
+def test_the_command_prints_every_ratio_and_warns_outside_the_band(health, monkeypatch, capsys):
+    small = ["--embed-dim", "32", "--layers", "2", "--attention-dim", "16", "--chunk-size", "8"]
+    own = ["--vocabulary", "100", "--length", "40"]
+    for arch, warns in (("mc_transformer_pp_lm_tiny", False), ("flash_lm_paper", True)):
+        width = ["--ffn-embed-dim", "48"] if "transformer" in arch else []
+        monkeypatch.setattr(health.sys, "argv", ["health.py", "--arch", arch, *small, *width, *own])
+        health.main()
+        printed, summary = capsys.readouterr()
+        assert ("WARNING: outside 0.01 to 1" in printed) == warns
+        assert {line.split()[0] for line in printed.splitlines()} == set(health.BANDS)
+        assert f" of {len(printed.splitlines())} in the band" in summary

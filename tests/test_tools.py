@@ -51,8 +51,32 @@ BAD_OPTIONS = {
     "dropout of 1": (("--dropout", "1"), "dropout.1.*allowed: 0 to below 1"),
     "negative n_ref": (("--attention", "quadratic", "--n-ref", "-1"), "n.ref.-1 .*allowed: 1 or more"),
     "attention dropout": (("--attention-dropout", "0.1"), "attention-dropout 0.1 .*allowed: 0"),
+    "attention dropout without effect": (
+        ("--block", "transformer", "--attention", "global", "--attention-dropout", "0.1"),
+        "attention-dropout 0.1 has no effect.*allowed: 0",
+    ),
+    "width of a network without effect": (
+        ("--ffn-embed-dim", "64"),
+        "ffn-embed-dim 64 have no effect.*allowed",
+    ),
+    "gate without effect": (("--glu",), "--glu and .* have no effect.*allowed"),
+    "expansion without effect": (
+        ("--block", "transformer", "--expansion-factor", "3"),
+        "expansion-factor 3 has no effect.*allowed: --ffn-embed-dim",
+    ),
+    "bias of a transformer": (
+        ("--block", "transformer", "--relative-bias", "rotary"),
+        "relative-bias rotary has no effect.*allowed: --block gau",
+    ),
+    "heads that do not fit": (
+        ("--block", "transformer", "--attention-dim", "12"),
+        "attention.dim.12, the size of a head, .*allowed: even divisors of embed_dim=32",
+    ),
     "kernel that cannot run": (("--backend", "triton"), "backend.*triton.* cannot run.*allowed"),
-    "n_ref without effect": (("--n-ref", "64"), "n-ref 64 has no effect.*allowed: quadratic"),
+    "n_ref without effect": (
+        ("--n-ref", "64"),
+        "n-ref 64 has no effect.*allowed: --block gau --attention quadratic",
+    ),
     "bias without effect": (
         ("--attention", "global", "--relative-bias", "rotary"),
         "relative-bias rotary has no effect.*allowed",

@@ -15,12 +15,14 @@ from pydoc_data.topics import topics
 from types import ModuleType
 from unittest import mock
 
+import torch
 from fairseq import checkpoint_utils
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 USER_DIR = REPOSITORY / "fairseq_flash"
 CONFIGS = USER_DIR / "configs"
-TINY = ("--arch", "flash_lm_tiny", "--embed-dim", "32", "--layers", "2", "--attention-dim", "16")
+SMALL = ("--embed-dim", "32", "--layers", "2", "--attention-dim", "16")
+TINY = ("--arch", "flash_lm_tiny", *SMALL)
 CHUNKS = ("--chunk-size", "8")
 QUICK = (
     *("--batch-size", "4", "--cpu", "--lr", "0.003", "--dropout", "0", "--clip-norm", "1.0"),
@@ -103,6 +105,18 @@ def train(data_bin: Path, save_dir: Path, *arguments, updates: int = 3, recipe=(
     model = () if "--arch" in arguments else (*TINY, *CHUNKS)
     base = (data_bin, "--user-dir", USER_DIR, "--save-dir", save_dir, *recipe, *model)
     return call("train", *base, "--max-update", updates, *arguments)
+
+
+def perturbed(path: Path, seed: int) -> Path:
+    """Writes the checkpoint with noise on its weights, so that its greedy text has many words."""
+    content = checkpoint_utils.load_checkpoint_to_cpu(str(path))
+    noise = torch.Generator().manual_seed(seed)
+    for name, weight in content["model"].items():
+        if weight.is_floating_point():
+            scale = 20 if "output_projection" in name else 1
+            weight.add_(0.1 * torch.randn(weight.shape, generator=noise)).mul_(scale)
+    torch.save(content, path.with_name(f"perturbed_{seed}.pt"))
+    return path.with_name(f"perturbed_{seed}.pt")
 
 
 def losses(output: str) -> list[tuple[str, str]]:

@@ -159,6 +159,11 @@ def _refuse_ignored(cfg: FlashConfig) -> None:
             f"--attention-dropout {cfg.attention_dropout} is not allowed: the rows of squared-ReLU "
             "attention are not normalised; allowed: 0"
         )
+    if cfg.attention == "global" and cfg.attention_dropout != 0:
+        raise ValueError(
+            f"--attention-dropout {cfg.attention_dropout} has no effect with --attention global, which has "
+            "no softmax; allowed: 0"
+        )
     if gau and (cfg.glu or cfg.ffn_embed_dim is not None):
         raise ValueError(
             f"--glu and --ffn-embed-dim {cfg.ffn_embed_dim} have no effect with --block gau, which has no "

@@ -7,7 +7,7 @@ from typing import Optional
 import torch
 from torch import nn
 
-from fairseq_flash.ops import rotary_bias, scaled_sin, toeplitz_bias
+from fairseq_flash.ops import rotary_angles, rotary_bias, scaled_sin, toeplitz_bias
 
 __all__ = [
     "RELATIVE_BIASES",
@@ -61,6 +61,13 @@ class ToeplitzBias(nn.Module):
         super().__init__()
         self.limit = limit
         self.table = nn.Parameter(torch.empty(2 * limit - 1).normal_(std=0.02))
+
+    def start_near(self, height: float = 0.03) -> None:
+        """Starts as :meth:`RotaryBias.start_near` does, with as many frequencies."""
+        distances = torch.arange(1 - self.limit, self.limit)
+        cos, _ = rotary_angles(distances, 128)
+        with torch.no_grad():
+            self.table.copy_(height * cos.mean(dim=-1))
 
     def check_length(self, length: int) -> None:
         """Refuses a row of ``length`` tokens that is longer than the table.

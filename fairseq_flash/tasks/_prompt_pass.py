@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 #: Log-probabilities held at a time while a prompt is read; its length does not enter the memory.
 PIECE_NUMBERS = 2**25
+#: Tokens of a prompt that are read at a time, at least.
+LEAST_PIECE = 256
 
 
 class PromptPassGenerator(SequenceGenerator):
@@ -127,7 +129,7 @@ class PromptPassGenerator(SequenceGenerator):
         """States before the last token of ``context`` (b, m), and scores (b, m - 1) of all but the first."""
         models = self.model.models
         states = [model.decoder.stack.empty_state(context) for model in models]
-        step = max(256, PIECE_NUMBERS // (len(context) * self.vocab_size))
+        step = max(LEAST_PIECE, PIECE_NUMBERS // (len(context) * self.vocab_size))
         scores = []
         for start in range(0, context.shape[1] - 1, step):
             targets = context[:, start + 1 : start + 1 + step]

@@ -29,7 +29,7 @@ class AblationConfig(FlashLanguageModelConfig):
     gamma_lin: Optional[float] = field(default=None, metadata={"help": "of the linear branch's gammas"})
     bias_std: Optional[float] = field(default=None, metadata={"help": "of a Toeplitz table"})
     bias_height: Optional[float] = field(
-        default=None, metadata={"help": "of a rotary bias at distance 0; 0: the paper's N(0, 0.02)"}
+        default=None, metadata={"help": "of the bias at distance 0; 0: a rotary one as N(0, 0.02)"}
     )
     score_scale: Optional[float] = field(
         default=None, metadata={"help": "factor of the quadratic scores, such as 1/sqrt(s)"}
@@ -84,7 +84,7 @@ def _change(block: nn.Module, cfg: AblationConfig) -> None:
         starts.append((bias.table, cfg.bias_std))
     if isinstance(bias, RotaryBias) and cfg.bias_height == 0:
         starts += [(bias.a, 0.02), (bias.b, 0.02)]
-    elif isinstance(bias, RotaryBias) and cfg.bias_height is not None:
+    elif bias is not None and cfg.bias_height is not None:
         bias.start_near(cfg.bias_height)
     with torch.no_grad():
         for weight, std in starts:

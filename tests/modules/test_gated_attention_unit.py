@@ -1,9 +1,8 @@
 """Proves one layer: the paper's numbers, however a row is padded, cut or continued."""
 
-import itertools
-
 import as_oracle
 import oracle
+import pieces
 import pytest
 import torch
 from hypothesis import given, settings
@@ -68,23 +67,13 @@ def test_it_is_the_oracle_of_each_row_whatever_lies_in_the_padding(attention, ca
 @settings(deadline=None, max_examples=20)
 @given(data=st.data())
 def test_pieces_of_any_size_give_the_whole(attention, data):
-    """Also with leading padding, trailing padding, and rows in another order half-way."""
+    """Also with padding on either side, and rows that swap half-way."""
     layer = build(attention, linear_norm=data.draw(st.sampled_from(CHOICES["linear_norm"])))
-    n = data.draw(st.integers(1, N_REF))
-    lead, trail = (data.draw(st.integers(0, n)) for _ in range(2))
-    cuts = [*sorted(data.draw(st.sets(st.integers(1, max(1, n - 1)), max_size=5)) - {n}), n]
-    x = torch.randn(2, n, D)
-    mask = torch.zeros(2, n, dtype=torch.bool)
-    mask[1, :lead] = True
-    mask[1, max(lead, n - trail) :] = True
-    expected = oracle.padded(as_oracle.unit(layer), mask, x)
-    with torch.no_grad():
-        state, outs = layer.empty_state(x), []
-        for start, end in itertools.pairwise([0, *cuts]):
-            out, state = layer(x[:, start:end], mask[:, start:end], state)
-            outs.append(out)
-    assert error(torch.cat(outs, dim=1), expected) <= TOLERANCE
-    assert state.position.tolist() == (~mask).sum(1).tolist()
+    drawn = pieces.draw(data, N_REF, D)
+    expected = oracle.padded(as_oracle.unit(layer), drawn.padding_mask, drawn.x)
+    ours, position = pieces.run(layer, drawn)
+    assert error(ours, expected) <= TOLERANCE
+    assert position.tolist() == (~drawn.padding_mask).sum(1).tolist()
 
 
 @every_kind

@@ -16,6 +16,7 @@ from torch import nn
 
 from fairseq_flash.models.flash_lm import FlashLanguageModel, FlashLanguageModelConfig
 from fairseq_flash.modules import RowMemory
+from fairseq_flash.tasks import _prompt_pass
 from fairseq_flash.tasks._documents import DocumentSegments
 from fairseq_flash.tasks.flash_language_modeling import FlashLanguageModelingConfig, FlashLanguageModelingTask
 
@@ -24,6 +25,16 @@ WORDS = 40
 PAD, EOS = 1, 2
 TASKS = ("language_modeling", "flash_language_modeling")
 CARRY = ("--task", "flash_language_modeling", "--carry-state")
+TRANSFORMER = {"block": "transformer", "glu": True}
+#: Every system by what it differs in from flash_lm.
+SYSTEMS = {
+    "quadratic": {"attention": "quadratic"},
+    "local": {"attention": "local"},
+    "global": {"attention": "global"},
+    "transformer": {**TRANSFORMER, "attention": "quadratic"},
+    "transformer mixed_chunk": {**TRANSFORMER, "attention": "mixed_chunk"},
+}
+CONSTANT = ["mixed_chunk", "local", "global", "transformer mixed_chunk"]
 #: Prompts of uneven lengths, one of them blank.
 PROMPTS = [torch.arange(4, 4 + n).tolist() for n in (7, 7, 1, 13, 0, 9)]
 
@@ -110,9 +121,13 @@ def test_a_prompt_read_at_once_gives_the_hypotheses_of_fairseqs_generator(option
     assert "token by token" not in caplog.text
 
 
-@pytest.mark.parametrize("attention", ["quadratic", "local", "global"])
-def test_every_kind_of_attention_reads_its_prompt_at_once(attention):
-    assert_same(*hypotheses_both_ways([build_model(build_task(), attention=attention)], PROMPTS))
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_every_system_reads_its_prompt_at_once(system, monkeypatch):
+    models = [build_model(build_task(), **SYSTEMS[system])]
+    assert_same(*hypotheses_both_ways(models, PROMPTS))
+    monkeypatch.setattr(_prompt_pass, "LEAST_PIECE", 3)
+    monkeypatch.setattr(_prompt_pass, "PIECE_NUMBERS", 1)
+    assert_same(*hypotheses_both_ways(models, PROMPTS))
 
 
 def test_unknown_words_in_a_prompt_are_penalised_as_fairseq_does():
@@ -162,8 +177,6 @@ def test_a_prompt_costs_one_pass_and_not_one_step_a_token(monkeypatch):
 
 
 def test_reading_in_small_pieces_changes_nothing(monkeypatch):
-    from fairseq_flash.tasks import _prompt_pass
-
     models, prompts = [build_model(build_task())], [torch.randint(4, 44, (600,)).tolist()]
     whole, _ = hypotheses_both_ways(models, prompts, max_len_b=605)
     monkeypatch.setattr(_prompt_pass, "PIECE_NUMBERS", 1)
@@ -301,13 +314,13 @@ def samples_of(task, segments, rows):
     return task.get_batch_iterator(segments, max_sentences=rows).next_epoch_itr(shuffle=False)
 
 
-@pytest.mark.parametrize("attention", ["mixed_chunk", "local", "global"])
+@pytest.mark.parametrize("system", CONSTANT)
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("length", [1, 7, 10])
-def test_documents_in_segments_cost_what_a_single_pass_over_each_costs(attention, rows, length):
+def test_documents_in_segments_cost_what_a_single_pass_over_each_costs(system, rows, length):
     lines = documents_of(*LENGTHS)
     task = build_task(carry_state=True, tokens_per_sample=length)
-    model = build_model(task, attention=attention)
+    model = build_model(task, **SYSTEMS.get(system, {}))
     carried = summed_loss(task, model, samples_of(task, segments_of(lines, length), rows))
     whole = summed_loss(build_task(), model, samples_of(task, segments_of(lines, 1000), 1))
     assert abs(carried - whole) < TOLERANCE * whole
@@ -397,7 +410,8 @@ def test_options_that_cut_documents_are_refused(option, value):
 
 @pytest.mark.usefixtures("float32")
 def test_a_model_without_a_state_of_constant_size_is_refused(data_bin, tmp_path):
-    for model in (("--arch", "transformer_lm"), (*tools.TINY, "--attention", "quadratic")):
+    names = ("transformer_lm", "flash_quad_lm_tiny", "transformer_plus_lm_tiny", "transformer_pp_lm_tiny")
+    for model in (*(("--arch", name) for name in names), (*tools.TINY, "--attention", "quadratic")):
         with pytest.raises(ValueError, match="state of constant size"):
             tools.train(data_bin, tmp_path, *CARRY, *model)
 
@@ -446,11 +460,13 @@ def test_training_uses_the_carried_state(document_bin, tmp_path, monkeypatch):
     assert tools.losses(carried)[1:] != tools.losses(blind)[1:]
 
 
-def test_activation_checkpointing_leaves_the_gradients_as_they_are():
+@pytest.mark.parametrize("system", CONSTANT)
+def test_activation_checkpointing_leaves_the_gradients_as_they_are(system):
     gradients = []
     for checkpointed in (False, True):
         task = build_task(carry_state=True)
-        model = build_model(task, checkpoint_activations=checkpointed).train()
+        options = {"checkpoint_activations": checkpointed, **SYSTEMS.get(system, {})}
+        model = build_model(task, **options).train()
         memory, tokens = RowMemory(), torch.arange(4, 15).unsqueeze(0)
         for step, part in enumerate(tokens.split(5, dim=1)):
             memory.announce([step], [step + 1])

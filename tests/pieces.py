@@ -1,0 +1,44 @@
+"""Padded rows, cut into pieces and swapped on the way: what a layer with a state must survive."""
+
+import itertools
+from typing import Any, NamedTuple
+
+import torch
+from hypothesis import strategies as st
+
+from fairseq_flash.modules import DecodingState
+
+
+class Pieces(NamedTuple):
+    """Two rows (2, n, d), the second with padding on either side, where they are cut, and where they swap."""
+
+    x: torch.Tensor
+    padding_mask: torch.Tensor
+    cuts: list[int]
+    swaps: set[int]
+
+
+def draw(data: st.DataObject, longest: int, width: int) -> Pieces:
+    """Hypothesis chooses everything but the numbers."""
+    n = data.draw(st.integers(1, longest))
+    lead, trail = (data.draw(st.integers(0, n)) for _ in range(2))
+    cuts = [*sorted(data.draw(st.sets(st.integers(1, max(1, n - 1)), max_size=5)) - {n}), n]
+    mask = torch.zeros(2, n, dtype=torch.bool)
+    mask[1, :lead] = True
+    mask[1, max(lead, n - trail) :] = True
+    return Pieces(torch.randn(2, n, width), mask, cuts, data.draw(st.sets(st.sampled_from(cuts))))
+
+
+@torch.no_grad()
+def run(layer: Any, pieces: Pieces) -> tuple[torch.Tensor, torch.Tensor]:
+    """The layer's output on the pieces, with NaN in the padding, and each row's position behind them."""
+    x, mask, cuts, swaps = pieces
+    x = x.masked_fill(mask.unsqueeze(-1), torch.nan)
+    state, outs, order = layer.empty_state(x), [], torch.tensor([0, 1])
+    for start, end in itertools.pairwise([0, *cuts]):
+        out, state = layer(x[order, start:end], mask[order, start:end], state)
+        outs.append(out[order])
+        if end in swaps:
+            order = order.flip(0)
+            (state,) = DecodingState((state,)).reorder(torch.tensor([1, 0])).layers
+    return torch.cat(outs, dim=1), state.position[order]
