@@ -69,6 +69,7 @@ def prepare_host() -> None:
     _restore_numpy_compat()
     _allow_harmless_classes()
     _explain_refused_checkpoints()
+    _explain_unfit_checkpoints()
     _read_config_strings_as_values()
     _keep_bf16_off_tpu()
     _explain_fp16_without_gpu()
@@ -187,6 +188,25 @@ def _refuse_clearly(load: Callable, source: str) -> Callable:
             ) from None
 
     return healed
+
+
+def _explain_unfit_checkpoints() -> None:
+    """Says why a model refuses a checkpoint; fairseq 0.12 only asks that "the architectures match"."""
+    from fairseq.trainer import Trainer
+
+    def heal(load: Callable) -> Callable:
+        def healed(self, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return load(self, *args, **kwargs)
+            except Exception as error:
+                what, cause = str(error).partition(";")[0], error.__context__
+                if what.startswith("Cannot load model parameters") and isinstance(cause, ValueError):
+                    raise ValueError(f"{what}: {cause}") from cause
+                raise
+
+        return healed
+
+    _wrap(Trainer, "load_checkpoint", heal)
 
 
 def _read_config_strings_as_values() -> None:

@@ -4,8 +4,8 @@
 
 For each layer: the size of its branches against the residual and of its linear against its quadratic branch.
 For each group of parameters: the size of its gradient against the median group's, after one backward pass on
-random tokens (Zipf's law). Outside the band, a warning; the exit status stays 0, as the paper's own start is
-outside.
+random tokens (Zipf's law), of which an encoder has to find the masked ones. Outside the band, a warning; the
+exit status stays 0, as the paper's own start is outside.
 """
 
 import argparse
@@ -19,12 +19,16 @@ import torch
 from fairseq import options, tasks
 from fairseq.data import Dictionary
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.models import ARCH_MODEL_REGISTRY, FairseqEncoderModel
 from torch import nn
 
 from fairseq_flash.modules import GatedAttentionUnit, Stack, TransformerBlock
 
 #: Lowest and highest ratio of a healthy start.
 BANDS = {"branch/residual": (0.01, 1.0), "linear/quadratic": (0.1, 10.0), "gradient/median": (1e-3, 1e3)}
+
+#: Part of the tokens that an encoder has to find, as in fairseq's masked_lm.
+MASKED = 0.15
 
 
 class Measurement(NamedTuple):
@@ -42,19 +46,28 @@ class Measurement(NamedTuple):
 
 
 def measure(model: nn.Module, tokens: torch.Tensor) -> list[Measurement]:
-    """Measures a language model as it stands, without dropout.
+    """Measures a model as it stands, without dropout.
 
     Args:
-        model: With a ``Stack`` at ``model.decoder.stack``; called as ``model(tokens)``.
+        model: With a ``Stack`` at ``model.decoder.stack``, to predict the next token, or at
+            ``model.encoder.stack``, to predict masked ones; called as ``model(tokens)``.
         tokens: ``(b, n)``, several chunks long.
 
     Returns:
         The ratios, layer by layer, then group by group.
     """
     model.eval()
-    found = layer_ratios(model.decoder.stack, tokens)
-    logits, _ = model(tokens[:, :-1])
-    loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    if hasattr(model, "encoder"):
+        found = layer_ratios(model.encoder.stack, tokens)
+        masked = torch.rand(tokens.shape) < MASKED
+        mask = model.encoder.dictionary.index("<mask>")
+        logits, _ = model(tokens.masked_fill(masked, mask), masked_tokens=masked)
+        targets = tokens[masked]
+    else:
+        found = layer_ratios(model.decoder.stack, tokens)
+        logits, _ = model(tokens[:, :-1])
+        logits, targets = logits.flatten(0, 1), tokens[:, 1:].flatten()
+    loss = nn.functional.cross_entropy(logits, targets)
     model.zero_grad()
     loss.backward()
     return found + gradient_ratios(model)
@@ -117,7 +130,7 @@ def gradient_ratios(model: nn.Module) -> list[Measurement]:
     for name, parameter in model.named_parameters():
         if parameter.grad is None:
             continue
-        name = name.removeprefix("decoder.stack.")
+        name = name.removeprefix("decoder.").removeprefix("encoder.").removeprefix("stack.")
         if name.startswith("blocks."):
             name = name.split(".", 2)[2]
         if name == "offset_scale.gamma":
@@ -147,10 +160,11 @@ def build(arguments: list[str], vocabulary: int) -> nn.Module:
     for index in range(vocabulary - len(dictionary)):
         dictionary.add_symbol(f"word{index}")
     parser = options.get_training_parser()
-    words = ["data", "--task", "language_modeling", *arguments]
-    cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, words))
-    task = tasks.TASK_REGISTRY["language_modeling"](cfg.task, dictionary)
-    return task.build_model(cfg.model)
+    model = ARCH_MODEL_REGISTRY[parser.parse_known_args(["data", *arguments])[0].arch]
+    task = "masked_lm" if issubclass(model, FairseqEncoderModel) else "language_modeling"
+    args = options.parse_args_and_arch(parser, ["data", "--task", task, *arguments])
+    cfg = convert_namespace_to_omegaconf(args)
+    return tasks.TASK_REGISTRY[task](cfg.task, dictionary).build_model(cfg.model)
 
 
 def main() -> None:

@@ -101,7 +101,8 @@ def publish(work: Path, output: Path, record: dict) -> None:
         output: The folder; what is there now is deleted.
         record: ``fingerprint`` among others.
     """
-    files = {path.name: path.stat().st_size for path in sorted((work / "data").iterdir())}
+    paths = sorted(path for path in (work / "data").rglob("*") if path.is_file())
+    files = {path.relative_to(work / "data").as_posix(): path.stat().st_size for path in paths}
     (work / "data" / RECORD).write_text(json.dumps({**record, "files": files}, indent=2) + "\n")
     if output.exists():
         os.replace(output, work / "replaced")

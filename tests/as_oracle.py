@@ -135,3 +135,22 @@ def _stack_parameters(module: Stack) -> dict:
         alpha=0.0 if module.embed_positions is None else module.embed_positions.alpha,
         norm=norm(module.final_norm)[1],
     )
+
+
+def stack(module: Stack):
+    """The oracle of a stack of gated attention units, from tokens (n,) to features (n, d)."""
+    embedding, positions = module.embed_tokens.weight, module.embed_positions
+    alpha = 0.0 if positions is None else positions.alpha
+    kind, final_norm = norm(module.final_norm)
+
+    def function(tokens):
+        x = [
+            embedding[t].double() + oracle.scaled_sin(i, embedding.shape[1], alpha)
+            for i, t in enumerate(tokens)
+        ]
+        x = torch.stack(x)
+        for block in module.blocks:
+            x = unit(block)(x)
+        return torch.stack([oracle.NORMS[kind](x_i, **final_norm) for x_i in x])
+
+    return function

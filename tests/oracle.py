@@ -433,3 +433,27 @@ def _embedded(tokens, parameters: dict, embed_scale: float = 1.0) -> torch.Tenso
 def _logits(x: torch.Tensor, parameters: dict, norm: str) -> torch.Tensor:
     weight = _float64(parameters["output_weight"])
     return _rows([_dense(weight, NORMS[norm](x_i, **parameters["norm"])) for x_i in x], len(weight))
+
+
+def gelu(x) -> torch.Tensor:
+    """x times the probability that a standard normal number is below x, any shape."""
+    x = _float64(x)
+    return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+
+
+def masked_lm_head(x, parameters: dict, norm: str = "layer_norm") -> torch.Tensor:
+    """logits_i = W_o norm(gelu(W x_i + b)) + b_o, as RoBERTa's. x (n, d) -> (n, words).
+
+    parameters: `weight` (d, d), `bias`, `norm` (the norm's arguments), `output_weight` (words, d),
+    `output_bias`.
+    """
+    p = {name: value if isinstance(value, dict) else _float64(value) for name, value in parameters.items()}
+    hidden = [NORMS[norm](gelu(_dense(p["weight"], x_i) + p["bias"]), **p["norm"]) for x_i in _float64(x)]
+    return _rows([_dense(p["output_weight"], h) + p["output_bias"] for h in hidden], len(p["output_bias"]))
+
+
+def classification_head(x, parameters: dict) -> torch.Tensor:
+    """logits = W_o tanh(W x_0 + b) + b_o of the first token alone, as RoBERTa's. x (n, d) -> (classes,)."""
+    p = {name: _float64(value) for name, value in parameters.items()}
+    hidden = torch.tanh(_dense(p["weight"], _float64(x)[0]) + p["bias"])
+    return _dense(p["output_weight"], hidden) + p["output_bias"]
