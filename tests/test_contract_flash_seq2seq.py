@@ -32,7 +32,7 @@ ALIKE = ("--share-all-embeddings", "--target-lang", "alike")
 KINDS = {
     "mixed_chunk": ("--linear-norm", "chunk", "--scaled-sin"),
     "mixed_chunk alike": ("--linear-norm", "mean", *ALIKE),
-    "mixed_chunk rotary": ("--relative-bias", "rotary", "--norm", "scalenorm"),
+    "mixed_chunk table": ("--relative-bias", "toeplitz", "--norm", "scalenorm"),
     "local": ("--attention", "local", "--norm", "rmsnorm"),
     "global": ("--attention", "global", "--linear-norm", "chunk", "--share-decoder-input-output-embed"),
     "quadratic": ("--attention", "quadratic", "--scaled-sin"),
@@ -131,7 +131,6 @@ def expected_logits(model, source: torch.Tensor, target: torch.Tensor, kind: str
     chosen = dict(zip(words[::2], words[1::2], strict=True))
     attention = chosen.get("--attention", "mixed_chunk")
     norm = {"scalenorm": "scale_norm", "rmsnorm": "rms_norm"}.get(chosen.get("--norm"), "layer_norm")
-    default = "rotary" if attention == "quadratic" else "toeplitz"
     return oracle.sequence_to_sequence(
         source,
         target,
@@ -141,7 +140,7 @@ def expected_logits(model, source: torch.Tensor, target: torch.Tensor, kind: str
         attention=attention,
         chunk_size=CHUNK,
         linear_norm=chosen.get("--linear-norm", "mean"),
-        bias=None if attention == "global" else chosen.get("--relative-bias", default),
+        bias=None if attention == "global" else chosen.get("--relative-bias", "rotary"),
     )
 
 

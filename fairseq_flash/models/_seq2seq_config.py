@@ -10,13 +10,19 @@ from fairseq_flash.models._config import FlashConfig
 from fairseq_flash.models.flash_lm import FlashLanguageModelConfig
 from fairseq_flash.modules import ATTENTIONS, BACKENDS, INITS, LINEAR_NORMS, NORMS, RELATIVE_BIASES
 
-__all__ = ["PRESETS", "FlashSeq2SeqConfig", "stack_options"]
+__all__ = ["PAIRS", "PRESETS", "FlashSeq2SeqConfig", "stack_options"]
 
 #: Architectures by name, each with its difference from the model's defaults.
 PRESETS = {
     "flash_seq2seq": dict(),
     "flash_seq2seq_tiny": dict(embed_dim=256, encoder_layers=6, decoder_layers=3, chunk_size=128),
     "flash_seq2seq_wmt": dict(encoder_layers=12, decoder_layers=7),
+}
+#: What each has as many parameters as, within 5 %.
+PAIRS = {
+    "flash_seq2seq": "transformer_iwslt_de_en",
+    "flash_seq2seq_tiny": "3 + 3 Transformer layers of 256, 4 heads, feed-forward width 1024",
+    "flash_seq2seq_wmt": "transformer_wmt_en_de",
 }
 
 

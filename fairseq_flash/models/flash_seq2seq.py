@@ -15,7 +15,7 @@ from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import nn
 
 from fairseq_flash.models._config import FlashConfig, build_block, fill_preset
-from fairseq_flash.models._seq2seq_config import PRESETS, FlashSeq2SeqConfig, stack_options
+from fairseq_flash.models._seq2seq_config import PAIRS, PRESETS, FlashSeq2SeqConfig, stack_options
 from fairseq_flash.models.flash_lm import (
     NO_MAXIMUM,
     FlashDecoder,
@@ -25,7 +25,7 @@ from fairseq_flash.models.flash_lm import (
 )
 from fairseq_flash.modules import DecoderLayer, GatedCrossAttention, Stack
 
-__all__ = ["FlashEncoder", "FlashSeq2Seq", "FlashSeq2SeqConfig", "FlashSeq2SeqDecoder"]
+__all__ = ["PAIRS", "PRESETS", "FlashEncoder", "FlashSeq2Seq", "FlashSeq2SeqConfig", "FlashSeq2SeqDecoder"]
 
 EncoderOut = dict[str, list[torch.Tensor]]
 
