@@ -119,7 +119,7 @@ class Table:
         self.columns, self.key, self.shown = tuple(columns), tuple(key), tuple(shown)
         rows: list[dict] = []
         if path.exists():
-            _drop_torn_line(path)
+            drop_torn_line(path)
             with path.open(newline="") as stream:
                 reader = csv.DictReader(stream)
                 found = tuple(reader.fieldnames or ())
@@ -153,7 +153,7 @@ class Table:
             print("  ".join(f"{name}={row[name]}" for name in row if name in self.shown), flush=True)
 
 
-def _drop_torn_line(path: Path) -> None:
+def drop_torn_line(path: Path) -> None:
     """Cuts a last line without an end, which a kill while writing leaves."""
     data = path.read_bytes()
     if data and not data.endswith(b"\n"):

@@ -1,11 +1,13 @@
 """Plans of trainings by fairseq-train: each in a process of its own, several at a time, each done once."""
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import queue
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -15,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, Optional
@@ -25,7 +28,15 @@ from measuring import ROOT, Table
 from tqdm import tqdm
 from train_process import die_with_parent, locked
 
-__all__ = ["CURVE_COLUMNS", "MEASURED", "Finished", "TrainingRun", "carry_out", "fairseq_command"]
+__all__ = [
+    "CURVE_COLUMNS",
+    "MEASURED",
+    "Finished",
+    "TrainingRun",
+    "carry_out",
+    "fairseq_command",
+    "progress_bar",
+]
 
 #: Columns that :func:`carry_out` fills; losses in nats per token, memory in bytes.
 MEASURED = (
@@ -47,10 +58,12 @@ class Finished:
     Attributes:
         checkpoint: The last one.
         valid: The numbers of the last validation, as fairseq logged them, without ``valid_``.
+        call: Runs a command to its end, or until the plan is interrupted, and returns what it wrote.
     """
 
     checkpoint: Path
     valid: dict[str, Any]
+    call: Callable[[list[str]], str]
 
 
 @dataclass(frozen=True)
@@ -70,6 +83,11 @@ class TrainingRun:
     row: dict[str, Any]
     weight: float = 1.0
     measure: Optional[Callable[[Finished], dict[str, Any]]] = None
+
+    def command(self, save_dir: Any, log_interval: int = 10) -> list[str]:
+        """The command line of fairseq-train, with checkpoints in ``save_dir``."""
+        words = [*self.words, "--max-update", self.updates, "--save-dir", save_dir, "--log-format", "json"]
+        return fairseq_command("train", *words, "--log-interval", min(log_interval, self.updates))
 
     @property
     def folder_name(self) -> str:
@@ -188,6 +206,16 @@ def environment(jobs: int, slot: int) -> dict[str, str]:
     return found
 
 
+def progress_bar(total: float, unit: str = "token") -> tqdm:
+    """A line with the time left, by the mean speed so far; only on a terminal.
+
+    Args:
+        total: Sum of the runs' weights.
+        unit: Of the weights.
+    """
+    return tqdm(total=total, unit=unit, unit_scale=True, smoothing=0, mininterval=0.5, disable=None)
+
+
 def carry_out(
     runs: Iterable[TrainingRun],
     table: Table,
@@ -197,6 +225,7 @@ def carry_out(
     jobs: int = 1,
     log_interval: int = 10,
     keep: bool = False,
+    progress: Optional[tqdm] = None,
 ) -> None:
     """Carries out the runs that the table does not have yet.
 
@@ -211,6 +240,7 @@ def carry_out(
         jobs: Runs at a time; with more than one, their speeds cannot be compared.
         log_interval: Updates between points of the curves.
         keep: Whether checkpoints stay when their run is finished.
+        progress: From :func:`progress_bar`, where these runs are a part of a longer plan.
 
     Raises:
         KeyboardInterrupt: interrupted; all processes have been ended.
@@ -223,14 +253,10 @@ def carry_out(
     for slot in range(jobs):
         slots.put(slot)
     done = sum(run.weight for run in runs) - sum(run.weight for run in waiting)
-    bar = tqdm(
-        total=done + sum(run.weight for run in waiting),
-        unit="token",
-        unit_scale=True,
-        smoothing=0.05,
-        disable=None,
-    )
-    bar.update(done)
+    bar = progress_bar(sum(run.weight for run in runs)) if progress is None else progress
+    if not bar.disable:
+        # What was done before tells nothing about the time that is left.
+        bar.n, bar.initial = bar.n + done, bar.initial + done
     bar.set_description(f"{len(runs) - len(waiting)} of {len(runs)} runs")
 
     def one(run: TrainingRun) -> None:
@@ -257,7 +283,9 @@ def carry_out(
             shutil.rmtree(place, ignore_errors=True)
         show(1.0)
 
-    with locked(folder), ThreadPoolExecutor(jobs) as pool, bar:
+    with locked(folder), ThreadPoolExecutor(jobs) as pool, contextlib.ExitStack() as ends:
+        if progress is None:
+            ends.enter_context(bar)
         futures = [pool.submit(one, run) for run in waiting]
         try:
             for count, future in enumerate(as_completed(futures), start=len(runs) - len(waiting) + 1):
@@ -286,7 +314,8 @@ def _finish_run(
         row = log.measured(peak)
         if run.measure is not None:
             valid = log.valid[-1] if log.valid else {}
-            row.update(run.measure(Finished(folder / "checkpoint_last.pt", valid)))
+            call = partial(_call, folder / "measure.log", stop, process_environment)
+            row.update(run.measure(Finished(folder / "checkpoint_last.pt", valid, call)))
         return row, log.curve()
     except Interrupted:
         raise
@@ -297,11 +326,31 @@ def _finish_run(
 def _train(run, folder, log, show, stop, process_environment, log_interval) -> int:
     """Runs fairseq-train to its end; returns its peak memory in bytes."""
     mend_checkpoints(folder)
-    words = [*run.words, "--max-update", run.updates, "--save-dir", folder]
-    words = fairseq_command(
-        "train", *words, "--log-format", "json", "--log-interval", min(log_interval, run.updates)
-    )
-    with log.path.open("ab") as output:
+
+    def follow() -> None:
+        log.read()
+        show(min(1.0, log.updates / run.updates))
+
+    words = run.command(folder, log_interval)
+    status, usage = _run_process(words, log.path, stop, process_environment, follow)
+    log.read()
+    if status or not log.intervals:
+        raise RuntimeError(f"status {status}: {_last_line(log.path)}; {log.path}")
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _call(log: Path, stop: threading.Event, process_environment: dict[str, str], words: list[str]) -> str:
+    """Runs a command to its end; returns what it wrote."""
+    log.unlink(missing_ok=True)
+    status, _ = _run_process(words, log, stop, process_environment, lambda: None)
+    if status:
+        raise RuntimeError(f"status {status}: {_last_line(log)}; {log}")
+    return log.read_text(errors="replace")
+
+
+def _run_process(words, log, stop, process_environment, follow) -> tuple[int, resource.struct_rusage]:
+    """Runs a command whose output is added to ``log``; returns its status and what it used."""
+    with log.open("ab") as output:
         child = subprocess.Popen(
             words,
             cwd=ROOT,
@@ -316,17 +365,15 @@ def _train(run, folder, log, show, stop, process_environment, log_interval) -> i
             pid, status, usage = os.wait4(child.pid, os.WNOHANG)
             if pid:
                 child.returncode = os.waitstatus_to_exitcode(status)
-                break
+                return child.returncode, usage
             if stop.is_set():
                 os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
                 raise Interrupted
-            log.read()
-            show(min(1.0, log.updates / run.updates))
+            follow()
             time.sleep(0.2)
-    log.read()
-    if child.returncode or not log.intervals:
-        lines = log.path.read_text(errors="replace").split("\n")
-        last = next((line for line in reversed(lines) if line.strip()), "nothing was logged")
-        raise RuntimeError(f"status {child.returncode}: {last}; {log.path}")
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").split("\n")
+    return next((line for line in reversed(lines) if line.strip()), "nothing was logged")

@@ -1,4 +1,4 @@
-"""Proves that the benchmark times only what is right, goes on where it ended, and draws what it wrote."""
+"""Proves that the benchmark times only what is right, and goes on where it ended."""
 
 import csv
 

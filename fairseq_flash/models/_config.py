@@ -65,8 +65,8 @@ class FlashConfig(FairseqDataclass):
     relative_bias: Optional[ChoiceEnum(list(RELATIVE_BIASES))] = field(
         default=None,
         metadata={
-            "help": "bias of the quadratic scores: a table (toeplitz) or its rotary form, which has no "
-            "maximum length; default: a table within chunks of up to 512 tokens, otherwise rotary"
+            "help": "bias of the squared-ReLU scores: rotary (the default), without a maximum length, or "
+            "toeplitz, a table"
         },
     )
     init: ChoiceEnum(list(INITS)) = field(
@@ -97,6 +97,13 @@ class FlashConfig(FairseqDataclass):
     offload_activations: bool = field(
         default=False,
         metadata={"help": "as --checkpoint-activations, with the layers' inputs kept in CPU memory"},
+    )
+    diagnostics_interval: int = field(
+        default=0,
+        metadata={
+            "help": "updates between two reports on the layers (sizes of branches, gates, sparsity of the "
+            "attention) to --tensorboard-logdir and the log; 0: none, at no cost"
+        },
     )
     backend: ChoiceEnum(list(BACKENDS)) = field(
         default="auto",

@@ -24,7 +24,7 @@ SYSTEMS = {
 }
 
 #: What our defaults differ in from the paper's FLASH.
-PAPER = dict(init="paper", scaled_sin=True, linear_norm="chunk")
+PAPER = dict(init="paper", scaled_sin=True, linear_norm="chunk", relative_bias="toeplitz")
 
 
 def architectures() -> dict[str, dict]:

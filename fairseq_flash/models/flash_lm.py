@@ -15,6 +15,7 @@ from fairseq.modules import AdaptiveInput, AdaptiveSoftmax
 from torch import nn
 
 from fairseq_flash.models._config import FlashConfig, build_block, fill_preset, parse_cutoffs
+from fairseq_flash.models._diagnostics import watch_layers
 from fairseq_flash.models._systems import architectures
 from fairseq_flash.modules import DecodingState, RowMemory, Stack
 
@@ -223,7 +224,10 @@ class FlashLanguageModel(FairseqLanguageModel):
             ValueError: an option has a value that is not allowed.
         """
         embed_tokens = _build_embedding(cfg, task.source_dictionary)
-        return cls(FlashDecoder(cfg, task.target_dictionary, embed_tokens, _resolve_n_ref(cfg, task)))
+        model = cls(FlashDecoder(cfg, task.target_dictionary, embed_tokens, _resolve_n_ref(cfg, task)))
+        layers = {f"layer{index}": block for index, block in enumerate(model.decoder.stack.blocks)}
+        watch_layers(model, layers, cfg.diagnostics_interval)
+        return model
 
 
 def _resolve_n_ref(cfg: FlashLanguageModelConfig, task: Any) -> int:

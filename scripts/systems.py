@@ -1,0 +1,66 @@
+"""The systems that are compared, at sizes of equal parameters, as options of fairseq-train."""
+
+from fairseq.models import ARCH_MODEL_REGISTRY
+
+import fairseq_flash  # noqa: F401
+
+__all__ = ["BASELINE", "SIZES", "architecture", "check_systems", "language_models"]
+
+#: What the others are compared with: fairseq's own Transformer.
+BASELINE = "transformer_lm"
+
+#: Endings of the architectures' names.
+SIZES = {"tiny": "_tiny", "base": "", "gpt": "_gpt", "big": "_big"}
+
+#: fairseq has no tiny Transformer; this one pairs with ours. Its embeddings would otherwise be 512 wide.
+TINY_TRANSFORMER = (
+    *("--decoder-layers", "4", "--decoder-embed-dim", "256", "--decoder-ffn-embed-dim", "1152"),
+    *("--decoder-attention-heads", "4", "--decoder-input-dim", "256", "--decoder-output-dim", "256"),
+)
+#: fairseq's default, a norm after each layer, hardly learns within a few million tokens (see ABLATION.md).
+PRE_NORM = "--decoder-normalize-before"
+
+
+def architecture(system: str, size: str) -> list[str]:
+    """The model's options, as fairseq-train takes them.
+
+    Args:
+        system: A language model of ours or of fairseq, without the size's ending.
+        size: One of ``SIZES``.
+
+    Returns:
+        Words that begin with ``--arch``; input and output embeddings are shared.
+
+    Raises:
+        ValueError: there is no such size, or no such system in that size.
+    """
+    if size not in SIZES:
+        raise ValueError(f"--size {size} is unknown; allowed: {', '.join(SIZES)}")
+    if system not in language_models(size):
+        allowed = ", ".join(language_models(size))
+        raise ValueError(f"--systems {system} is unknown in --size {size}; allowed: {allowed}")
+    tiny = (system, size) == (BASELINE, "tiny")
+    name = [BASELINE, *TINY_TRANSFORMER] if tiny else [system + SIZES[size]]
+    norm = [PRE_NORM] if system == BASELINE else []
+    return ["--arch", *name, *norm, "--share-decoder-input-output-embed"]
+
+
+def language_models(size: str) -> list[str]:
+    """What :func:`architecture` takes as a system of that size."""
+    ending = SIZES[size]
+    whole = [name for name in ARCH_MODEL_REGISTRY if name.endswith("_lm" + ending)]
+    own = {name.removesuffix(ending) for name in whole if name.startswith(("flash_", "transformer_", "mc_"))}
+    return sorted(own | {BASELINE})
+
+
+def check_systems(systems: list[str], size: str) -> None:
+    """Refuses systems that do not exist, or that are named twice.
+
+    Raises:
+        ValueError: there are such.
+    """
+    for system in systems:
+        architecture(system, size)
+    twice = sorted({system for system in systems if systems.count(system) > 1})
+    if twice:
+        raise ValueError(f"--systems names {', '.join(twice)} twice; allowed: each once")
