@@ -144,7 +144,7 @@ def count_batches(data: Path, source: str, target: str, max_tokens: int) -> int:
     from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
     task = TranslationTask.setup_task(
-        TranslationConfig(data=str(data), source_lang=source, target_lang=target)
+        TranslationConfig(data=str(data), source_lang=source, target_lang=target, dataset_impl=None)
     )
     task.load_dataset("train")
     longest = tuple(min(limit, max_tokens) for limit in task.max_positions())
