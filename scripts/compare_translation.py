@@ -145,9 +145,10 @@ def count_batches(data: Path, source: str, target: str, max_tokens: int) -> int:
     """Updates in an epoch, by fairseq's own cutting of the training split into batches."""
     from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
-    task = TranslationTask.setup_task(
-        TranslationConfig(data=str(data), source_lang=source, target_lang=target)
-    )
+    # Left out, these would be references to the rest of fairseq's configuration.
+    resolved = dict(dataset_impl=None, train_subset="train", required_seq_len_multiple=1)
+    cfg = TranslationConfig(data=str(data), source_lang=source, target_lang=target, **resolved)
+    task = TranslationTask.setup_task(cfg)
     task.load_dataset("train")
     longest = tuple(min(limit, max_tokens) for limit in task.max_positions())
     options = dict(max_positions=longest, ignore_invalid_inputs=True, required_batch_size_multiple=8)
