@@ -20,9 +20,10 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import date
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
+import fairseq
+import sacrebleu
 import torch
 from measuring import ROOT, Table, commit, device_name
 from prepared_folder import RECORD
@@ -232,8 +233,8 @@ def main(arguments: list[str] | None = None) -> None:
         date=date.today().isoformat(),
         python=sys.version.split()[0],
         torch=torch.__version__,
-        fairseq=version("ve-fairseq"),
-        sacrebleu=version("sacrebleu"),
+        fairseq=fairseq.__version__,
+        sacrebleu=sacrebleu.__version__,
         device=device_name(options.device),
         jobs=options.jobs,
     )
