@@ -20,9 +20,10 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import date
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
+import fairseq
+import sacrebleu
 import torch
 from measuring import ROOT, Table, commit, device_name
 from prepared_folder import RECORD
@@ -143,9 +144,10 @@ def count_batches(data: Path, source: str, target: str, max_tokens: int) -> int:
     """Updates in an epoch, by fairseq's own cutting of the training split into batches."""
     from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
-    task = TranslationTask.setup_task(
-        TranslationConfig(data=str(data), source_lang=source, target_lang=target, dataset_impl=None)
-    )
+    # Left out, these would be references to the rest of fairseq's configuration.
+    resolved = dict(dataset_impl=None, train_subset="train", required_seq_len_multiple=1)
+    cfg = TranslationConfig(data=str(data), source_lang=source, target_lang=target, **resolved)
+    task = TranslationTask.setup_task(cfg)
     task.load_dataset("train")
     longest = tuple(min(limit, max_tokens) for limit in task.max_positions())
     options = dict(max_positions=longest, ignore_invalid_inputs=True, required_batch_size_multiple=8)
@@ -231,8 +233,8 @@ def main(arguments: list[str] | None = None) -> None:
         date=date.today().isoformat(),
         python=sys.version.split()[0],
         torch=torch.__version__,
-        fairseq=version("ve-fairseq"),
-        sacrebleu=version("sacrebleu"),
+        fairseq=fairseq.__version__,
+        sacrebleu=sacrebleu.__version__,
         device=device_name(options.device),
         jobs=options.jobs,
     )

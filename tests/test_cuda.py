@@ -5,7 +5,13 @@ import tools
 import torch
 from torch import nn
 
-from fairseq_flash.modules import GatedAttentionUnit, Stack, TransformerBlock
+from fairseq_flash.modules import (
+    DecoderLayer,
+    GatedAttentionUnit,
+    GatedCrossAttention,
+    Stack,
+    TransformerBlock,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -87,3 +93,35 @@ def test_fairseq_trains_in_reduced_precision(arch, options, data_bin, tmp_path):
     losses = [float(loss) for _, loss in tools.losses(output)]
     assert sum(losses[-5:]) < sum(losses[:5])
     assert tools.losses(tools.train(data_bin, tmp_path, *words, updates=32, recipe=recipe))
+
+
+def build_decoder():
+    torch.manual_seed(0)
+    blocks = [
+        DecoderLayer(GatedAttentionUnit(64, chunk_size=64), GatedCrossAttention(64, init="paper"))
+        for _ in range(2)
+    ]
+    return Stack(nn.Embedding(50, 64), blocks, embed_dim=64, attention_dim=128).double().eval()
+
+
+def test_a_decoder_reads_its_source_as_on_the_cpu():
+    results = {}
+    torch.manual_seed(1)
+    source = torch.randn(3, 90, 64, dtype=torch.float64)
+    source_mask = torch.zeros(3, 90, dtype=torch.bool)
+    source_mask[1, :40] = source_mask[2] = True
+    for device in ("cpu", "cuda"):
+        stack = build_decoder().to(device)
+        given = dict(source=source.to(device), source_padding_mask=source_mask.to(device))
+        tokens = batch()[0].to(device)
+        out, _ = stack(tokens, None, **given)
+        (out * torch.linspace(-1, 1, 64, dtype=out.dtype, device=device)).sum().backward()
+        results[device] = [out.detach().cpu(), *(p.grad.cpu() for p in stack.parameters())]
+        with torch.no_grad():
+            pieces, state = [], stack.empty_state(tokens, **given)
+            for start, end in ((0, 150), (150, 151), (151, N)):
+                piece, state = stack(tokens[:, start:end], None, state)
+                pieces.append(piece)
+        assert (torch.cat(pieces, dim=1) - out).abs().max() <= 1e-10
+    for cpu, cuda in zip(results["cpu"], results["cuda"], strict=True):
+        assert (cpu - cuda).abs().max() <= TOLERANCE * cpu.abs().max()
