@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import logging
 import statistics
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -97,6 +98,8 @@ def write(path: Path, comparison: Comparison) -> list[Path]:
 def figures(comparison: Comparison) -> dict[str, bytes]:
     """The figures as PNG, by name; none where matplotlib is not installed or no run succeeded."""
     rows = succeeded(comparison.rows)
+    # Where fairseq is imported, everyone's debugging is on.
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
     try:
         import plot
     except ImportError:

@@ -1,7 +1,6 @@
 """What all figures share: one look a system, lines with bands over seeds, and rows of a CSV file."""
 
 import csv
-import logging
 import math
 import re
 from collections.abc import Iterable
@@ -18,9 +17,6 @@ __all__ = [
     *("Rows", "cells", "draw_lines", "finished", "legend_below", "panels", "plain_log", "read", "shared"),
     *("style", "values"),
 ]
-
-# Where fairseq is imported too, everyone's debugging is on.
-logging.getLogger("matplotlib").setLevel(logging.WARNING)
 
 #: Okabe and Ito's palette, told apart by every eye; the markers without colours as well.
 STYLES = {

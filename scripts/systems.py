@@ -12,10 +12,10 @@ BASELINE = "transformer_lm"
 #: Endings of the architectures' names.
 SIZES = {"tiny": "_tiny", "base": "", "gpt": "_gpt", "big": "_big"}
 
-#: fairseq has no tiny Transformer; this one pairs with ours.
+#: fairseq has no tiny Transformer; this one pairs with ours. Its embeddings would stay 512 wide by default.
 TINY_TRANSFORMER = (
-    *("--decoder-layers", "4", "--decoder-embed-dim", "256", "--decoder-ffn-embed-dim", "1152"),
-    *("--decoder-attention-heads", "4"),
+    *("--decoder-layers", "4", "--decoder-embed-dim", "256", "--decoder-input-dim", "256"),
+    *("--decoder-output-dim", "256", "--decoder-ffn-embed-dim", "1152", "--decoder-attention-heads", "4"),
 )
 
 
