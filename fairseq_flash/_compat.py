@@ -69,10 +69,12 @@ def prepare_host() -> None:
     _restore_numpy_compat()
     _allow_harmless_classes()
     _explain_refused_checkpoints()
+    _explain_unfit_checkpoints()
     _read_config_strings_as_values()
     _keep_bf16_off_tpu()
     _explain_fp16_without_gpu()
     _copy_checkpoints_atomically()
+    _keep_arrays_out_of_checkpoints()
     _accept_blank_prompts()
     _keep_every_batch()
     _name_unusable_splits()
@@ -188,6 +190,25 @@ def _refuse_clearly(load: Callable, source: str) -> Callable:
     return healed
 
 
+def _explain_unfit_checkpoints() -> None:
+    """Says why a model refuses a checkpoint; fairseq 0.12 only asks that "the architectures match"."""
+    from fairseq.trainer import Trainer
+
+    def heal(load: Callable) -> Callable:
+        def healed(self, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return load(self, *args, **kwargs)
+            except Exception as error:
+                what, cause = str(error).partition(";")[0], error.__context__
+                if what.startswith("Cannot load model parameters") and isinstance(cause, ValueError):
+                    raise ValueError(f"{what}: {cause}") from cause
+                raise
+
+        return healed
+
+    _wrap(Trainer, "load_checkpoint", heal)
+
+
 def _read_config_strings_as_values() -> None:
     """Replaces ``eval`` inside fairseq by a reader of plain values; any version.
 
@@ -290,6 +311,31 @@ def _copy_checkpoints_atomically() -> None:
         return healed
 
     _wrap(PathManager, "copy", heal)
+
+
+def _keep_arrays_out_of_checkpoints() -> None:
+    """Writes the counts of ``--eval-bleu`` as tensors: as numpy arrays, torch >= 2.6 refuses to read them.
+
+    So nothing more needs to be allowed in a checkpoint; a meter that is restored counts on with arrays.
+    """
+    from fairseq.logging.meters import AverageMeter
+
+    def write(state_dict: Callable) -> Callable:
+        def healed(self) -> dict[str, Any]:
+            state = state_dict(self).items()
+            return {k: torch.from_numpy(v) if isinstance(v, numpy.ndarray) else v for k, v in state}
+
+        return healed
+
+    def read(load_state_dict: Callable) -> Callable:
+        def healed(self, state: dict[str, Any]) -> None:
+            arrays = {k: v.numpy() for k, v in state.items() if isinstance(v, torch.Tensor) and v.dim()}
+            load_state_dict(self, {**state, **arrays})
+
+        return healed
+
+    _wrap(AverageMeter, "state_dict", write)
+    _wrap(AverageMeter, "load_state_dict", read)
 
 
 def _accept_blank_prompts() -> None:

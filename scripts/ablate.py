@@ -15,10 +15,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
+from statistics import mean
 from typing import NamedTuple, Optional
 
 import torch
 from measuring import ROOT, Table, commit, device_name
+from systems import PRE_NORM, architecture
 from training_runs import CURVE_COLUMNS, MEASURED, Finished, TrainingRun, carry_out
 
 KEY = ("stage", "base", "factor", "value", "lr", "seed", "n", "budget")
@@ -32,25 +34,24 @@ LOW_RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3)
 SMALL_GAP = 0.02  # nats; less than this is looked at with more seeds
 TOKENS_PER_UPDATE = 4096
 
-_OURS = (
-    *("flash_lm", "flash_quad_lm", "flash_local_lm", "flash_global_lm"),
-    *("transformer_plus_lm", "transformer_pp_lm", "mc_transformer_pp_lm"),
-)
+_TABLE = {"--relative-bias": "toeplitz"}
+_CHUNK = {"--linear-norm": "chunk"}
 #: Options as a dictionary: "" for a switch, None for one that a base sets and a choice takes away.
-_PAPER = {"--init": "paper", "--scaled-sin": "", "--linear-norm": "chunk"}
-_TRANSFORMER = {
-    **{"--arch": "transformer_lm", "--decoder-layers": "4", "--decoder-embed-dim": "256"},
-    **{"--decoder-input-dim": "256", "--decoder-output-dim": "256", "--decoder-ffn-embed-dim": "1152"},
-    **{"--decoder-attention-heads": "4", "--attention-dropout": "0"},
-}
-#: What is trained, by name: fairseq-train's options.
+_PAPER = {"--init": "paper", "--scaled-sin": "", **_CHUNK, **_TABLE}
+#: What is trained, by name: the system, and options that differ from it.
 SYSTEMS = {
-    **{name: {"--arch": f"{name}_tiny"} for name in _OURS},
-    "flash_lm chunk": {"--arch": "flash_lm_tiny", "--linear-norm": "chunk"},
-    "flash_lm_paper": {"--arch": "flash_lm_tiny", **_PAPER},
-    "transformer_lm": _TRANSFORMER,
-    "transformer_lm pre-norm": {**_TRANSFORMER, "--decoder-normalize-before": ""},
+    **{name: (name, {}) for name in ("flash_lm", "flash_quad_lm", "flash_local_lm", "flash_global_lm")},
+    **{name: (name, {}) for name in ("transformer_plus_lm", "transformer_pp_lm", "mc_transformer_pp_lm")},
+    "flash_lm chunk": ("flash_lm", _CHUNK),
+    "flash_lm toeplitz": ("flash_lm", _TABLE),
+    "flash_lm chunk toeplitz": ("flash_lm", {**_CHUNK, **_TABLE}),
+    "flash_local_lm toeplitz": ("flash_local_lm", _TABLE),
+    "flash_lm_paper": ("flash_lm", _PAPER),
+    "transformer_lm pre-norm": ("transformer_lm", {}),
+    "transformer_lm": ("transformer_lm", {PRE_NORM: None}),
 }
+#: Those that train for longer.
+WINNERS = [name for name in SYSTEMS if "toeplitz" not in name]
 TINY = {"--arch": "flash_ablation_lm", "--embed-dim": 256, "--layers": 8, "--chunk-size": 128}
 TINY_PP = {
     **TINY,
@@ -75,9 +76,9 @@ def gammas(quad: float, lin: float, **more: object) -> dict:
 
 
 BASES = {
-    "flash_lm": Base(
-        "flash_lm",
-        {**TINY, "--relative-bias": "toeplitz"},
+    "flash_lm toeplitz": Base(
+        "flash_lm toeplitz",
+        {**TINY, **_TABLE},
         {
             "score scale": SCALED,
             "norm": NORMS,
@@ -111,7 +112,7 @@ BASES = {
     ),
     "flash_lm_paper": Base(
         "flash_lm_paper",
-        {**TINY, **_PAPER, "--relative-bias": "toeplitz"},
+        {**TINY, **_PAPER},
         {
             "score scale": SCALED,
             "norm": NORMS,
@@ -125,9 +126,9 @@ BASES = {
             "bias": {"rotary": {"--relative-bias": "rotary"}},
         },
     ),
-    "flash_lm, rotary bias": Base(
-        "flash_lm",
-        {**TINY, "--relative-bias": "rotary"},
+    "flash_lm": Base(
+        "flash_lm toeplitz",  # whose rates were measured first
+        TINY,
         {
             "norm": NORMS,
             "bias": {
@@ -209,9 +210,10 @@ class Plan:
 
     def learning_rates(self) -> Iterator[TrainingRun]:
         """Every system with each rate."""
-        for name, words in SYSTEMS.items():
+        for name in SYSTEMS:
             for rate in LOW_RATES if name == "transformer_lm" else RATES:
-                yield self.run(name, words, self.options.tokens, stage="learning rate", lr=rate, seed=1)
+                row = dict(stage="learning rate", lr=rate, seed=1)
+                yield self.run(name, system_options(name), self.options.tokens, **row)
 
     def factors(self, seeds: Optional[list[int]] = None) -> Iterator[TrainingRun]:
         """Each base, and each of its choices."""
@@ -245,9 +247,9 @@ class Plan:
 
     def winners(self) -> Iterator[TrainingRun]:
         """Every system at its best rate, for more tokens."""
-        for name, words in SYSTEMS.items():
+        for name in WINNERS:
             row = dict(stage="winner", lr=self.best_rate(name), seed=1)
-            yield self.run(name, words, self.options.winner_tokens, **row)
+            yield self.run(name, system_options(name), self.options.winner_tokens, **row)
 
     def best_rate(self, name: str) -> float:
         """The rate with the lowest loss.
@@ -262,14 +264,25 @@ class Plan:
             )
         return float(min(rows, key=lambda row: row["loss"])["lr"])
 
-    def rows(self, stage: str) -> list[dict]:
-        """Successful rows of a stage, each with its ``loss``; one that is not finite counts as infinite."""
+    def rows(self, *stages: str) -> list[dict]:
+        """Successful rows of stages, each with its ``loss``; one that is not finite counts as infinite."""
         with self.options.output.open(newline="") as stream:
-            rows = [row for row in csv.DictReader(stream) if row["stage"] == stage and row["status"] == "ok"]
+            rows = [row for row in csv.DictReader(stream) if row["stage"] in stages and row["status"] == "ok"]
         for row in rows:
             loss = float(row["valid_loss"])
             row["loss"] = loss if math.isfinite(loss) else math.inf
         return rows
+
+
+def system_options(name: str) -> dict:
+    """A system's options as a dictionary."""
+    system, changes = SYSTEMS[name]
+    words = architecture(system, "tiny")
+    pairs = zip(words, [*words[1:], "--"], strict=True)
+    options = {
+        word: "" if following.startswith("--") else following for word, following in pairs if word[0] == "-"
+    }
+    return {**options, **changes}
 
 
 def as_words(options: dict) -> Iterator[str]:
@@ -279,6 +292,36 @@ def as_words(options: dict) -> Iterator[str]:
             yield option
             if value != "":
                 yield str(value)
+
+
+def tables(rows: list[dict]) -> Iterator[str]:
+    """The results as Markdown: losses by rate, and by choice with the difference from the base."""
+    rates = sorted({float(row["lr"]) for row in rows if row["stage"] == "learning rate"})
+    yield f"| system | {' | '.join(f'{rate:g}' for rate in rates)} |"
+    yield "| --- |" + " --- |" * len(rates)
+    found = {(row["name"], float(row["lr"])): row["loss"] for row in rows if row["stage"] == "learning rate"}
+    for name in dict.fromkeys(name for name, _ in found):
+        cells = [f"{found[name, rate]:.3f}" if (name, rate) in found else "" for rate in rates]
+        yield f"| {name} | {' | '.join(cells)} |"
+    losses: dict[tuple, dict] = {}
+    for row in rows:
+        if row["stage"] == "factor":
+            losses.setdefault((row["base"], row["factor"], row["value"]), {})[row["seed"]] = row["loss"]
+    for base in dict.fromkeys(base for base, _, _ in losses):
+        own = losses[base, "", ""]
+        yield f"\n| {base} | value | loss by seed | against the base, same seeds |\n| --- | --- | --- | --- |"
+        yield f"| | | {_numbers(own)} | |"
+        for (other, factor, value), by_seed in sorted(losses.items()):
+            if other == base and factor:
+                difference = mean(by_seed[seed] - own[seed] for seed in by_seed if seed in own)
+                yield f"| {factor} | {value} | {_numbers(by_seed)} | {difference:+.3f} |"
+    yield "\n| system, more tokens | rate | loss |\n| --- | --- | --- |"
+    for row in sorted((row for row in rows if row["stage"] == "winner"), key=lambda row: row["loss"]):
+        yield f"| {row['name']} | {row['lr']} | {row['loss']:.3f} |"
+
+
+def _numbers(by_seed: dict) -> str:
+    return ", ".join(f"{by_seed[seed]:.3f}" for seed in sorted(by_seed))
 
 
 STAGES = {
@@ -307,6 +350,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--tokens", type=int, default=1_000_000, help="of a run")
     add("--winner-tokens", type=int, default=5_000_000, help="of a run of the stage winner")
     add("--tokens-per-sample", type=int, default=1024)
+    add("--table", action="store_true", help="print what --output holds as Markdown, and train nothing")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--jobs", type=int, default=1, help="runs at a time; their speeds cannot be compared if more than 1")
     options = parser.parse_args(arguments)
@@ -324,6 +368,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line."""
     options = parse(arguments)
+    if options.table:
+        print("\n".join(tables(Plan(options).rows(*STAGES))))
+        return
     common = dict(
         commit=commit(),
         date=date.today().isoformat(),
@@ -335,7 +382,8 @@ def main(arguments: list[str] | None = None) -> None:
     curves = Table(options.curves, CURVES, (*KEY, *CURVE_COLUMNS), (), {})
     for stage in options.stages:
         runs = list(STAGES[stage](Plan(options)))
-        carry_out(runs, table, options.folder, curves=curves, jobs=options.jobs)
+        points = max(1, min(run.updates for run in runs) // 10)
+        carry_out(runs, table, options.folder, curves=curves, jobs=options.jobs, log_interval=points)
 
 
 if __name__ == "__main__":

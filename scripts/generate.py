@@ -174,7 +174,8 @@ def load_state(path: Path, reader: Reader, mark: str) -> None:
         raise ValueError(f"--load-state {path} does not exist") from None
     except Exception as error:  # torch raises many kinds
         raise ValueError(f"--load-state {path} cannot be read as a state: {error}") from None
-    if not isinstance(content, dict) or content.get("format") != STATE_FORMAT:
+    fields = {"format", "model", "pending", "layers"}
+    if not isinstance(content, dict) or content.keys() != fields or content["format"] != STATE_FORMAT:
         raise ValueError(f"--load-state {path} is not a state that generate.py saved")
     if content["model"] != mark:
         raise ValueError(

@@ -4,8 +4,9 @@
 
 For each layer: the size of its branches against the residual and of its linear against its quadratic branch.
 For each group of parameters: the size of its gradient against the median group's, after one backward pass on
-random tokens (Zipf's law). Outside the band, a warning; the exit status stays 0, as the paper's own start is
-outside.
+random tokens (Zipf's law), of which an encoder has to find the masked ones, and an encoder-decoder has to
+translate one row into another. Outside the band, a warning; the exit status stays 0, as the paper's own start
+is outside.
 """
 
 import argparse
@@ -19,12 +20,16 @@ import torch
 from fairseq import options, tasks
 from fairseq.data import Dictionary
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.models import ARCH_MODEL_REGISTRY, FairseqEncoderDecoderModel, FairseqEncoderModel
 from torch import nn
 
-from fairseq_flash.modules import GatedAttentionUnit, Stack, TransformerBlock
+from fairseq_flash.modules import GatedAttentionUnit, GatedCrossAttention, Stack, TransformerBlock
 
 #: Lowest and highest ratio of a healthy start.
 BANDS = {"branch/residual": (0.01, 1.0), "linear/quadratic": (0.1, 10.0), "gradient/median": (1e-3, 1e3)}
+
+#: Part of the tokens that an encoder has to find, as in fairseq's masked_lm.
+MASKED = 0.15
 
 
 class Measurement(NamedTuple):
@@ -42,48 +47,75 @@ class Measurement(NamedTuple):
 
 
 def measure(model: nn.Module, tokens: torch.Tensor) -> list[Measurement]:
-    """Measures a language model as it stands, without dropout.
+    """Measures a model as it stands, without dropout.
 
     Args:
-        model: With a ``Stack`` at ``model.decoder.stack``; called as ``model(tokens)``.
+        model: With a ``Stack`` at ``model.decoder.stack``, to predict the next token, or at
+            ``model.encoder.stack``, to predict masked ones; called as ``model(tokens)``, or with both.
         tokens: ``(b, n)``, several chunks long.
 
     Returns:
         The ratios, layer by layer, then group by group.
     """
     model.eval()
-    found = layer_ratios(model.decoder.stack, tokens)
-    logits, _ = model(tokens[:, :-1])
-    loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    if isinstance(model, FairseqEncoderDecoderModel):
+        previous, targets = tokens.flip(0)[:, :-1], tokens.flip(0)[:, 1:].flatten()
+        source, _ = model.encoder.stack(tokens)
+        found = layer_ratios(model.encoder.stack, tokens)
+        found += layer_ratios(model.decoder.stack, previous, source=source)
+        logits = model(tokens, None, previous)[0].flatten(0, 1)
+    elif hasattr(model, "encoder"):
+        found = layer_ratios(model.encoder.stack, tokens)
+        masked = torch.rand(tokens.shape) < MASKED
+        mask = model.encoder.dictionary.index("<mask>")
+        logits, _ = model(tokens.masked_fill(masked, mask), masked_tokens=masked)
+        targets = tokens[masked]
+    else:
+        found = layer_ratios(model.decoder.stack, tokens)
+        logits, _ = model(tokens[:, :-1])
+        logits, targets = logits.flatten(0, 1), tokens[:, 1:].flatten()
+    loss = nn.functional.cross_entropy(logits, targets)
     model.zero_grad()
     loss.backward()
     return found + gradient_ratios(model)
 
 
 @torch.no_grad()
-def layer_ratios(stack: Stack, tokens: torch.Tensor) -> list[Measurement]:
-    """The sizes of each layer's branches; of the linear one beyond the first chunk, which it cannot see."""
-    found, inputs = [], {}
-    hooks = [
-        block.register_forward_hook(lambda block, args, out: inputs.update({block: (args[0], out[0])}))
-        for block in stack.blocks
-    ]
-    stack(tokens)
+def layer_ratios(stack: Stack, tokens: torch.Tensor, **source: torch.Tensor) -> list[Measurement]:
+    """The sizes of each layer's branches; of the linear one beyond the first chunk, which it cannot see.
+
+    Args:
+        stack: Of any layers.
+        tokens: ``(b, n)``, several chunks long.
+        source: What layers of a decoder take beside the row.
+    """
+    found, seen = [], {}
+
+    def note(block, args, out):
+        seen[block] = args[0], out[0] if isinstance(out, tuple) else out
+
+    kinds = (GatedAttentionUnit, GatedCrossAttention, TransformerBlock)
+    blocks = {block: name for name, block in stack.named_modules() if isinstance(block, kinds)}
+    hooks = [block.register_forward_hook(note) for block in blocks]
+    stack(tokens, **source)
     for hook in hooks:
         hook.remove()
-    for index, (block, (x, y)) in enumerate(inputs.items()):
+    for block, name in blocks.items():
+        x, y = seen[block]
+        place = f"layer {name.removeprefix('blocks.').replace('.', ', ')}"
+        if isinstance(block, GatedCrossAttention):
+            found.append(Measurement("branch/residual", place, size(y - x) / size(x)))
+            continue
         branch = attended(block, x)
-        found.append(Measurement("branch/residual", f"layer {index}", size(branch) / size(x)))
+        found.append(Measurement("branch/residual", place, size(branch) / size(x)))
         if isinstance(block, TransformerBlock):
             x = x + branch
-            found.append(
-                Measurement("branch/residual", f"layer {index}, feed-forward", size(y - x) / size(x))
-            )
+            found.append(Measurement("branch/residual", f"{place}, feed-forward", size(y - x) / size(x)))
         if block.attention == "mixed_chunk":
-            quadratic, linear = (attended(only(block, branch), inputs[block][0]) for branch in block.branches)
+            quadratic, linear = (attended(only(block, branch), seen[block][0]) for branch in block.branches)
             c = block.chunk_size
             ratio = size(linear[:, c:]) / size(quadratic[:, c:])
-            found.append(Measurement("linear/quadratic", f"layer {index}", ratio))
+            found.append(Measurement("linear/quadratic", place, ratio))
     return found
 
 
@@ -117,10 +149,10 @@ def gradient_ratios(model: nn.Module) -> list[Measurement]:
     for name, parameter in model.named_parameters():
         if parameter.grad is None:
             continue
-        name = name.removeprefix("decoder.stack.")
+        name = name.removeprefix("decoder.").removeprefix("encoder.").removeprefix("stack.")
         if name.startswith("blocks."):
             name = name.split(".", 2)[2]
-        if name == "offset_scale.gamma":
+        if name.endswith("offset_scale.gamma"):
             for kind, part in zip(("first", "second"), parameter.grad.split(2), strict=False):
                 groups.setdefault(f"{name} ({kind} branch)", []).append(part)
         else:
@@ -147,10 +179,13 @@ def build(arguments: list[str], vocabulary: int) -> nn.Module:
     for index in range(vocabulary - len(dictionary)):
         dictionary.add_symbol(f"word{index}")
     parser = options.get_training_parser()
-    words = ["data", "--task", "language_modeling", *arguments]
-    cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, words))
-    task = tasks.TASK_REGISTRY["language_modeling"](cfg.task, dictionary)
-    return task.build_model(cfg.model)
+    model = ARCH_MODEL_REGISTRY[parser.parse_known_args(["data", *arguments])[0].arch]
+    kinds = {FairseqEncoderModel: "masked_lm", FairseqEncoderDecoderModel: "translation"}
+    task = next((task for kind, task in kinds.items() if issubclass(model, kind)), "language_modeling")
+    args = options.parse_args_and_arch(parser, ["data", "--task", task, *arguments])
+    cfg = convert_namespace_to_omegaconf(args)
+    dictionaries = [dictionary] * (2 if task == "translation" else 1)
+    return tasks.TASK_REGISTRY[task](cfg.task, *dictionaries).build_model(cfg.model)
 
 
 def main() -> None:

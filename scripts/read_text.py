@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
-__all__ = ["TextFile", "find_text_files", "read_documents"]
+__all__ = ["TextFile", "find_text_files", "read_documents", "read_lines"]
 
 # A longer line is cut at a space: some corpora are one line of 100 MB, which no tokenizer takes at once.
 MAX_LINE_BYTES = 65536
@@ -76,24 +76,49 @@ def find_text_files(paths: Iterable[Path], option: str) -> list[TextFile]:
 
 
 def read_documents(
-    file: TextFile, advance: Callable[[int], object] = lambda count: None
+    file: TextFile, advance: Callable[[int], object] = lambda count: None, longest: int | None = None
 ) -> Iterator[tuple[str, Iterator[str]]]:
     """Reads one file: a document, or an archive of documents.
 
     Args:
         file: What to read; its name's end tells whether it is compressed or an archive.
         advance: Called with the number of bytes (as stored) after each read.
+        longest: Bytes of the longest line; None for ``MAX_LINE_BYTES``.
 
     Yields:
         ``(name, lines)``; the lines must be used up before the next document is asked for. A line has single
-        spaces, no line end, and is never empty; one over ``MAX_LINE_BYTES`` bytes comes in several pieces.
+        spaces, no line end, and is never empty; one over ``longest`` bytes comes in several pieces.
 
     Raises:
         ValueError: not UTF-8, or a damaged archive.
     """
     with _explained(file.path), io.BufferedReader(_CountedFile(file.path, advance), 1 << 20) as stored:
         for name, stream in _open_streams(stored, file):
-            yield name, _clean_lines(stream, file.path, name)
+            yield name, _clean_lines(stream, file.path, name, longest or MAX_LINE_BYTES)
+
+
+def read_lines(file: TextFile) -> Iterator[str]:
+    """Reads every line of a file, empty ones too: for parallel text, in which a line is known by its number.
+
+    Args:
+        file: What to read; an archive must hold one file.
+
+    Yields:
+        Lines with single spaces and no line end.
+
+    Raises:
+        ValueError: not UTF-8, a damaged archive, or a line over ``MAX_LINE_BYTES`` bytes.
+    """
+    with _explained(file.path), io.BufferedReader(_CountedFile(file.path, lambda count: None)) as stored:
+        for name, stream in _open_streams(stored, file):
+            position = 0
+            while line := _read_line(stream, file.path):
+                if len(line) >= MAX_LINE_BYTES:
+                    raise ValueError(
+                        f"{file.path}: the line at byte {position} has {MAX_LINE_BYTES} bytes or more"
+                    )
+                yield " ".join(_decode(line, position, file.path, name).split())
+                position += len(line)
 
 
 @contextmanager
@@ -128,10 +153,10 @@ def _is_hidden(name: str) -> bool:
     return any(part.startswith(".") and part not in (".", "..") for part in PurePosixPath(name).parts)
 
 
-def _clean_lines(stream: BinaryIO, path: Path, name: str) -> Iterator[str]:
+def _clean_lines(stream: BinaryIO, path: Path, name: str, longest: int) -> Iterator[str]:
     position, rest = 0, b""
-    while chunk := rest + _read_line(stream, path):
-        end = len(chunk) if chunk.endswith(b"\n") or len(chunk) < MAX_LINE_BYTES else _cut(chunk)
+    while chunk := rest + _read_line(stream, path, longest):
+        end = len(chunk) if chunk.endswith(b"\n") or len(chunk) < longest else _cut(chunk)
         piece, rest = chunk[:end], chunk[end:]
         # split() knows every kind of space: fairseq would break a piece of the vocabulary that holds one
         line = " ".join(_decode(piece, position, path, name).split())
@@ -140,9 +165,9 @@ def _clean_lines(stream: BinaryIO, path: Path, name: str) -> Iterator[str]:
             yield line
 
 
-def _read_line(stream: BinaryIO, path: Path) -> bytes:
+def _read_line(stream: BinaryIO, path: Path, longest: int | None = None) -> bytes:
     with _explained(path):
-        return stream.readline(MAX_LINE_BYTES)
+        return stream.readline(longest or MAX_LINE_BYTES)
 
 
 def _cut(chunk: bytes) -> int:

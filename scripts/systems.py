@@ -12,11 +12,13 @@ BASELINE = "transformer_lm"
 #: Endings of the architectures' names.
 SIZES = {"tiny": "_tiny", "base": "", "gpt": "_gpt", "big": "_big"}
 
-#: fairseq has no tiny Transformer; this one pairs with ours. Its embeddings would stay 512 wide by default.
+#: fairseq has no tiny Transformer; this one pairs with ours. Its embeddings would otherwise be 512 wide.
 TINY_TRANSFORMER = (
-    *("--decoder-layers", "4", "--decoder-embed-dim", "256", "--decoder-input-dim", "256"),
-    *("--decoder-output-dim", "256", "--decoder-ffn-embed-dim", "1152", "--decoder-attention-heads", "4"),
+    *("--decoder-layers", "4", "--decoder-embed-dim", "256", "--decoder-ffn-embed-dim", "1152"),
+    *("--decoder-attention-heads", "4", "--decoder-input-dim", "256", "--decoder-output-dim", "256"),
 )
+#: fairseq's default, a norm after each layer, hardly learns within a few million tokens (see ABLATION.md).
+PRE_NORM = "--decoder-normalize-before"
 
 
 def architecture(system: str, size: str) -> list[str]:
@@ -39,7 +41,8 @@ def architecture(system: str, size: str) -> list[str]:
         raise ValueError(f"--systems {system} is unknown in --size {size}; allowed: {allowed}")
     tiny = (system, size) == (BASELINE, "tiny")
     name = [BASELINE, *TINY_TRANSFORMER] if tiny else [system + SIZES[size]]
-    return ["--arch", *name, "--share-decoder-input-output-embed"]
+    norm = [PRE_NORM] if system == BASELINE else []
+    return ["--arch", *name, *norm, "--share-decoder-input-output-embed"]
 
 
 def language_models(size: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Writes fairseq_flash/configs/*.yaml: one hydra file for each architecture of flash_lm, every option in it.
+"""Writes fairseq_flash/configs/*.yaml: one hydra file for each architecture, every option in it.
 
     python scripts/write_configs.py
 
@@ -9,10 +9,10 @@ an architecture changed (the tests compare the files with what ``--arch`` builds
 import dataclasses
 import enum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from fairseq_flash.models._systems import SYSTEMS
-from fairseq_flash.models.flash_lm import PRESETS, FlashLanguageModelConfig
+from fairseq_flash.models import flash_lm, flash_masked_lm, flash_seq2seq
+from fairseq_flash.models._systems import MASKED_LM_SYSTEMS, SYSTEMS
 
 CONFIGS = Path(__file__).resolve().parent.parent / "fairseq_flash" / "configs"
 
@@ -24,6 +24,9 @@ TITLES = {
     "transformer_plus_lm": "Transformer+ (rotary positions)",
     "transformer_pp_lm": "Transformer++ (rotary positions, gated feed-forward network)",
     "mc_transformer_pp_lm": "MC-TFM++ (Transformer++ with mixed chunk attention)",
+    "flash_masked_lm": "Bidirectional FLASH for masked words",
+    "flash_quad_masked_lm": "Bidirectional FLASH-Quad for masked words",
+    "flash_seq2seq": "FLASH as an encoder-decoder",
 }
 
 #: By ending: tokens a row, tokens a batch, batches an update, warm-up updates, updates, learning rate.
@@ -34,9 +37,56 @@ TRAINING = {
     "_big": (1024, 4096, 8, 4000, 100000, 3e-4),
     "_paper": (1024, 8192, 1, 4000, 100000, 5e-4),
 }
+MASKED_LM_TRAINING = {
+    "": (512, 8192, 16, 10000, 125000, 5e-4),
+    "_tiny": (512, 4096, 1, 500, 10000, 2e-3),
+}
+#: The same without tokens a row: a row is a sentence.
+SEQ2SEQ_TRAINING = {
+    "": (None, 4096, 1, 4000, 50000, 5e-4),
+    "_tiny": (None, 2048, 1, 500, 10000, 2e-3),
+    "_wmt": (None, 4096, 8, 4000, 100000, 7e-4),
+}
+
+BLOCKS = """\
+  sample_break_mode: none
+  tokens_per_sample: {tokens_per_sample}"""
+SENTENCES = """\
+  source_lang: null
+  target_lang: null"""
+SMOOTHED = """label_smoothed_cross_entropy
+  label_smoothing: 0.1"""
+
+
+class Kind(NamedTuple):
+    """What the architectures of one registered model have in common."""
+
+    model: str
+    config: type
+    presets: dict[str, dict]
+    systems: dict[str, dict]
+    training: dict[str, tuple]
+    task: str
+    criterion: str
+
+
+KINDS = (
+    Kind(
+        *("flash_lm", flash_lm.FlashLanguageModelConfig, flash_lm.PRESETS, SYSTEMS, TRAINING),
+        *("language_modeling", "cross_entropy"),
+    ),
+    Kind(
+        *("flash_masked_lm", flash_masked_lm.FlashMaskedLMConfig, flash_masked_lm.PRESETS),
+        *(MASKED_LM_SYSTEMS, MASKED_LM_TRAINING, "masked_lm", "masked_lm"),
+    ),
+    Kind(
+        *("flash_seq2seq", flash_seq2seq.FlashSeq2SeqConfig, flash_seq2seq.PRESETS, {"flash_seq2seq": {}}),
+        *(SEQ2SEQ_TRAINING, "translation", SMOOTHED),
+    ),
+)
 
 TEMPLATE = """\
-# {title} at the size of a {depth}-layer Transformer of width {width}.
+# {title}.
 #   fairseq-hydra-train --config-dir fairseq_flash/configs --config-name {name} \\
 #     task.data=/path/to/data-bin common.user_dir=/path/to/fairseq_flash
 # Both paths absolute: hydra runs in a folder of its own, outputs/<date>/<time>. The values under `model` are
@@ -51,15 +101,14 @@ checkpoint:
   save_interval_updates: 2000
   keep_interval_updates: 1
 task:
-  _name: language_modeling
+  _name: {task}
   data: ???
-  sample_break_mode: none
-  tokens_per_sample: {tokens_per_sample}
+{rows}
 dataset:
   max_tokens: {max_tokens}
   num_workers: 2
 criterion:
-  _name: cross_entropy
+  _name: {criterion}
 optimizer:
   _name: adam
   adam_betas: (0.9, 0.98)
@@ -74,24 +123,25 @@ optimization:
   clip_norm: 1.0
   update_freq: [{update_freq}]
 model:
-  _name: flash_lm
+  _name: {model}
 {options}
 """
 
 
-def render(name: str) -> str:
+def render(name: str, kind: Kind) -> str:
     """The yaml of one architecture."""
-    system = max((s for s in SYSTEMS if name.startswith(s)), key=len)
+    system = max((s for s in kind.systems if name.startswith(s)), key=len)
     ending = name.removeprefix(system)
-    tokens, batch, update_freq, warmup, updates, lr = TRAINING[ending]
-    fields = [field for field in dataclasses.fields(FlashLanguageModelConfig) if field.name != "_name"]
-    values = {field.name: PRESETS[name].get(field.name, field.default) for field in fields}
+    tokens, batch, update_freq, warmup, updates, lr = kind.training[ending]
+    fields = [field for field in dataclasses.fields(kind.config) if field.name != "_name"]
+    values = {field.name: kind.presets[name].get(field.name, field.default) for field in fields}
     return TEMPLATE.format(
-        title=TITLES[system] + (" with the paper's settings" if ending == "_paper" else ""),
-        depth=values["layers"] // (1 if values["block"] == "transformer" else 2),
-        width=values["embed_dim"],
+        title=_title(system, ending, values),
         name=name,
-        tokens_per_sample=tokens,
+        task=kind.task,
+        criterion=kind.criterion,
+        model=kind.model,
+        rows=SENTENCES if tokens is None else BLOCKS.format(tokens_per_sample=tokens),
         max_tokens=batch,
         update_freq=update_freq,
         warmup_updates=warmup,
@@ -99,6 +149,14 @@ def render(name: str) -> str:
         lr=f"{lr:.10f}".rstrip("0"),
         options="\n".join(f"  {option}: {_as_yaml(value)}" for option, value in values.items()),
     )
+
+
+def _title(system: str, ending: str, values: dict) -> str:
+    title = TITLES[system] + (" with the paper's settings" if ending == "_paper" else "")
+    if "encoder_layers" in values:
+        return f"{title}, as many parameters as {flash_seq2seq.PAIRS[system + ending]}"
+    depth = values["layers"] // (1 if values["block"] == "transformer" else 2)
+    return f"{title} at the size of a {depth}-layer Transformer of width {values['embed_dim']}"
 
 
 def _as_yaml(value: Any) -> str:
@@ -111,9 +169,10 @@ def _as_yaml(value: Any) -> str:
 
 def main() -> None:
     """Writes all of them."""
-    for name in PRESETS:
-        (CONFIGS / f"{name}.yaml").write_text(render(name))
-    print(f"{len(PRESETS)} files written to {CONFIGS}")
+    written = [(name, kind) for kind in KINDS for name in kind.presets]
+    for name, kind in written:
+        (CONFIGS / f"{name}.yaml").write_text(render(name, kind))
+    print(f"{len(written)} files written to {CONFIGS}")
 
 
 if __name__ == "__main__":

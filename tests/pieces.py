@@ -1,7 +1,8 @@
 """Padded rows, cut into pieces and swapped on the way: what a layer with a state must survive."""
 
 import itertools
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Optional
 
 import torch
 from hypothesis import strategies as st
@@ -42,3 +43,15 @@ def run(layer: Any, pieces: Pieces) -> tuple[torch.Tensor, torch.Tensor]:
             order = order.flip(0)
             (state,) = DecodingState((state,)).reorder(torch.tensor([1, 0])).layers
     return torch.cat(outs, dim=1), state.position[order]
+
+
+def with_gradients(
+    layer: Any, x: torch.Tensor, padding_mask: Optional[torch.Tensor], cuts: Iterable[int]
+) -> torch.Tensor:
+    """The layer's output on rows ``x`` (b, n, d) between ``cuts``, 0 and n among them, with its graph."""
+    state, outs = layer.empty_state(x), []
+    for start, end in itertools.pairwise(cuts):
+        mask = None if padding_mask is None else padding_mask[:, start:end]
+        out, state = layer(x[:, start:end], mask, state)
+        outs.append(out)
+    return torch.cat(outs, dim=1)

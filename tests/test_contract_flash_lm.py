@@ -185,8 +185,7 @@ def expected_logits(model, tokens: torch.Tensor, kind: str) -> torch.Tensor:
     if "--block" in chosen:
         options.update(block="transformer", head_dim=4, glu="--glu" in KINDS[kind], embed_scale=8**0.5)
     else:
-        default = "rotary" if attention == "quadratic" else "toeplitz"
-        bias = None if attention == "global" else chosen.get("--relative-bias", default)
+        bias = None if attention == "global" else chosen.get("--relative-bias", "rotary")
         options.update(causal=True, denominator=int(chosen.get("--n-ref", 32)), bias=bias)
     return oracle.stack(tokens, oracle_parameters(model), **options)
 

@@ -52,8 +52,9 @@ def by_hand(arch, n, b, skip_future):
             inside = 2 * d * c + r * d * (2 - c / n)
         return layers * (4 * d * d + ffn + inside) + d * words
     e, s, layers = 2 * d, 128, 12
-    local, across = c * (s + e), s * e * (2 - c / n)
-    bias = causal * s / b  # a rotary bias is a product, which rows share
+    # A rotary bias is a product, which rows share, and chunks of a row too.
+    local, across = c * (s + e) + c * c * s / (b * n), s * e * (2 - c / n)
+    bias = causal * s / b
     attention = {
         "flash_lm": local + across,
         "flash_quad_lm": causal * (s + e) + bias,

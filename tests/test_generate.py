@@ -148,13 +148,14 @@ def test_a_state_of_other_weights_is_refused(stream, generate, checkpoint, data_
     assert "saved with other weights" in error
 
 
-def test_a_state_file_that_is_none_is_refused(stream, tmp_path):
+def test_a_state_file_that_is_none_is_refused(stream, generate, tmp_path):
     missing = stream("--prompt", "a", "--load-state", tmp_path / "none.pt", status=2)
     assert "does not exist" in missing
     (tmp_path / "text.pt").write_text("no state")
     assert "cannot be read" in stream("--prompt", "a", "--load-state", tmp_path / "text.pt", status=2)
-    torch.save({"format": "something"}, tmp_path / "other.pt")
-    assert "not a state" in stream("--prompt", "a", "--load-state", tmp_path / "other.pt", status=2)
+    for content in ({"format": "something"}, {"format": generate.STATE_FORMAT}, [1]):
+        torch.save(content, tmp_path / "other.pt")
+        assert "not a state" in stream("--prompt", "a", "--load-state", tmp_path / "other.pt", status=2)
 
 
 def test_a_state_file_runs_no_code(stream, tmp_path):

@@ -141,9 +141,11 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
 
 
 def test_a_row_says_from_which_commit_and_device_it_is():
-    words = ["git", "-C", str(measuring.ROOT), "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(words, capture_output=True, text=True)
-    expected = found.stdout.strip() if found.returncode == 0 else "unknown"
-    assert measuring.commit().removesuffix("+") == expected
+    found = measuring.commit().removesuffix("+")
+    resolved = [
+        subprocess.run(["git", "-C", str(measuring.ROOT), "rev-parse", name], capture_output=True, text=True)
+        for name in ("HEAD", found)
+    ]
+    assert found == "unknown" or resolved[0].stdout == resolved[1].stdout
     assert measuring.device_name("cpu") == "cpu"
     assert measuring.clock("cpu") < measuring.clock("cpu")

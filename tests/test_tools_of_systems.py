@@ -1,6 +1,7 @@
 """Proves that fairseq's tools, prompts read at once, and saved states work with every system of the paper.
 
-What does not depend on the system is proven for flash_lm in test_tools.py and test_generate.py.
+What does not depend on the system is proven for flash_lm in test_tools.py and test_generate.py;
+transformer_plus_lm differs from transformer_pp_lm in its feed-forward network alone.
 """
 
 import pytest
@@ -8,12 +9,13 @@ import tools
 import torch
 from fairseq import checkpoint_utils
 
+from fairseq_flash.modules import RowMemory
+
 TRANSFORMER = ("--ffn-embed-dim", "48")
 SYSTEMS = {
     "flash_quad_lm": (),
     "flash_local_lm": tools.CHUNKS,
     "flash_global_lm": tools.CHUNKS,
-    "transformer_plus_lm": TRANSFORMER,
     "transformer_pp_lm": TRANSFORMER,
     "mc_transformer_pp_lm": (*TRANSFORMER, *tools.CHUNKS),
 }
@@ -24,6 +26,11 @@ PRINTED = 1e-4  # four digits of a loss or a score, whose sums are ordered diffe
 def train(data_bin, folder, system, updates, *arguments):
     words = ("--arch", f"{system}_tiny", *tools.SMALL, *SYSTEMS[system], *arguments)
     return tools.train(data_bin, folder, *words, updates=updates)
+
+
+def weights(folder):
+    """Of the last checkpoint."""
+    return checkpoint_utils.load_checkpoint_to_cpu(str(folder / "checkpoint_last.pt"))["model"]
 
 
 @pytest.fixture(scope="module", params=SYSTEMS)
@@ -44,12 +51,9 @@ def test_a_resumed_training_is_the_same_to_the_bit(system, data_bin, tmp_path):
     train(data_bin, tmp_path / "b", system, 3)
     resumed = train(data_bin, tmp_path / "b", system, 5)
     assert tools.losses(resumed) == tools.losses(straight)[3:]
-    weights = [
-        checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / name / "checkpoint_last.pt"))["model"]
-        for name in ("a", "b")
-    ]
-    assert weights[0].keys() == weights[1].keys()
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    one, other = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_it_trains_in_bfloat16_and_recomputes_its_layers(system, data_bin, tmp_path):
@@ -99,12 +103,32 @@ def test_a_saved_state_stands_for_its_prompt(data_bin, folder, tmp_path, capsys)
         assert stream(more, "--load-state", tmp_path / "state.pt", *options) == whole
 
 
+#: Segments end within a chunk, where local attention needs a state too.
+CARRY = ("--task", "flash_language_modeling", "--carry-state", "--tokens-per-sample", "20")
+GROWING = ("flash_quad_lm", "transformer_pp_lm")
+
+
 def test_a_book_in_segments_costs_what_one_pass_costs_where_the_state_is_constant(system, data_bin, folder):
     base = ("eval-lm", data_bin, *LOADED, "--path", folder / "perturbed_1.pt", "--batch-size", "1")
-    carry = ("--task", "flash_language_modeling", "--carry-state", "--tokens-per-sample", "16")
-    if system in ("flash_quad_lm", "transformer_plus_lm", "transformer_pp_lm"):
+    if system in GROWING:
         with pytest.raises(ValueError, match="allowed: models with a state of constant size"):
-            tools.call(*base, *carry)
+            tools.call(*base, *CARRY)
         return
     whole = tools.perplexity(tools.call(*base, "--tokens-per-sample", "10000"))
-    assert tools.perplexity(tools.call(*base, *carry)) == pytest.approx(whole, rel=PRINTED)
+    assert tools.perplexity(tools.call(*base, *CARRY)) == pytest.approx(whole, rel=PRINTED)
+
+
+def test_a_training_carries_a_constant_state_and_goes_on(system, data_bin, tmp_path, monkeypatch):
+    options = (*CARRY, "--batch-size", "1")
+    if system in GROWING:
+        with pytest.raises(ValueError, match="allowed: models with a state of constant size"):
+            train(data_bin, tmp_path, system, 3, *options)
+        return
+    losses = tools.losses(train(data_bin, tmp_path / "a", system, 3, *options))
+    carried = weights(tmp_path / "a")
+    resumed = tools.losses(train(data_bin, tmp_path / "a", system, 5, *options))
+    assert [update for update, _ in (*losses, *resumed)] == ["1", "2", "3", "4", "5"]
+    monkeypatch.setattr(RowMemory, "recall", lambda self, stack, like: stack.empty_state(like))
+    blind = tools.losses(train(data_bin, tmp_path / "b", system, 3, *options))
+    assert blind[0] == losses[0]
+    assert any(not torch.equal(carried[name], weight) for name, weight in weights(tmp_path / "b").items())

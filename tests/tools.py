@@ -24,11 +24,11 @@ CONFIGS = USER_DIR / "configs"
 SMALL = ("--embed-dim", "32", "--layers", "2", "--attention-dim", "16")
 TINY = ("--arch", "flash_lm_tiny", *SMALL)
 CHUNKS = ("--chunk-size", "8")
-RECIPE = (
-    *("--task", "language_modeling", "--tokens-per-sample", "32", "--batch-size", "4", "--cpu"),
-    *("--lr", "0.003", "--dropout", "0", "--clip-norm", "1.0", "--num-workers", "0"),
-    *("--no-epoch-checkpoints", "--log-format", "json", "--log-interval", "1"),
+QUICK = (
+    *("--batch-size", "4", "--cpu", "--lr", "0.003", "--dropout", "0", "--clip-norm", "1.0"),
+    *("--num-workers", "0", "--no-epoch-checkpoints", "--log-format", "json", "--log-interval", "1"),
 )
+RECIPE = ("--task", "language_modeling", "--tokens-per-sample", "32", *QUICK)
 ADAM = ("--optimizer", "adam")
 
 

@@ -65,8 +65,8 @@ class FlashConfig(FairseqDataclass):
     relative_bias: Optional[ChoiceEnum(list(RELATIVE_BIASES))] = field(
         default=None,
         metadata={
-            "help": "bias of the quadratic scores: a table (toeplitz) or its rotary form, which has no "
-            "maximum length; default: a table within chunks of up to 512 tokens, otherwise rotary"
+            "help": "bias of the squared-ReLU scores: rotary (the default), without a maximum length, or "
+            "toeplitz, a table"
         },
     )
     init: ChoiceEnum(list(INITS)) = field(

@@ -1,8 +1,8 @@
-"""The systems of the paper as presets of one model, in the sizes of fairseq's transformer_lm."""
+"""The systems of the paper as presets of one model, in the sizes of fairseq's own models."""
 
 from fairseq_flash.models._config import FlashConfig
 
-__all__ = ["architectures"]
+__all__ = ["architectures", "masked_lm_architectures"]
 
 #: By ending of the architecture's name; ``layers`` of a Transformer, for each of which stand two units.
 SIZES = {
@@ -24,7 +24,7 @@ SYSTEMS = {
 }
 
 #: What our defaults differ in from the paper's FLASH.
-PAPER = dict(init="paper", scaled_sin=True, linear_norm="chunk")
+PAPER = dict(init="paper", scaled_sin=True, linear_norm="chunk", relative_bias="toeplitz")
 
 
 def architectures() -> dict[str, dict]:
@@ -40,6 +40,23 @@ def architectures() -> dict[str, dict]:
     }
     presets["flash_lm_paper"] = dict(PAPER)
     return presets
+
+
+#: As ``SIZES``: of roberta_base, whose preset is empty, and a tiny one.
+MASKED_LM_SIZES = {"": dict(), "_tiny": dict(embed_dim=256, layers=8, chunk_size=128)}
+MASKED_LM_SYSTEMS = {"flash_masked_lm": dict(), "flash_quad_masked_lm": dict(attention="quadratic")}
+
+
+def masked_lm_architectures() -> dict[str, dict]:
+    """As :func:`architectures`, of ``flash_masked_lm``.
+
+    The tiny ones pair with a roberta of 4 layers of 256, of 4 heads and a feed-forward width of 1152.
+    """
+    return {
+        f"{system}{ending}": {**size, **choices}
+        for system, choices in MASKED_LM_SYSTEMS.items()
+        for ending, size in MASKED_LM_SIZES.items()
+    }
 
 
 def _preset(choices: dict, size: dict) -> dict:

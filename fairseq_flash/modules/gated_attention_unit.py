@@ -10,7 +10,7 @@ from torch import nn
 
 from fairseq_flash.modules.normalization import build_norm
 from fairseq_flash.modules.offset_scale import OffsetScale
-from fairseq_flash.modules.positions import TOEPLITZ_LIMIT, RotaryBias, ToeplitzBias, build_relative_bias
+from fairseq_flash.modules.positions import RotaryBias, ToeplitzBias, build_relative_bias
 from fairseq_flash.modules.rows import Rows, align_rows, restore_rows
 from fairseq_flash.modules.state import LayerState
 from fairseq_flash.ops import (
@@ -50,9 +50,8 @@ class GatedAttentionUnit(nn.Module):
         causal: Whether a token sees only tokens before it.
         linear_norm: ``"chunk"`` or ``"mean"``: what the linear branch is divided by.
         norm: ``"layernorm"``, ``"scalenorm"`` or ``"rmsnorm"``.
-        relative_bias: ``"toeplitz"`` (a table, which limits the length of a chunk, or of a row if attention
-            is ``"quadratic"``, to ``c`` or ``n_ref``) or ``"rotary"``, without a limit; None for a table
-            within chunks of up to 512 tokens, otherwise rotary.
+        relative_bias: ``"rotary"``, or ``"toeplitz"``, a table that limits the length of a chunk, or of a row
+            if attention is ``"quadratic"``, to ``c`` or ``n_ref``; None for rotary.
         n_ref: Length that causal quadratic scores are divided by; needed for ``"quadratic"`` and fixed for
             the life of the weights. Bidirectional scores are divided by the valid tokens of the row.
         init: ``"fan_in"``, under which all branches and gradients start at a like size, or ``"paper"``.
@@ -114,9 +113,7 @@ class GatedAttentionUnit(nn.Module):
         self.bias = None
         if "quad" in self.branches:
             limit = n_ref if attention == "quadratic" else chunk_size
-            table = attention != "quadratic" and limit <= TOEPLITZ_LIMIT
-            kind = relative_bias or ("toeplitz" if table else "rotary")
-            self.bias = build_relative_bias(kind, limit, attention_dim)
+            self.bias = build_relative_bias(relative_bias or "rotary", limit, attention_dim)
         if attention == "quadratic":
             self.register_buffer("n_ref", torch.tensor(0))
             self.set_n_ref(n_ref)

@@ -11,7 +11,6 @@ from fairseq_flash.ops import rotary_angles, rotary_bias, scaled_sin, toeplitz_b
 
 __all__ = [
     "RELATIVE_BIASES",
-    "TOEPLITZ_LIMIT",
     "RotaryBias",
     "ScaledSin",
     "ToeplitzBias",
@@ -19,9 +18,6 @@ __all__ = [
 ]
 
 RELATIVE_BIASES = ("toeplitz", "rotary")
-
-#: Longest row that the paper's code gives a table; longer ones get the rotary form.
-TOEPLITZ_LIMIT = 512
 
 
 class ScaledSin(nn.Module):

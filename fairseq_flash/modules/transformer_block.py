@@ -100,12 +100,8 @@ class TransformerBlock(nn.Module):
                 raise ValueError(f"{name}={rate} is not allowed; allowed: 0 to below 1")
         self.attention, self.linear_norm, self.backend, self.glu = attention, linear_norm, backend, glu
         self.branches = ATTENTIONS[attention]
-        self.attention_dim, self.chunk_size, self.heads = (
-            attention_dim,
-            chunk_size,
-            embed_dim // attention_dim,
-        )
-        self.attention_dropout = attention_dropout
+        self.attention_dim, self.heads = attention_dim, embed_dim // attention_dim
+        self.chunk_size, self.attention_dropout = chunk_size, attention_dropout
         self.norm, self.ffn_norm = build_norm(norm, embed_dim), build_norm(norm, embed_dim)
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
         self.out = nn.Linear(embed_dim, embed_dim)

@@ -135,6 +135,7 @@ def mixed_chunk_step(
 def _swap(ring: torch.Tensor, slot: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     """Puts ``new`` (b, 1, .) into ``slot`` (b, 1, 1) of each row of a ring; returns what lay there."""
     index = slot.expand(-1, 1, ring.shape[2])
-    old = ring.gather(1, index)
+    # For the backward pass, gather would keep the ring itself, which is overwritten here.
+    old = (ring.clone() if torch.is_grad_enabled() else ring).gather(1, index)
     ring.scatter_(1, index, new.to(ring.dtype))
     return old

@@ -77,6 +77,17 @@ def test_pieces_of_any_size_give_the_whole(attention, data):
 
 
 @every_kind
+@pytest.mark.parametrize("training", [False, True])
+def test_gradients_of_steps_are_those_of_the_whole(attention, training):
+    layer, x, weights = build(attention).train(training), torch.randn(2, N_REF, D), torch.randn(N_REF, D)
+    whole, steps = layer(x)[0], pieces.with_gradients(layer, x, None, range(N_REF + 1))
+    assert error(steps, whole) <= TOLERANCE
+    parameters = list(layer.parameters())
+    found, expected = (torch.autograd.grad((out * weights).sum(), parameters) for out in (steps, whole))
+    assert all(error(a, b) <= 8 * TOLERANCE for a, b in zip(found, expected, strict=True))
+
+
+@every_kind
 @pytest.mark.parametrize("n", [1, 3, 4, 7, 12])
 def test_the_past_is_bit_equal_whatever_the_future(attention, n):
     layer = build(attention)

@@ -69,16 +69,30 @@ def test_reordered_and_dropped_rows_go_on_as_if_they_had_always_been_there(kind)
         assert (out[:, 0] - expected[:, t]).abs().max() <= TOLERANCE
 
 
+COPIES = {
+    "reordered": lambda state: state.reorder(torch.tensor([0, 1])),
+    "no row anew": lambda state: state.start_anew(torch.tensor([False, False])),
+}
+
+
 @every_kind
+@pytest.mark.parametrize("copied", COPIES)
 @torch.no_grad()
-def test_a_reordered_state_shares_no_memory_with_the_old(kind):
-    stack = build(kind)
-    tokens = torch.randint(WORDS, (2, 6))
+def test_a_copied_state_shares_no_memory_with_the_old(kind, copied):
+    stack, copy = build(kind), COPIES[copied]
+    tokens = torch.arange(6).expand(2, 6)
     _, state = stack(tokens, None, stack.empty_state(tokens))
-    expected, _ = stack(tokens[:, :1], None, state.reorder(torch.tensor([0, 1])))
-    for _ in range(3):  # each would spoil the next if they shared
-        out, _ = stack(tokens[:, :1], None, state.reorder(torch.tensor([0, 1])))
-        assert torch.equal(out, expected)
+
+    def after_two_steps(state, between):
+        """The second step reads what the first has written, unless one on ``between`` lay over it."""
+        _, state = stack(tokens[:, :1], None, state)
+        stack(tokens[:, 5:], None, between)
+        return stack(tokens[:, 1:2], None, state)[0]
+
+    other = stack.empty_state(tokens)
+    expected = after_two_steps(copy(state), other)
+    for between in (copy(state), state):
+        assert torch.equal(after_two_steps(copy(state), between), expected)
 
 
 @every_kind

@@ -1,7 +1,5 @@
 """Proves a Transformer layer of any attention: the oracle's, however a row is padded, cut or continued."""
 
-import itertools
-
 import as_oracle
 import oracle
 import pieces
@@ -75,20 +73,18 @@ def test_pieces_of_any_size_give_the_whole(attention, data):
 
 @every_kind
 @pytest.mark.parametrize("training", [False, True])
-def test_a_state_gives_the_same_with_autograd_and_in_training_mode(attention, training):
+def test_gradients_of_pieces_and_steps_are_those_of_the_whole(attention, training):
     layer = build(attention).train(training)
-    x, mask = ragged()
+    (x, mask), inputs = ragged(), list(layer.parameters())
     whole, _ = layer(x, mask)
-    state, outs = layer.empty_state(x), []
-    for start, end in itertools.pairwise([0, 3, 4, 9, 10, N]):
-        out, state = layer(x[:, start:end], mask[:, start:end], state)
-        outs.append(out)
-    continued = torch.cat(outs, dim=1)
+    continued = pieces.with_gradients(layer, x, mask, [0, 3, 4, 9, 10, N])
     assert error(continued, whole) <= TOLERANCE
-    weights, parameters = torch.randn(N, D), list(layer.parameters())
-    expected, found = (torch.autograd.grad((out * weights).sum(), parameters) for out in (whole, continued))
-    for a, b in zip(found, expected, strict=True):
-        assert error(a, b) <= 8 * TOLERANCE
+    steps, rest = pieces.with_gradients(layer, x, None, range(N + 1)), layer(x)[0]
+    assert error(steps, rest) <= TOLERANCE
+    weights = torch.randn(N, D)
+    for ours, expected in ((continued, whole), (steps, rest)):
+        found, wanted = (torch.autograd.grad((out * weights).sum(), inputs) for out in (ours, expected))
+        assert all(error(a, b) <= 8 * TOLERANCE for a, b in zip(found, wanted, strict=True))
 
 
 @every_kind
@@ -159,16 +155,9 @@ def test_gradients_are_the_oracles(attention, glu):
 
 
 @every_kind
-def test_gradients_pass_gradcheck_through_a_state_too(attention):
+def test_gradients_pass_gradcheck(attention):
     layer = build(attention, glu=True)
-    x = torch.randn(1, 6, D, requires_grad=True)
-
-    def in_two_pieces(x):
-        first, state = layer(x[:, :3], None, layer.empty_state(x))
-        return torch.cat((first, layer(x[:, 3:], None, state)[0]), dim=1)
-
-    assert torch.autograd.gradcheck(lambda x: layer(x)[0], x)
-    assert torch.autograd.gradcheck(in_two_pieces, x)
+    assert torch.autograd.gradcheck(lambda x: layer(x)[0], torch.randn(1, 6, D, requires_grad=True))
 
 
 def test_one_chunk_that_holds_the_row_is_softmax_attention_over_the_whole_past():

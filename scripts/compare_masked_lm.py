@@ -1,0 +1,311 @@
+"""Compares flash_masked_lm with RoBERTa of as many parameters: masked words, then the authors of passages.
+
+    python scripts/prepare_lm.py --text books/ --output data-bin/books --vocab-size 8000
+    python scripts/prepare_classification.py --text books/ --table scripts/authors.csv --passage 2048 \\
+        --skip 1 --balance --data data-bin/books --output data-bin/authors
+    python scripts/compare_masked_lm.py --data data-bin/books --classes data-bin/authors [--jobs 8]
+
+Three stages, each run once, in one CSV; a second call goes on where the first ended, and a run that fails is
+a row with its error. "pretraining": each system with each of its rates, on rows of 512 tokens. "rates": the
+best checkpoint of FLASH and of RoBERTa is fine-tuned with each rate on the first seed: with whole passages,
+and cut to the 512 tokens of pretraining. RoBERTa has a table of positions, which for whole passages is
+repeated (as Longformer does). "seeds": each again with other seeds at the rate that was best on valid. The
+accuracy to compare is the one on test, with which nothing is chosen.
+"""
+
+import argparse
+import csv
+import json
+import math
+import platform
+import re
+import shutil
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+import torch
+from measuring import ROOT, Table, commit, device_name
+from training_runs import MEASURED, Finished, TrainingRun, carry_out
+
+import fairseq_flash  # noqa: F401  (lets torch read the checkpoints of fairseq's older models)
+
+KEY = ("stage", "n", "lr", "seed", "pretraining", "epochs")
+SCORES = ("valid_perplexity", "valid_accuracy", "test_accuracy")
+COLUMNS = ("commit", "date", "device", "python", "torch", "jobs", "name", *KEY, *MEASURED, *SCORES)
+SHOWN = ("stage", "name", "n", "lr", "seed", *SCORES, "seconds", "status")
+
+_ROBERTA = (
+    *("--encoder-layers", "4", "--encoder-embed-dim", "256", "--encoder-ffn-embed-dim", "1152"),
+    *("--encoder-attention-heads", "4"),
+)
+_HIGH, _LOW = (1e-3, 2e-3, 4e-3, 8e-3), (2.5e-4, 5e-4, 1e-3, 2e-3)
+
+
+class System(NamedTuple):
+    """What is trained: its kind, of which the best is fine-tuned, its options, and its rates."""
+
+    kind: str
+    words: tuple[str, ...]
+    rates: tuple[float, ...]
+    dropout: tuple[str, ...] = ("--dropout",)
+
+
+_BOTH = ("--dropout", "--attention-dropout")
+SYSTEMS = {
+    "flash_masked_lm": System("flash", ("--arch", "flash_masked_lm_tiny"), _HIGH),
+    "flash_quad_masked_lm": System("flash_quad", ("--arch", "flash_quad_masked_lm_tiny"), _HIGH),
+    "roberta": System("roberta", ("--arch", "roberta", *_ROBERTA), _LOW, _BOTH),
+    "roberta_prenorm": System("roberta", ("--arch", "roberta_prenorm", *_ROBERTA), _HIGH, _BOTH),
+}
+FINE_TUNED = ("flash", "roberta")
+OPTIMIZER = (
+    *("--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--weight-decay", "0.01", "--clip-norm", "1.0"),
+    *("--lr-scheduler", "polynomial_decay", "--num-workers", "0"),
+)
+
+
+class Plan:
+    """Makes runs from the command line's options, and reads what earlier ones found."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.checkpoints = options.folder / "pretrained"
+
+    def pretraining(self) -> Iterator[TrainingRun]:
+        """Every system with each of its rates."""
+        updates = max(1, math.ceil(self.options.tokens / self.options.max_tokens))
+        for name in self.options.systems:
+            for rate in self.options.pretraining_rates or SYSTEMS[name].rates:
+                row = self._row("pretraining", name, self.options.row, rate, self.options.seeds[0])
+                words = (
+                    *(str(self.options.data), "--task", "masked_lm", "--criterion", "masked_lm"),
+                    *("--tokens-per-sample", self.options.row, "--max-tokens", self.options.max_tokens),
+                    *("--no-epoch-checkpoints", "--no-save-optimizer-state"),
+                    *self._common(name, rate, self.options.seeds[0], updates, 0),
+                )
+                yield self._run(words, updates, row, updates * self.options.max_tokens)
+
+    def rates(self) -> Iterator[TrainingRun]:
+        """The best of each kind, at each length and rate, on the first seed."""
+        for kind in FINE_TUNED:
+            for n in (self.options.passage, self.options.row):
+                for rate in self.options.rates:
+                    yield self._fine_tuning(kind, n, rate, self.options.seeds[0])
+
+    def seeds(self) -> Iterator[TrainingRun]:
+        """The other seeds, at the rate that was best on valid."""
+        for kind in FINE_TUNED:
+            name, _ = self.best_pretrained(kind)
+            for n in (self.options.passage, self.options.row):
+                rows = [row for row in self.rows("fine-tuning") if (row["name"], row["n"]) == (name, str(n))]
+                rows = [row for row in rows if row["seed"] == str(self.options.seeds[0])]
+                if not rows:
+                    raise ValueError(f"no fine-tuning of {name} at {n} tokens succeeded; see its rows")
+                best = max(rows, key=lambda row: (float(row["valid_accuracy"]), -float(row["valid_loss"])))
+                for seed in self.options.seeds[1:]:
+                    yield self._fine_tuning(kind, n, float(best["lr"]), seed)
+
+    def best_pretrained(self, kind: str) -> tuple[str, Path]:
+        """Name and checkpoint of the pretrained system of a kind that has the lowest loss.
+
+        Raises:
+            ValueError: none succeeded, or its checkpoint is gone.
+        """
+        rows = [row for row in self.rows("pretraining") if SYSTEMS[row["name"]].kind == kind]
+        if not rows:
+            raise ValueError(f"no pretraining of {kind} succeeded; see the rows of {self.options.output}")
+        best = min(rows, key=lambda row: float(row["valid_loss"]))
+        path = self._kept(best)
+        if not path.exists():
+            raise ValueError(f"{path} is gone: delete its row in {self.options.output} to train it again")
+        return best["name"], path
+
+    def rows(self, stage: str) -> list[dict]:
+        """Successful rows of a stage at this amount of pretraining, with a finite loss."""
+        with self.options.output.open(newline="") as stream:
+            rows = [row for row in csv.DictReader(stream) if row["stage"] == stage and row["status"] == "ok"]
+        rows = [row for row in rows if row["pretraining"] == str(self.options.tokens)]
+        return [row for row in rows if math.isfinite(float(row["valid_loss"]))]
+
+    def _fine_tuning(self, kind: str, n: int, rate: float, seed: int) -> TrainingRun:
+        name, path = self.best_pretrained(kind)
+        if kind == "roberta" and n > self.options.row:
+            path = with_more_positions(path, self.options.row, n)
+        examples, batch = count_examples(self.options.classes), self.options.batch_size
+        updates = self.options.epochs * math.ceil(examples / batch)
+        words = (
+            *(str(self.options.classes), "--task", "sentence_prediction"),
+            *("--criterion", "sentence_prediction", "--num-classes", count_classes(self.options.classes)),
+            *("--init-token", 0, "--separator-token", 2, "--max-positions", n),
+            *("--shorten-method", "truncate", "--batch-size", batch, "--valid-subset", "valid,test"),
+            *("--restore-file", path, "--reset-optimizer", "--reset-dataloader", "--reset-meters"),
+            *("--no-save", "--validate-interval", self.options.epochs + 1),
+            *self._common(name, rate, seed, updates, self.options.dropout),
+        )
+        row = self._row("fine-tuning", name, n, rate, seed, epochs=self.options.epochs)
+        return self._run(words, updates, row, updates * batch * n)
+
+    def _common(self, name: str, rate: float, seed: int, updates: int, dropout: float) -> tuple:
+        system = SYSTEMS[name]
+        return (
+            *("--user-dir", ROOT / "fairseq_flash", *system.words, *OPTIMIZER, "--lr", rate, "--seed", seed),
+            *("--warmup-updates", max(1, updates // 10), "--total-num-update", updates),
+            *(word for option in system.dropout for word in (option, dropout)),
+            *(("--max-valid-steps", self.options.valid_batches) if self.options.valid_batches else ()),
+            *(() if self.options.device.startswith("cuda") else ("--cpu",)),
+        )
+
+    def _row(self, stage: str, name: str, n: int, rate: float, seed: int, epochs: object = "") -> dict:
+        found = dict(name=name, stage=stage, n=n, lr=rate, seed=seed, epochs=epochs)
+        return {**found, "pretraining": self.options.tokens}
+
+    def _run(self, words: tuple, updates: int, row: dict, weight: float) -> TrainingRun:
+        def measure(finished: Finished) -> dict:
+            loss = finished.valid["loss"]
+            if row["stage"] == "pretraining":
+                self.checkpoints.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(finished.checkpoint, self._kept(row))
+                return {"valid_perplexity": f"{2**loss:.5g}"}
+            return {
+                "valid_loss": f"{loss * math.log(2):.5g}",
+                "valid_accuracy": finished.valid["accuracy"],
+                "test_accuracy": last_test_accuracy(finished.checkpoint.with_name("train.log")),
+            }
+
+        return TrainingRun(tuple(map(str, words)), updates, row, weight=weight, measure=measure)
+
+    def _kept(self, row: dict) -> Path:
+        return self.checkpoints / f"{row['name']}-{row['lr']}-{row['pretraining']}.pt"
+
+
+def with_more_positions(path: Path, learned: int, positions: int) -> Path:
+    """Repeats a RoBERTa's learned positions until there are enough for longer rows.
+
+    Args:
+        path: Of the checkpoint.
+        learned: How many positions it has.
+        positions: How many the new one has.
+
+    Returns:
+        The new checkpoint, beside the old one.
+    """
+    target = path.with_name(f"{path.stem}-positions{positions}.pt")
+    if not target.exists():
+        state = torch.load(path, weights_only=True)
+        name = "encoder.sentence_encoder.embed_positions.weight"
+        table = state["model"][name]
+        # fairseq's positions begin behind the index of padding.
+        special, repeated = table[:-learned], table[-learned:].repeat(-(-positions // learned), 1)
+        state["model"][name] = torch.cat((special, repeated[:positions]))
+        torch.save(state, target.with_suffix(".tmp"))
+        target.with_suffix(".tmp").replace(target)
+    return target
+
+
+def last_test_accuracy(log: Path) -> float:
+    """Per cent of the test split, from the log of a training that validates on it too."""
+    return float(json.loads(re.findall(r"\| test \| (\{.*\})", log.read_text())[-1])["test_accuracy"])
+
+
+def count_classes(data: Path) -> int:
+    """Labels of a folder from prepare_classification.py."""
+    return len((data / "label" / "dict.txt").read_text(encoding="utf-8").splitlines())
+
+
+def count_examples(data: Path) -> int:
+    """Training examples of a folder from prepare_classification.py."""
+    return json.loads((data / "prepare.json").read_text())["splits"]["train"]["examples"]
+
+
+def report(plan: Plan) -> str:
+    """The result in Markdown: each system at its best rate, and the accuracies over the seeds."""
+    lines = ["", "| system | learning rate | parameters | masked perplexity on valid | tokens/s |"]
+    lines.append("| --- | --- | --- | --- | --- |")
+    rows = plan.rows("pretraining")
+    for name in dict.fromkeys(row["name"] for row in rows):
+        best = min((row for row in rows if row["name"] == name), key=lambda row: float(row["valid_loss"]))
+        columns = (best[c] for c in ("lr", "parameters", "valid_perplexity", "tokens_per_second"))
+        lines.append(f"| `{name}` | {' | '.join(columns)} |")
+    lines += ["", "| fine-tuned | tokens | learning rate | accuracy on test, mean (each seed) | on valid |"]
+    lines.append("| --- | --- | --- | --- | --- |")
+    rows = plan.rows("fine-tuning")
+    for key in dict.fromkeys((row["name"], row["n"], row["lr"]) for row in rows):
+        own = [row for row in rows if (row["name"], row["n"], row["lr"]) == key]
+        if len(own) == len(plan.options.seeds):
+            test, valid = ([float(row[f"{s}_accuracy"]) for row in own] for s in ("test", "valid"))
+            each = ", ".join(f"{value:g}" for value in test)
+            cells = f"{key[1]} | {key[2]} | {mean(test):.1f} ({each}) | {mean(valid):.1f}"
+            lines.append(f"| `{key[0]}` | {cells} |")
+    return "\n".join(lines)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    about, details = __doc__.split("\n\n", 1)
+    parser = argparse.ArgumentParser(
+        description=about, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="folder that prepare_lm.py wrote")
+    add("--classes", type=Path, help="folder of prepare_classification.py; without, pretraining alone")
+    add("--output", type=Path, default=ROOT / "scripts" / "results" / "masked_lm.csv", help="CSV of the runs")
+    add("--folder", type=Path, default=ROOT / "outputs" / "masked_lm", help="for checkpoints and logs")
+    add("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS), help="to pretrain")
+    add("--pretraining-rates", type=float, nargs="+", help="of every system (its own grid)")
+    add("--row", type=int, default=512, help="tokens of a row in pretraining")
+    add("--tokens", type=int, default=2_000_000, help="of a pretraining")
+    add("--max-tokens", type=int, default=4096, help="of an update of it")
+    add("--passage", type=int, default=2048, help="tokens of a whole example")
+    add("--epochs", type=int, default=10, help="of a fine-tuning")
+    add("--batch-size", type=int, default=8, help="of a fine-tuning")
+    add("--dropout", type=float, default=0.1, help="of a fine-tuning; pretraining has none")
+    add("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3, 3e-3], help="of a fine-tuning")
+    add("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    add("--valid-batches", type=int, default=0, help="at most so many in a validation (all)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--jobs", type=int, default=1, help="runs at a time; their speeds cannot be compared if more than 1")
+    options = parser.parse_args(arguments)
+    for name in ("tokens", "max_tokens", "row", "passage", "epochs", "batch_size", "jobs"):
+        if getattr(options, name) < 1:
+            option = f"--{name.replace('_', '-')}"
+            parser.error(f"{option} {getattr(options, name)} is not allowed; allowed: 1 or more")
+    if options.max_tokens < options.row:
+        parser.error(f"--max-tokens {options.max_tokens} is not allowed; allowed: {options.row} or more")
+    if not (options.data / "dict.txt").exists():
+        parser.error(f"--data {options.data} has no dict.txt; allowed: a folder from prepare_lm.py")
+    if options.classes:
+        if not (options.classes / "input0" / "test.bin").exists():
+            parser.error(f"--classes {options.classes} has no input0/test.bin; see prepare_classification.py")
+        if (options.classes / "input0" / "dict.txt").read_bytes() != (options.data / "dict.txt").read_bytes():
+            parser.error(f"--classes {options.classes} has another dictionary than --data {options.data}")
+        options.classes = options.classes.resolve()
+    options.data, options.folder = options.data.resolve(), options.folder.resolve()
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line."""
+    options = parse(arguments)
+    common = dict(
+        commit=commit(),
+        date=date.today().isoformat(),
+        device=device_name(options.device),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        jobs=options.jobs,
+    )
+    table = Table(options.output, COLUMNS, KEY, SHOWN, common)
+    plan = Plan(options)
+    stages = (plan.pretraining, plan.rates, plan.seeds) if options.classes else (plan.pretraining,)
+    for stage in stages:
+        runs = list(stage())
+        print(f"{stage.__name__}: {len(runs)} runs, {options.jobs} at a time", flush=True)
+        carry_out(runs, table, options.folder, jobs=options.jobs)
+    print(report(plan))
+
+
+if __name__ == "__main__":
+    main()
