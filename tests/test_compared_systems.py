@@ -1,4 +1,4 @@
-"""Proves that compared systems have as many parameters as fairseq's Transformer, and that others are refused."""
+"""Proves that compared systems have the parameters of fairseq's Transformer, and that others are refused."""
 
 import pytest
 import systems
