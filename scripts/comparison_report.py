@@ -16,7 +16,8 @@ TITLE = "Language models compared"
 ABOUT = """Loss is in nats per token on the validation split: the mean over seeds, with the lowest and the
 highest in brackets. "tie": the ranges over seeds overlap. "one seed": what a difference is worth cannot be
 told from one seed. Bold: the best loss, and what ties with it. Speed is that of training, the median over the
-run; with several runs at a time (jobs), speeds cannot be compared."""
+run; with several runs at a time (jobs), speeds cannot be compared. transformer_lm is fairseq's own, with its
+norms before the layers; all options are in the commands below."""
 FIGURES = {
     "quality": "Loss against training speed: down and right is better",
     "tokens": "Loss against tokens (during training, validation is on the first tokens of the split)",
