@@ -15,7 +15,6 @@ import json
 import math
 import re
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,8 +27,7 @@ import torch
 from measuring import ROOT, Table, commit, device_name
 from prepared_folder import RECORD
 from sacrebleu.metrics import BLEU
-from train_process import die_with_parent
-from training_runs import MEASURED, Finished, TrainingRun, carry_out, environment, fairseq_command
+from training_runs import MEASURED, Finished, TrainingRun, carry_out, fairseq_command
 
 KEY = ("data", "stage", "lr", "seed", "epochs")
 VERSIONS = ("python", "torch", "fairseq", "sacrebleu")
@@ -135,7 +133,7 @@ class Plan:
         words += ["--gen-subset", "test", "--beam", 5, "--batch-size", 128, "--num-workers", 0]
         words += ["--max-len-a", 1.2, "--max-len-b", 10]
         words += ["--remove-bpe", "sentencepiece", *(["--cpu"] if self.options.device == "cpu" else [])]
-        output = translate(fairseq_command("generate", *words), environment(self.options.jobs))
+        output = finished.call(fairseq_command("generate", *words))
         seconds = time.monotonic() - started
         bleu, signature = score(hypotheses(output), read_reference(self.reference))
         return dict(bleu=f"{bleu:.2f}", signature=signature, generate_seconds=f"{seconds:.1f}")
@@ -153,21 +151,6 @@ def count_batches(data: Path, source: str, target: str, max_tokens: int) -> int:
     options = dict(max_positions=longest, ignore_invalid_inputs=True, required_batch_size_multiple=8)
     batches = task.get_batch_iterator(task.dataset("train"), max_tokens=max_tokens, **options)
     return len(batches.frozen_batches)
-
-
-def translate(command: list[str], variables: dict[str, str]) -> str:
-    """What fairseq-generate prints.
-
-    Raises:
-        RuntimeError: it fails.
-    """
-    streams = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    options = dict(text=True, encoding="utf-8", errors="replace", cwd=ROOT, env=variables)
-    done = subprocess.run(command, **streams, **options, preexec_fn=die_with_parent)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
-        raise RuntimeError(f"fairseq-generate failed with status {done.returncode}: {lines[-1]}")
-    return done.stdout
 
 
 def hypotheses(output: str) -> list[str]:
