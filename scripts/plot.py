@@ -185,7 +185,7 @@ def draw_ablation(rows: Rows) -> plt.Figure:
 def draw_factors(rows: Rows) -> plt.Figure:
     """Bars of one choice changed at a time, against the base that it was changed in."""
     good = [row for row in finished(rows, "valid_loss") if row["stage"] == "factor"]
-    bases = cells(good, ("base", "n", "device"))
+    bases = cells(good, ("base", "n", "budget", "device"))
     changes = {title: losses_by(own, "factor", "value") for title, own in bases.items()}
     figure, axes = panels(len(bases), 1, [4 + len(found) for found in changes.values()])
     for (axis,), (title, found) in zip(axes, changes.items(), strict=True):
