@@ -1,6 +1,6 @@
 """The systems that are compared, at sizes of equal parameters, as options of fairseq-train."""
 
-from fairseq.models import ARCH_MODEL_REGISTRY
+from fairseq.models import ARCH_MODEL_REGISTRY, FairseqLanguageModel
 
 import fairseq_flash  # noqa: F401
 
@@ -48,7 +48,8 @@ def architecture(system: str, size: str) -> list[str]:
 def language_models(size: str) -> list[str]:
     """What :func:`architecture` takes as a system of that size."""
     ending = SIZES[size]
-    whole = [name for name in ARCH_MODEL_REGISTRY if name.endswith("_lm" + ending)]
+    models = [name for name, model in ARCH_MODEL_REGISTRY.items() if issubclass(model, FairseqLanguageModel)]
+    whole = [name for name in models if name.endswith("_lm" + ending)]
     own = {name.removesuffix(ending) for name in whole if name.startswith(("flash_", "transformer_", "mc_"))}
     return sorted(own | {BASELINE})
 
