@@ -74,6 +74,7 @@ def prepare_host() -> None:
     _keep_bf16_off_tpu()
     _explain_fp16_without_gpu()
     _copy_checkpoints_atomically()
+    _keep_arrays_out_of_checkpoints()
     _accept_blank_prompts()
     _keep_every_batch()
     _name_unusable_splits()
@@ -310,6 +311,31 @@ def _copy_checkpoints_atomically() -> None:
         return healed
 
     _wrap(PathManager, "copy", heal)
+
+
+def _keep_arrays_out_of_checkpoints() -> None:
+    """Writes the counts of ``--eval-bleu`` as tensors: as numpy arrays, torch >= 2.6 refuses to read them.
+
+    So nothing more needs to be allowed in a checkpoint; a meter that is restored counts on with arrays.
+    """
+    from fairseq.logging.meters import AverageMeter
+
+    def write(state_dict: Callable) -> Callable:
+        def healed(self) -> dict[str, Any]:
+            state = state_dict(self).items()
+            return {k: torch.from_numpy(v) if isinstance(v, numpy.ndarray) else v for k, v in state}
+
+        return healed
+
+    def read(load_state_dict: Callable) -> Callable:
+        def healed(self, state: dict[str, Any]) -> None:
+            arrays = {k: v.numpy() for k, v in state.items() if isinstance(v, torch.Tensor) and v.dim()}
+            load_state_dict(self, {**state, **arrays})
+
+        return healed
+
+    _wrap(AverageMeter, "state_dict", write)
+    _wrap(AverageMeter, "load_state_dict", read)
 
 
 def _accept_blank_prompts() -> None:

@@ -4,8 +4,9 @@
 
 For each layer: the size of its branches against the residual and of its linear against its quadratic branch.
 For each group of parameters: the size of its gradient against the median group's, after one backward pass on
-random tokens (Zipf's law), of which an encoder has to find the masked ones. Outside the band, a warning; the
-exit status stays 0, as the paper's own start is outside.
+random tokens (Zipf's law), of which an encoder has to find the masked ones, and an encoder-decoder has to
+translate one row into another. Outside the band, a warning; the exit status stays 0, as the paper's own start
+is outside.
 """
 
 import argparse
@@ -19,10 +20,10 @@ import torch
 from fairseq import options, tasks
 from fairseq.data import Dictionary
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-from fairseq.models import ARCH_MODEL_REGISTRY, FairseqEncoderModel
+from fairseq.models import ARCH_MODEL_REGISTRY, FairseqEncoderDecoderModel, FairseqEncoderModel
 from torch import nn
 
-from fairseq_flash.modules import GatedAttentionUnit, Stack, TransformerBlock
+from fairseq_flash.modules import GatedAttentionUnit, GatedCrossAttention, Stack, TransformerBlock
 
 #: Lowest and highest ratio of a healthy start.
 BANDS = {"branch/residual": (0.01, 1.0), "linear/quadratic": (0.1, 10.0), "gradient/median": (1e-3, 1e3)}
@@ -50,14 +51,20 @@ def measure(model: nn.Module, tokens: torch.Tensor) -> list[Measurement]:
 
     Args:
         model: With a ``Stack`` at ``model.decoder.stack``, to predict the next token, or at
-            ``model.encoder.stack``, to predict masked ones; called as ``model(tokens)``.
+            ``model.encoder.stack``, to predict masked ones; called as ``model(tokens)``, or with both.
         tokens: ``(b, n)``, several chunks long.
 
     Returns:
         The ratios, layer by layer, then group by group.
     """
     model.eval()
-    if hasattr(model, "encoder"):
+    if isinstance(model, FairseqEncoderDecoderModel):
+        previous, targets = tokens.flip(0)[:, :-1], tokens.flip(0)[:, 1:].flatten()
+        source, _ = model.encoder.stack(tokens)
+        found = layer_ratios(model.encoder.stack, tokens)
+        found += layer_ratios(model.decoder.stack, previous, source=source)
+        logits = model(tokens, None, previous)[0].flatten(0, 1)
+    elif hasattr(model, "encoder"):
         found = layer_ratios(model.encoder.stack, tokens)
         masked = torch.rand(tokens.shape) < MASKED
         mask = model.encoder.dictionary.index("<mask>")
@@ -74,29 +81,41 @@ def measure(model: nn.Module, tokens: torch.Tensor) -> list[Measurement]:
 
 
 @torch.no_grad()
-def layer_ratios(stack: Stack, tokens: torch.Tensor) -> list[Measurement]:
-    """The sizes of each layer's branches; of the linear one beyond the first chunk, which it cannot see."""
-    found, inputs = [], {}
-    hooks = [
-        block.register_forward_hook(lambda block, args, out: inputs.update({block: (args[0], out[0])}))
-        for block in stack.blocks
-    ]
-    stack(tokens)
+def layer_ratios(stack: Stack, tokens: torch.Tensor, **source: torch.Tensor) -> list[Measurement]:
+    """The sizes of each layer's branches; of the linear one beyond the first chunk, which it cannot see.
+
+    Args:
+        stack: Of any layers.
+        tokens: ``(b, n)``, several chunks long.
+        source: What layers of a decoder take beside the row.
+    """
+    found, seen = [], {}
+
+    def note(block, args, out):
+        seen[block] = args[0], out[0] if isinstance(out, tuple) else out
+
+    kinds = (GatedAttentionUnit, GatedCrossAttention, TransformerBlock)
+    blocks = {block: name for name, block in stack.named_modules() if isinstance(block, kinds)}
+    hooks = [block.register_forward_hook(note) for block in blocks]
+    stack(tokens, **source)
     for hook in hooks:
         hook.remove()
-    for index, (block, (x, y)) in enumerate(inputs.items()):
+    for block, name in blocks.items():
+        x, y = seen[block]
+        place = f"layer {name.removeprefix('blocks.').replace('.', ', ')}"
+        if isinstance(block, GatedCrossAttention):
+            found.append(Measurement("branch/residual", place, size(y - x) / size(x)))
+            continue
         branch = attended(block, x)
-        found.append(Measurement("branch/residual", f"layer {index}", size(branch) / size(x)))
+        found.append(Measurement("branch/residual", place, size(branch) / size(x)))
         if isinstance(block, TransformerBlock):
             x = x + branch
-            found.append(
-                Measurement("branch/residual", f"layer {index}, feed-forward", size(y - x) / size(x))
-            )
+            found.append(Measurement("branch/residual", f"{place}, feed-forward", size(y - x) / size(x)))
         if block.attention == "mixed_chunk":
-            quadratic, linear = (attended(only(block, branch), inputs[block][0]) for branch in block.branches)
+            quadratic, linear = (attended(only(block, branch), seen[block][0]) for branch in block.branches)
             c = block.chunk_size
             ratio = size(linear[:, c:]) / size(quadratic[:, c:])
-            found.append(Measurement("linear/quadratic", f"layer {index}", ratio))
+            found.append(Measurement("linear/quadratic", place, ratio))
     return found
 
 
@@ -133,7 +152,7 @@ def gradient_ratios(model: nn.Module) -> list[Measurement]:
         name = name.removeprefix("decoder.").removeprefix("encoder.").removeprefix("stack.")
         if name.startswith("blocks."):
             name = name.split(".", 2)[2]
-        if name == "offset_scale.gamma":
+        if name.endswith("offset_scale.gamma"):
             for kind, part in zip(("first", "second"), parameter.grad.split(2), strict=False):
                 groups.setdefault(f"{name} ({kind} branch)", []).append(part)
         else:
@@ -161,10 +180,12 @@ def build(arguments: list[str], vocabulary: int) -> nn.Module:
         dictionary.add_symbol(f"word{index}")
     parser = options.get_training_parser()
     model = ARCH_MODEL_REGISTRY[parser.parse_known_args(["data", *arguments])[0].arch]
-    task = "masked_lm" if issubclass(model, FairseqEncoderModel) else "language_modeling"
+    kinds = {FairseqEncoderModel: "masked_lm", FairseqEncoderDecoderModel: "translation"}
+    task = next((task for kind, task in kinds.items() if issubclass(model, kind)), "language_modeling")
     args = options.parse_args_and_arch(parser, ["data", "--task", task, *arguments])
     cfg = convert_namespace_to_omegaconf(args)
-    return tasks.TASK_REGISTRY[task](cfg.task, dictionary).build_model(cfg.model)
+    dictionaries = [dictionary] * (2 if task == "translation" else 1)
+    return tasks.TASK_REGISTRY[task](cfg.task, *dictionaries).build_model(cfg.model)
 
 
 def main() -> None:

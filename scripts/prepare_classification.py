@@ -29,10 +29,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from pieces import MODEL, encode, number_pieces
 from prepared_folder import RECORD, fingerprint, is_prepared, publish, work_folder
 from read_text import TextFile, find_text_files, read_documents
 from split_text import SPLITS
+from text_pieces import MODEL, encode, number_pieces
 from tqdm import tqdm
 
 __all__ = ["main", "prepare"]

@@ -21,10 +21,10 @@ import os
 import sys
 from pathlib import Path
 
-from pieces import MODEL, encode, learn_pieces, number_pieces
 from prepared_folder import RECORD, fingerprint, is_prepared, publish, work_folder
 from read_text import find_text_files
 from split_text import HELD_OUT, SPLITS, check_fractions, held_out_fractions, write_splits
+from text_pieces import MODEL, encode, learn_pieces, number_pieces
 
 __all__ = ["main", "prepare"]
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
-__all__ = ["TextFile", "find_text_files", "read_documents"]
+__all__ = ["TextFile", "find_text_files", "read_documents", "read_lines"]
 
 # A longer line is cut at a space: some corpora are one line of 100 MB, which no tokenizer takes at once.
 MAX_LINE_BYTES = 65536
@@ -95,6 +95,30 @@ def read_documents(
     with _explained(file.path), io.BufferedReader(_CountedFile(file.path, advance), 1 << 20) as stored:
         for name, stream in _open_streams(stored, file):
             yield name, _clean_lines(stream, file.path, name, longest or MAX_LINE_BYTES)
+
+
+def read_lines(file: TextFile) -> Iterator[str]:
+    """Reads every line of a file, empty ones too: for parallel text, in which a line is known by its number.
+
+    Args:
+        file: What to read; an archive must hold one file.
+
+    Yields:
+        Lines with single spaces and no line end.
+
+    Raises:
+        ValueError: not UTF-8, a damaged archive, or a line over ``MAX_LINE_BYTES`` bytes.
+    """
+    with _explained(file.path), io.BufferedReader(_CountedFile(file.path, lambda count: None)) as stored:
+        for name, stream in _open_streams(stored, file):
+            position = 0
+            while line := _read_line(stream, file.path):
+                if len(line) >= MAX_LINE_BYTES:
+                    raise ValueError(
+                        f"{file.path}: the line at byte {position} has {MAX_LINE_BYTES} bytes or more"
+                    )
+                yield " ".join(_decode(line, position, file.path, name).split())
+                position += len(line)
 
 
 @contextmanager

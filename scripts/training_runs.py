@@ -199,6 +199,8 @@ def environment(jobs: int, slot: int) -> dict[str, str]:
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // jobs))
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     found = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(paths)}
+    # A log line in the middle of a buffered line of output would spoil both.
+    found["PYTHONUNBUFFERED"] = "1"
     gpus = torch.cuda.device_count()
     if gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")

@@ -11,7 +11,7 @@ import enum
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fairseq_flash.models import flash_lm, flash_masked_lm
+from fairseq_flash.models import flash_lm, flash_masked_lm, flash_seq2seq
 from fairseq_flash.models._systems import MASKED_LM_SYSTEMS, SYSTEMS
 
 CONFIGS = Path(__file__).resolve().parent.parent / "fairseq_flash" / "configs"
@@ -26,6 +26,7 @@ TITLES = {
     "mc_transformer_pp_lm": "MC-TFM++ (Transformer++ with mixed chunk attention)",
     "flash_masked_lm": "Bidirectional FLASH for masked words",
     "flash_quad_masked_lm": "Bidirectional FLASH-Quad for masked words",
+    "flash_seq2seq": "FLASH as an encoder-decoder",
 }
 
 #: By ending: tokens a row, tokens a batch, batches an update, warm-up updates, updates, learning rate.
@@ -40,6 +41,21 @@ MASKED_LM_TRAINING = {
     "": (512, 8192, 16, 10000, 125000, 5e-4),
     "_tiny": (512, 4096, 1, 500, 10000, 2e-3),
 }
+#: The same without tokens a row: a row is a sentence.
+SEQ2SEQ_TRAINING = {
+    "": (None, 4096, 1, 4000, 50000, 5e-4),
+    "_tiny": (None, 2048, 1, 500, 10000, 2e-3),
+    "_wmt": (None, 4096, 8, 4000, 100000, 7e-4),
+}
+
+BLOCKS = """\
+  sample_break_mode: none
+  tokens_per_sample: {tokens_per_sample}"""
+SENTENCES = """\
+  source_lang: null
+  target_lang: null"""
+SMOOTHED = """label_smoothed_cross_entropy
+  label_smoothing: 0.1"""
 
 
 class Kind(NamedTuple):
@@ -63,10 +79,14 @@ KINDS = (
         *("flash_masked_lm", flash_masked_lm.FlashMaskedLMConfig, flash_masked_lm.PRESETS),
         *(MASKED_LM_SYSTEMS, MASKED_LM_TRAINING, "masked_lm", "masked_lm"),
     ),
+    Kind(
+        *("flash_seq2seq", flash_seq2seq.FlashSeq2SeqConfig, flash_seq2seq.PRESETS, {"flash_seq2seq": {}}),
+        *(SEQ2SEQ_TRAINING, "translation", SMOOTHED),
+    ),
 )
 
 TEMPLATE = """\
-# {title} at the size of a {depth}-layer Transformer of width {width}.
+# {title}.
 #   fairseq-hydra-train --config-dir fairseq_flash/configs --config-name {name} \\
 #     task.data=/path/to/data-bin common.user_dir=/path/to/fairseq_flash
 # Both paths absolute: hydra runs in a folder of its own, outputs/<date>/<time>. The values under `model` are
@@ -83,8 +103,7 @@ checkpoint:
 task:
   _name: {task}
   data: ???
-  sample_break_mode: none
-  tokens_per_sample: {tokens_per_sample}
+{rows}
 dataset:
   max_tokens: {max_tokens}
   num_workers: 2
@@ -117,14 +136,12 @@ def render(name: str, kind: Kind) -> str:
     fields = [field for field in dataclasses.fields(kind.config) if field.name != "_name"]
     values = {field.name: kind.presets[name].get(field.name, field.default) for field in fields}
     return TEMPLATE.format(
-        title=TITLES[system] + (" with the paper's settings" if ending == "_paper" else ""),
-        depth=values["layers"] // (1 if values["block"] == "transformer" else 2),
-        width=values["embed_dim"],
+        title=_title(system, ending, values),
         name=name,
         task=kind.task,
         criterion=kind.criterion,
         model=kind.model,
-        tokens_per_sample=tokens,
+        rows=SENTENCES if tokens is None else BLOCKS.format(tokens_per_sample=tokens),
         max_tokens=batch,
         update_freq=update_freq,
         warmup_updates=warmup,
@@ -132,6 +149,14 @@ def render(name: str, kind: Kind) -> str:
         lr=f"{lr:.10f}".rstrip("0"),
         options="\n".join(f"  {option}: {_as_yaml(value)}" for option, value in values.items()),
     )
+
+
+def _title(system: str, ending: str, values: dict) -> str:
+    title = TITLES[system] + (" with the paper's settings" if ending == "_paper" else "")
+    if "encoder_layers" in values:
+        return f"{title}, as many parameters as {flash_seq2seq.PAIRS[system + ending]}"
+    depth = values["layers"] // (1 if values["block"] == "transformer" else 2)
+    return f"{title} at the size of a {depth}-layer Transformer of width {values['embed_dim']}"
 
 
 def _as_yaml(value: Any) -> str:

@@ -5,6 +5,7 @@ import torch
 
 from fairseq_flash.modules import (
     GatedAttentionUnit,
+    GatedCrossAttention,
     RMSNorm,
     RotaryBias,
     ScaleNorm,
@@ -86,6 +87,54 @@ def transformer(module: TransformerBlock):
         )
 
     return function
+
+
+def cross_unit(module: GatedCrossAttention):
+    """The oracle of a layer that attends to a source, as a function of a row (n, d) and a source (m, d)."""
+    kind, parameters = cross_unit_parameters(module)
+    return lambda x, source: oracle.gated_cross_attention(x, source, parameters, norm=kind)
+
+
+def cross_unit_parameters(module: GatedCrossAttention) -> tuple[str, dict]:
+    """As :func:`unit_parameters`."""
+    kind, norm_parameters = norm(module.norm)
+    parameters = dict(
+        norm=norm_parameters,
+        uz_weight=module.uz.weight,
+        uz_bias=module.uz.bias,
+        vz_weight=module.vz.weight,
+        vz_bias=module.vz.bias,
+        q_gamma=module.q_scale.gamma[0],
+        q_beta=module.q_scale.beta[0],
+        k_gamma=module.k_scale.gamma[0],
+        k_beta=module.k_scale.beta[0],
+        out_weight=module.out.weight,
+        out_bias=module.out.bias,
+    )
+    return kind, parameters
+
+
+def sequence_to_sequence_parameters(model: torch.nn.Module) -> dict:
+    """The parameters of a flash_seq2seq under the oracle's names."""
+    encoder, decoder = (_stack_parameters(side.stack) for side in (model.encoder, model.decoder))
+    encoder["layers"] = [unit_parameters(block)[1] for block in model.encoder.stack.blocks]
+    decoder["layers"] = [
+        {
+            "self": unit_parameters(block.self_attention)[1],
+            "cross": cross_unit_parameters(block.cross_attention)[1],
+        }
+        for block in model.decoder.stack.blocks
+    ]
+    decoder["output_weight"] = model.decoder.output_projection.weight
+    return dict(encoder=encoder, decoder=decoder)
+
+
+def _stack_parameters(module: Stack) -> dict:
+    return dict(
+        embedding=module.embed_tokens.weight,
+        alpha=0.0 if module.embed_positions is None else module.embed_positions.alpha,
+        norm=norm(module.final_norm)[1],
+    )
 
 
 def stack(module: Stack):

@@ -248,6 +248,44 @@ def gated_attention_unit(
     return _rows(y, x.shape[1])
 
 
+def cross_attention(q, k, v) -> torch.Tensor:
+    """out_i = sum_j relu(q_i . k_j / sqrt(s))^2 v_j / m. q (n, s), k (m, s), v (m, e) -> (n, e)."""
+    q, k, v = _float64(q), _float64(k), _float64(v)
+    out = []
+    for q_i in q:
+        out_i = torch.zeros(v.shape[1], dtype=torch.float64)
+        for k_j, v_j in zip(k, v, strict=True):
+            out_i = out_i + _relu_squared(torch.dot(q_i, k_j) / math.sqrt(len(q_i))) * v_j / len(k)
+        out.append(out_i)
+    return _rows(out, v.shape[1])
+
+
+def gated_cross_attention(x, source, parameters: dict, *, norm: str = "layer_norm") -> torch.Tensor:
+    """y = x + W_o (u * cross_attention(q, k, v)) + b_o, with a source that has been normalised already.
+
+    u, z = split(silu(W norm(x) + b), [e, s]) of the row, v, z' = split(silu(W' source + b'), [e, s]) of the
+    source; q = gamma * z + beta, k = gamma' * z' + beta'. x (n, d), source (m, d) -> (n, d).
+
+    parameters: `norm` (the norm's arguments), `uz_weight`, `vz_weight` (e+s, d), `uz_bias`, `vz_bias` (e+s,),
+    `q_gamma`, `q_beta`, `k_gamma`, `k_beta` (s,), `out_weight` (d, e), `out_bias` (d,).
+    """
+    x, source = _float64(x), _float64(source)
+    p = {name: value if isinstance(value, dict) else _float64(value) for name, value in parameters.items()}
+    e, s = p["out_weight"].shape[1], len(p["q_gamma"])
+    u, q, k, v = [], [], [], []
+    for x_i in x:
+        uz = silu(_dense(p["uz_weight"], NORMS[norm](x_i, **p["norm"])) + p["uz_bias"])
+        u.append(uz[:e])
+        q.append(p["q_gamma"] * uz[e:] + p["q_beta"])
+    for source_j in source:
+        vz = silu(_dense(p["vz_weight"], source_j) + p["vz_bias"])
+        v.append(vz[:e])
+        k.append(p["k_gamma"] * vz[e:] + p["k_beta"])
+    attended = cross_attention(_rows(q, s), _rows(k, s), _rows(v, e))
+    y = [x[i] + _dense(p["out_weight"], u[i] * attended[i]) + p["out_bias"] for i in range(len(x))]
+    return _rows(y, x.shape[1])
+
+
 def _softmax_average(scores: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> torch.Tensor:
     """sum_j exp(s_j) v_j / sum_j exp(s_j)."""
     highest = max(score.item() for score in scores)
@@ -357,14 +395,44 @@ def stack(
     block's parameters), `norm` (the final norm's arguments), `output_weight` (words, d).
     `norm` and `options` go to every layer.
     """
-    embedding, output_weight = _float64(parameters["embedding"]), _float64(parameters["output_weight"])
-    d, alpha = embedding.shape[1], parameters["alpha"]
-    x = [embed_scale * embedding[int(t)] + scaled_sin(i, d, alpha) for i, t in enumerate(tokens)]
-    x = _rows(x, d)
+    x = _embedded(tokens, parameters, embed_scale)
     for layer in parameters["layers"]:
         x = BLOCKS[block](x, layer, norm=norm, **options)
-    logits = [_dense(output_weight, NORMS[norm](x_i, **parameters["norm"])) for x_i in x]
-    return _rows(logits, len(output_weight))
+    return _logits(x, parameters, norm)
+
+
+def sequence_to_sequence(
+    source, target, parameters: dict, *, norm: str = "layer_norm", n_ref: int | None = None, **options
+) -> torch.Tensor:
+    """Logits (n, words) of the target's tokens (n,), given the source's (m,).
+
+    x' = norm(unit_L(... unit_1(embedding[source]))), bidirectional; then x = cross_l(self_l(x), x') in each
+    layer of the decoder, causal. parameters: `encoder` as for `stack` without `output_weight`, and `decoder`
+    as for `stack` with layers {self, cross}. `n_ref` divides the scores of causal "quadratic" attention;
+    `norm` and `options` go to every unit.
+    """
+    encoder, decoder = parameters["encoder"], parameters["decoder"]
+    memory = _embedded(source, encoder)
+    for layer in encoder["layers"]:
+        memory = gated_attention_unit(memory, layer, norm=norm, causal=False, **options)
+    memory = [NORMS[norm](x_j, **encoder["norm"]) for x_j in memory]
+    memory = _rows(memory, _float64(encoder["embedding"]).shape[1])
+    x = _embedded(target, decoder)
+    for layer in decoder["layers"]:
+        x = gated_attention_unit(x, layer["self"], norm=norm, causal=True, denominator=n_ref, **options)
+        x = gated_cross_attention(x, memory, layer["cross"], norm=norm)
+    return _logits(x, decoder, norm)
+
+
+def _embedded(tokens, parameters: dict, embed_scale: float = 1.0) -> torch.Tensor:
+    embedding, alpha = _float64(parameters["embedding"]), parameters["alpha"]
+    d = embedding.shape[1]
+    return _rows([embed_scale * embedding[int(t)] + scaled_sin(i, d, alpha) for i, t in enumerate(tokens)], d)
+
+
+def _logits(x: torch.Tensor, parameters: dict, norm: str) -> torch.Tensor:
+    weight = _float64(parameters["output_weight"])
+    return _rows([_dense(weight, NORMS[norm](x_i, **parameters["norm"])) for x_i in x], len(weight))
 
 
 def gelu(x) -> torch.Tensor:

@@ -174,20 +174,19 @@ fake = lambda tool, *words: [sys.executable, {str(tmp_path / "fake.py")!r}, tool
 training_runs.fairseq_command = comparison_plan.fairseq_command = fake
 compare_lm.main({command!r})
 """
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    wait_until(lambda: (compare.folder / "calls").exists() and len(compare.calls()) == 2)
-    child = compare.calls()[1][0]
-    (compare.folder / "wait transformer_lm").unlink()
-    if victim == "training":
-        os.kill(child, signal.SIGKILL)
-    else:
-        process.send_signal(signal.SIGKILL if victim == "comparison" else signal.SIGINT)
-    errors = process.communicate(timeout=60)[1].decode()
-    assert process.returncode == {"training": 0, "comparison": -signal.SIGKILL, "interrupt": 130}[victim], (
-        errors
-    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL) as process:
+        try:
+            wait_until(lambda: (compare.folder / "calls").exists() and len(compare.calls()) == 2)
+            child = compare.calls()[1][0]
+            (compare.folder / "wait transformer_lm").unlink()
+            if victim == "training":
+                os.kill(child, signal.SIGKILL)
+            else:
+                process.send_signal(signal.SIGKILL if victim == "comparison" else signal.SIGINT)
+            status = process.wait(timeout=60)
+        finally:
+            process.kill()
+    assert status == {"training": 0, "comparison": -signal.SIGKILL, "interrupt": 130}[victim]
     wait_until(lambda: not Path(f"/proc/{child}").exists())
     rows = rows_of(tmp_path / "out.csv")
     assert [row["status"][:16] for row in rows] == ["ok", "error: status -9"][

@@ -13,21 +13,25 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from fairseq_flash.models import flash_lm, flash_masked_lm
+from fairseq_flash.models import flash_lm, flash_masked_lm, flash_seq2seq
 
 #: By registered model: its options, its architectures, and the task that its yamls name.
 MODELS = {
     "flash_lm": (flash_lm.FlashLanguageModelConfig, flash_lm.PRESETS, "language_modeling"),
     "flash_masked_lm": (flash_masked_lm.FlashMaskedLMConfig, flash_masked_lm.PRESETS, "masked_lm"),
+    "flash_seq2seq": (flash_seq2seq.FlashSeq2SeqConfig, flash_seq2seq.PRESETS, "translation"),
 }
 ARCHITECTURES = {arch: model for model, (_, presets, _) in MODELS.items() for arch in presets}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A folder with a dictionary."""
+    """A folder with a dictionary, and one for each of two languages."""
     folder = tmp_path_factory.mktemp("dictionary")
-    Dictionary().save(str(folder / "dict.txt"))
+    for name in ("dict.txt", "dict.en.txt", "dict.de.txt"):
+        Dictionary().save(str(folder / name))
+    # By its name fairseq knows the languages.
+    (folder / "train.en-de.en.idx").touch()
     return folder
 
 
@@ -76,7 +80,8 @@ def test_every_architecture_has_a_yaml_and_no_yaml_is_left_over():
 def test_a_yaml_builds_what_the_architecture_builds(name, data):
     yaml, arch = from_yaml(name, data), from_arch(name, data)
     assert values(name, yaml.model) == values(name, arch.model)
-    yaml.task.tokens_per_sample = arch.task.tokens_per_sample
+    if "tokens_per_sample" in arch.task:
+        yaml.task.tokens_per_sample = arch.task.tokens_per_sample
     assert shapes(yaml) == shapes(arch)
 
 

@@ -4,7 +4,8 @@ import pytest
 import tools
 import torch
 
-from fairseq_flash.models import flash_lm, flash_masked_lm
+from fairseq_flash.models import flash_lm, flash_masked_lm, flash_seq2seq
+from fairseq_flash.modules import GatedAttentionUnit, GatedCrossAttention, TransformerBlock
 
 TIED = ["--share-decoder-input-output-embed"]
 
@@ -22,7 +23,7 @@ def measure(health, *options):
 
 def held():
     """Every architecture but the paper's own start; the larger ones take a while."""
-    for arch in (*flash_lm.PRESETS, *flash_masked_lm.PRESETS):
+    for arch in (*flash_lm.PRESETS, *flash_masked_lm.PRESETS, *flash_seq2seq.PRESETS):
         if arch != "flash_lm_paper":
             marks = [] if arch.endswith("_tiny") else [pytest.mark.long]
             yield pytest.param(arch, marks=marks)
@@ -30,10 +31,10 @@ def held():
 
 @pytest.mark.parametrize("arch", held())
 def test_the_default_start_is_healthy(health, arch):
-    found = measure(health, "--arch", arch, *(TIED if arch in flash_lm.PRESETS else []))
-    model = health.build(["--arch", arch], 100)
-    layers = (model.encoder if arch in flash_masked_lm.PRESETS else model.decoder).stack.blocks
-    assert len({m.place for m in found if m.ratio == "branch/residual"}) >= len(layers)
+    found = measure(health, "--arch", arch, *([] if arch in flash_masked_lm.PRESETS else TIED))
+    kinds = (GatedAttentionUnit, GatedCrossAttention, TransformerBlock)
+    layers = [layer for layer in health.build(["--arch", arch], 100).modules() if isinstance(layer, kinds)]
+    assert len([m for m in found if m.ratio == "branch/residual"]) >= len(layers)
     assert ("linear/quadratic" in {m.ratio for m in found}) == (layers[0].attention == "mixed_chunk")
     assert [m for m in found if not m.healthy] == []
 

@@ -17,9 +17,9 @@ from torch import nn
 from fairseq_flash.models._config import FlashConfig, build_block, fill_preset, parse_cutoffs
 from fairseq_flash.models._diagnostics import watch_layers
 from fairseq_flash.models._systems import architectures
-from fairseq_flash.modules import DecodingState, RowMemory, Stack
+from fairseq_flash.modules import DecodingState, GatedAttentionUnit, RowMemory, Stack
 
-__all__ = ["FlashDecoder", "FlashLanguageModel", "FlashLanguageModelConfig"]
+__all__ = ["FlashDecoder", "FlashLanguageModel", "FlashLanguageModelConfig", "adopt_n_ref"]
 
 #: Ours have no maximum; fairseq wants an integer, and silently skips rows beyond it.
 NO_MAXIMUM = 2**30
@@ -79,7 +79,7 @@ class FlashDecoder(FairseqIncrementalDecoder):
         self.n_ref_is_default = cfg.n_ref is None
         self.stack = Stack(
             embed_tokens,
-            [build_block(cfg, causal=True, n_ref=n_ref) for _ in range(cfg.layers)],
+            [self.build_layer(cfg, n_ref) for _ in range(cfg.layers)],
             embed_dim=cfg.embed_dim,
             attention_dim=cfg.attention_dim,
             norm=str(cfg.norm),
@@ -95,6 +95,10 @@ class FlashDecoder(FairseqIncrementalDecoder):
             nn.init.normal_(self.output_projection.weight, std=0.02)
             if cfg.share_decoder_input_output_embed:
                 self.output_projection.weight = embed_tokens.weight
+
+    def build_layer(self, cfg: FlashConfig, n_ref: int) -> nn.Module:
+        """A causal layer as the options ask for."""
+        return build_block(cfg, causal=True, n_ref=n_ref)
 
     def forward(
         self,
@@ -187,15 +191,15 @@ class FlashDecoder(FairseqIncrementalDecoder):
 
     def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> dict[str, Any]:
         """Takes over the checkpoint's ``n_ref`` where the user gave none: scores stay as trained."""
-        for index, block in enumerate(self.stack.blocks):
-            stored = state_dict.get(f"{name}.stack.blocks.{index}.n_ref")
-            if stored is not None and self.n_ref_is_default and block.attention == "quadratic":
-                block.set_n_ref(int(stored))
+        if self.n_ref_is_default:
+            adopt_n_ref(self.stack, state_dict, f"{name}.stack")
         return state_dict
 
-    def _advance(self, tokens: torch.Tensor, incremental_state: dict[str, Any]) -> torch.Tensor:
+    def _advance(
+        self, tokens: torch.Tensor, incremental_state: dict[str, Any], **source: Optional[torch.Tensor]
+    ) -> torch.Tensor:
         key = self._get_full_incremental_state_key("flash")
-        consumed, state = incremental_state.get(key) or (0, self.stack.empty_state(tokens))
+        consumed, state = incremental_state.get(key) or (0, self.stack.empty_state(tokens, **source))
         if tokens.shape[1] <= consumed:
             raise ValueError(
                 f"prev_output_tokens has {tokens.shape[1]} tokens, incremental_state has seen {consumed}; "
@@ -228,6 +232,14 @@ class FlashLanguageModel(FairseqLanguageModel):
         layers = {f"layer{index}": block for index, block in enumerate(model.decoder.stack.blocks)}
         watch_layers(model, layers, cfg.diagnostics_interval)
         return model
+
+
+def adopt_n_ref(stack: Stack, state_dict: dict[str, Any], name: str) -> None:
+    """Sets the ``n_ref`` of a stack's quadratic layers to that of a checkpoint, in which it is ``name``."""
+    for path, module in stack.named_modules():
+        stored = state_dict.get(f"{name}.{path}.n_ref")
+        if stored is not None and isinstance(module, GatedAttentionUnit) and module.attention == "quadratic":
+            module.set_n_ref(int(stored))
 
 
 def _resolve_n_ref(cfg: FlashLanguageModelConfig, task: Any) -> int:

@@ -1,6 +1,8 @@
 """FLASH as plain PyTorch modules, usable without fairseq; batch first throughout."""
 
+from fairseq_flash.modules.decoder_layer import DecoderLayer, DecoderLayerState
 from fairseq_flash.modules.gated_attention_unit import ATTENTIONS, INITS, GatedAttentionUnit
+from fairseq_flash.modules.gated_cross_attention import GatedCrossAttention, SourceMemory
 from fairseq_flash.modules.normalization import NORMS, RMSNorm, ScaleNorm, build_norm
 from fairseq_flash.modules.offset_scale import OffsetScale
 from fairseq_flash.modules.positions import (
@@ -23,8 +25,11 @@ __all__ = [
     "LINEAR_NORMS",
     "NORMS",
     "RELATIVE_BIASES",
+    "DecoderLayer",
+    "DecoderLayerState",
     "DecodingState",
     "GatedAttentionUnit",
+    "GatedCrossAttention",
     "LayerState",
     "OffsetScale",
     "RMSNorm",
@@ -33,6 +38,7 @@ __all__ = [
     "Rows",
     "ScaleNorm",
     "ScaledSin",
+    "SourceMemory",
     "Stack",
     "ToeplitzBias",
     "TransformerBlock",

@@ -55,20 +55,28 @@ class Stack(nn.Module):
         self.final_norm = build_norm(norm, embed_dim)
         self.attention_dim, self.embed_scale = attention_dim, embed_scale
 
-    def empty_state(self, like: torch.Tensor) -> DecodingState:
+    def empty_state(self, like: torch.Tensor, **source: Optional[torch.Tensor]) -> DecodingState:
         """A state before the first token, for rows ``like`` ``(b, ...)`` in device, in the weights' dtype.
+
+        Args:
+            like: Tells rows and device.
+            source: As for :meth:`forward`; the state holds it from here on.
+
+        Returns:
+            The state.
 
         Raises:
             ValueError: the blocks are bidirectional.
         """
         rows = torch.empty(like.shape[0], 0, dtype=self._dtype(), device=like.device)
-        return DecodingState(tuple(block.empty_state(rows) for block in self.blocks))
+        return DecodingState(tuple(block.empty_state(rows, **source) for block in self.blocks))
 
     def forward(
         self,
         tokens: torch.Tensor,
         padding_mask: Optional[torch.Tensor] = None,
         state: Optional[DecodingState] = None,
+        **source: Optional[torch.Tensor],
     ) -> tuple[torch.Tensor, Optional[DecodingState]]:
         """Turns tokens into features.
 
@@ -77,6 +85,8 @@ class Stack(nn.Module):
             padding_mask: ``(b, n)``, True at padding, leading or trailing; None without padding.
             state: What came before, from :meth:`empty_state` or an earlier call; None for whole rows.
                 Outside of autograd its tensors may be overwritten: use only the state that comes back.
+            source: ``source`` and ``source_padding_mask`` of blocks that are
+                :class:`~fairseq_flash.modules.DecoderLayer`, unless there is a state; of others, nothing.
 
         Returns:
             ``(b, n, d)``, zero at padding, and the state after each row's last real token, None if none came
@@ -93,7 +103,7 @@ class Stack(nn.Module):
         x = self.dropout(x)
         layers = []
         for index, block in enumerate(self.blocks):
-            x, layer = block(x, state=None if state is None else state.layers[index], rows=rows)
+            x, layer = block(x, state=None if state is None else state.layers[index], rows=rows, **source)
             layers.append(layer)
         x = restore_rows(self.final_norm(x), rows)
         return x, None if state is None else DecodingState(tuple(layers))

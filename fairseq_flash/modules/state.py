@@ -94,7 +94,12 @@ class RowMemory:
 
 
 def _map_layer(function: Callable[[torch.Tensor], torch.Tensor], layer: LayerState) -> LayerState:
-    return type(layer)(*(function(x) if isinstance(x, torch.Tensor) else x for x in layer))
+    """Applies ``function`` to every tensor, also inside a state that holds another."""
+
+    def applied(x):
+        return function(x) if isinstance(x, torch.Tensor) else _map_layer(function, x)
+
+    return type(layer)(*(applied(x) if isinstance(x, (torch.Tensor, tuple)) else x for x in layer))
 
 
 def _start_anew(layer: LayerState, rows: torch.Tensor) -> LayerState:

@@ -7,6 +7,7 @@ h copies made by offset-scale, r size of one head where there are several.
 
 from fairseq_flash.ops.backend import BACKENDS, check_backend
 from fairseq_flash.ops.chunk_state import ChunkState, mixed_chunk_step
+from fairseq_flash.ops.cross import cross_attention
 from fairseq_flash.ops.linear import (
     LINEAR_NORMS,
     chunk_summaries,
@@ -35,6 +36,7 @@ __all__ = [
     "apply_rotary",
     "check_backend",
     "chunk_summaries",
+    "cross_attention",
     "exclusive_sum",
     "linear_attention",
     "linear_denominator",

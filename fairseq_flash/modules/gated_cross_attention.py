@@ -1,0 +1,131 @@
+"""The unit that reads a source: gate and queries come from the row, values and keys from the source."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+import torch
+from torch import nn
+
+from fairseq_flash.modules.gated_attention_unit import INITS, check_choice
+from fairseq_flash.modules.normalization import build_norm
+from fairseq_flash.modules.offset_scale import OffsetScale
+from fairseq_flash.ops import check_backend, cross_attention
+
+__all__ = ["GatedCrossAttention", "SourceMemory"]
+
+
+class SourceMemory(NamedTuple):
+    """What a layer keeps of a source: made once, read by every token.
+
+    Attributes:
+        k: Keys, ``(b, m, s)``.
+        v: Values, ``(b, m, e)``; zero at padding.
+        valid: Tokens of each source, ``(b,)``.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    valid: torch.Tensor
+
+
+class GatedCrossAttention(nn.Module):
+    r"""One layer that attends to a source, :math:`y = x + (u \odot A v) W_o`, with a residual.
+
+    :math:`u, z = \mathrm{split}(\mathrm{silu}(\mathrm{norm}(x) W + \mathrm{bias}))` of the row;
+    :math:`v, z' = \mathrm{split}(\mathrm{silu}(x' W' + \mathrm{bias}'))` of the source :math:`x'`, whose own
+    norm is its encoder's last; :math:`A = \mathrm{relu}^2(q k^\top / \sqrt s) / m` with
+    :math:`q = \gamma z + \beta` and :math:`k = \gamma' z' + \beta'`, and :math:`m` the source's tokens.
+
+    Args:
+        embed_dim: ``d``, of the row and of the source.
+        expansion_factor: ``e = expansion_factor * d``.
+        attention_dim: ``s``.
+        norm: ``"layernorm"``, ``"scalenorm"`` or ``"rmsnorm"``.
+        init: ``"fan_in"``, under which the branch starts at the size of a self-attention's, or ``"paper"``,
+            dense weights N(0, 0.02). Gammas start at one under both: no bias lifts the scores off zero.
+        dropout: Of the branch's output, 0 to below 1.
+        backend: ``"auto"``, ``"reference"`` or ``"triton"``.
+
+    Raises:
+        ValueError: an argument has a value that is not allowed, or the backend cannot run.
+
+    Source: Hua et al. 2022, section 3.1, with the source in place of the row itself.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        *,
+        expansion_factor: int = 2,
+        attention_dim: int = 128,
+        norm: str = "layernorm",
+        init: str = "fan_in",
+        dropout: float = 0.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_choice("init", init, INITS)
+        check_backend(backend)
+        sizes = dict(embed_dim=embed_dim, expansion_factor=expansion_factor, attention_dim=attention_dim)
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name}={size} is not allowed; allowed: 1 or more")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout={dropout} is not allowed; allowed: 0 to below 1")
+        self.backend, self.attention_dim = backend, attention_dim
+        self.expanded_dim = expansion_factor * embed_dim
+        self.norm = build_norm(norm, embed_dim)
+        self.uz = nn.Linear(embed_dim, self.expanded_dim + attention_dim)
+        self.vz = nn.Linear(embed_dim, self.expanded_dim + attention_dim)
+        self.q_scale, self.k_scale = OffsetScale(attention_dim, 1), OffsetScale(attention_dim, 1)
+        self.out = nn.Linear(self.expanded_dim, embed_dim)
+        self.dropout = nn.Dropout(dropout)
+        self._reset_parameters(init)
+
+    def read(self, source: torch.Tensor, padding_mask: Optional[torch.Tensor] = None) -> SourceMemory:
+        """Makes keys and values of a source.
+
+        Args:
+            source: ``(b, m, d)``; anything, even NaN, at padding.
+            padding_mask: ``(b, m)``, True at padding, wherever it lies; None without padding.
+
+        Returns:
+            What :meth:`forward` attends to, for any number of calls.
+        """
+        b, m, _ = source.shape
+        if padding_mask is not None:
+            source = source.masked_fill(padding_mask.unsqueeze(-1), 0)
+        v, z = self._split(self.vz(source))
+        if padding_mask is None:
+            valid = torch.full((b,), m, device=source.device)
+        else:
+            v, valid = v.masked_fill(padding_mask.unsqueeze(-1), 0), (~padding_mask).sum(1)
+        return SourceMemory(self.k_scale(z)[0], v, valid)
+
+    def forward(self, x: torch.Tensor, source: SourceMemory) -> torch.Tensor:
+        """Applies the layer to each token on its own.
+
+        Args:
+            x: ``(b, n, d)``.
+            source: From :meth:`read`, of as many rows.
+
+        Returns:
+            ``(b, n, d)``.
+        """
+        u, z = self._split(self.uz(self.norm(x)))
+        out = cross_attention(self.q_scale(z)[0], *source, backend=self.backend)
+        return x + self.dropout(self.out(u * out))
+
+    def _split(self, projected: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return nn.functional.silu(projected).split([self.expanded_dim, self.attention_dim], dim=-1)
+
+    def _reset_parameters(self, init: str) -> None:
+        for linear in (self.uz, self.vz, self.out):
+            nn.init.normal_(linear.weight, std=0.02 if init == "paper" else linear.in_features**-0.5)
+            nn.init.zeros_(linear.bias)
+        if init == "fan_in":
+            # With scores far from zero, the branch would start at three times the embeddings.
+            nn.init.normal_(self.out.weight, std=0.1 * self.out.in_features**-0.5)
+        for scale in (self.q_scale, self.k_scale):
+            nn.init.ones_(scale.gamma)

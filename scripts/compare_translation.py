@@ -1,0 +1,250 @@
+"""Compares flash_seq2seq_tiny with a Transformer of as many parameters: same data, tokens and schedule.
+
+    python scripts/compare_translation.py --data data-bin/multi30k [--device cuda --jobs 10]
+
+Two stages, each run once, in one CSV; the same command goes on where it ended. "learning rate": every system
+with each rate, for a few epochs. "final": every system at the rate that had the lowest validation loss, for
+all epochs; then fairseq-generate translates the test split (beam 5, the last checkpoint), and sacrebleu
+compares the text with the reference. A run that fails is a row with its error. With --jobs above 1, runs
+share the device: their seconds cannot be compared.
+"""
+
+import argparse
+import csv
+import json
+import math
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import date
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from measuring import ROOT, Table, commit, device_name
+from prepared_folder import RECORD
+from sacrebleu.metrics import BLEU
+from training_runs import MEASURED, Finished, TrainingRun, carry_out, fairseq_command
+
+KEY = ("data", "stage", "lr", "seed", "epochs")
+VERSIONS = ("python", "torch", "fairseq", "sacrebleu")
+SCORES = ("bleu", "signature", "generate_seconds")
+COLUMNS = ("commit", "date", *VERSIONS, "device", "jobs", "name", *KEY, *MEASURED, *SCORES, "command")
+SHOWN = ("name", "stage", "lr", "epochs", "updates", "valid_loss", "bleu", "status")
+
+RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+#: What is trained, by name: fairseq-train's options; within 5 % of each other's parameters.
+SYSTEMS = {
+    "flash_seq2seq_tiny": {"--arch": "flash_seq2seq_tiny"},
+    "transformer": {
+        **{"--arch": "transformer", "--encoder-layers": 3, "--decoder-layers": 3},
+        **{"--encoder-embed-dim": 256, "--decoder-embed-dim": 256},
+        **{"--encoder-ffn-embed-dim": 1024, "--decoder-ffn-embed-dim": 1024},
+        **{"--encoder-attention-heads": 4, "--decoder-attention-heads": 4},
+    },
+}
+SYSTEMS["transformer pre-norm"] = {
+    **SYSTEMS["transformer"],
+    **{"--encoder-normalize-before": "", "--decoder-normalize-before": ""},
+}
+
+
+class Plan:
+    """Makes runs from the command line's options, and reads what earlier ones found."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        record = json.loads((options.data / RECORD).read_text())
+        self.source, self.target = record["options"]["languages"]
+        self.sharing = "--share-all-embeddings"
+        if record["options"]["separate"]:
+            self.sharing = "--share-decoder-input-output-embed"
+        self.reference = options.reference or options.data / f"test.raw.{self.target}"
+        self.updates_per_epoch = options.updates_per_epoch or count_batches(
+            options.data, self.source, self.target, options.max_tokens
+        )
+
+    def tuning(self) -> Iterator[TrainingRun]:
+        """Every system with each rate."""
+        for rate in self.options.rates:
+            for name in self.options.systems:
+                yield self._run(name, "learning rate", rate, self.options.tuning_epochs)
+
+    def final(self) -> Iterator[TrainingRun]:
+        """Every system at its best rate, scored."""
+        for name in self.options.systems:
+            rate = self.best_rate(name)
+            if rate is None:
+                print(f"{name}: no learning rate succeeded; see the status in {self.options.output}")
+            else:
+                yield self._run(name, "final", rate, self.options.epochs, self._score)
+
+    def best_rate(self, name: str) -> float | None:
+        """The rate with the lowest validation loss; None if no run succeeded."""
+        found = self.rows("learning rate", name, self.options.tuning_epochs)
+        losses = {float(row["lr"]): float(row["valid_loss"] or "nan") for row in found}
+        finite = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
+        return min(finite, key=finite.get, default=None)
+
+    def rows(self, stage: str, name: str, epochs: int) -> list[dict]:
+        """Successful rows of this plan."""
+        wanted = dict(data=self.options.data.name, stage=stage, name=name, epochs=str(epochs), status="ok")
+        wanted["seed"] = str(self.options.seed)
+        with self.options.output.open(newline="") as stream:
+            return [row for row in csv.DictReader(stream) if wanted.items() <= row.items()]
+
+    def _run(
+        self,
+        name: str,
+        stage: str,
+        rate: float,
+        epochs: int,
+        measure: Callable[[Finished], dict] | None = None,
+    ) -> TrainingRun:
+        updates = epochs * self.updates_per_epoch
+        recipe = {
+            **{"--task": "translation", "--source-lang": self.source, "--target-lang": self.target},
+            **{"--max-tokens": self.options.max_tokens, self.sharing: "", "--dropout": self.options.dropout},
+            **{"--criterion": "label_smoothed_cross_entropy", "--label-smoothing": 0.1},
+            **{"--optimizer": "adam", "--adam-betas": "(0.9, 0.98)", "--weight-decay": 0.0001},
+            **{"--clip-norm": 1.0, "--lr": rate, "--lr-scheduler": "polynomial_decay"},
+            **{"--warmup-updates": max(1, updates // 10), "--total-num-update": updates},
+            **{"--no-epoch-checkpoints": "", "--num-workers": 0, "--seed": self.options.seed},
+            **SYSTEMS[name],
+        }
+        if self.options.device == "cpu":
+            recipe["--cpu"] = ""
+        words = [str(word) for option in recipe.items() for word in option if word != ""]
+        row = dict(name=name, data=self.options.data.name, stage=stage, lr=rate, seed=self.options.seed)
+        row["epochs"] = epochs
+        shown = ["fairseq-train", self.options.data.name, "--user-dir", "fairseq_flash", *words]
+        row["command"] = shlex.join([*shown, "--max-update", str(updates)])
+        arguments = (str(self.options.data), "--user-dir", str(ROOT / "fairseq_flash"), *words)
+        return TrainingRun(arguments, updates, row, weight=updates, measure=measure)
+
+    def _score(self, finished: Finished) -> dict:
+        """Translates the test split with the last checkpoint, and scores the text."""
+        started = time.monotonic()
+        words = [self.options.data, "--user-dir", ROOT / "fairseq_flash", "--path", finished.checkpoint]
+        words += ["--task", "translation", "--source-lang", self.source, "--target-lang", self.target]
+        words += ["--gen-subset", "test", "--beam", 5, "--batch-size", 128, "--num-workers", 0]
+        words += ["--max-len-a", 1.2, "--max-len-b", 10]
+        words += ["--remove-bpe", "sentencepiece", *(["--cpu"] if self.options.device == "cpu" else [])]
+        output = finished.call(fairseq_command("generate", *words))
+        seconds = time.monotonic() - started
+        bleu, signature = score(hypotheses(output), read_reference(self.reference))
+        return dict(bleu=f"{bleu:.2f}", signature=signature, generate_seconds=f"{seconds:.1f}")
+
+
+def count_batches(data: Path, source: str, target: str, max_tokens: int) -> int:
+    """Updates in an epoch, by fairseq's own cutting of the training split into batches."""
+    from fairseq.tasks.translation import TranslationConfig, TranslationTask
+
+    task = TranslationTask.setup_task(
+        TranslationConfig(data=str(data), source_lang=source, target_lang=target)
+    )
+    task.load_dataset("train")
+    longest = tuple(min(limit, max_tokens) for limit in task.max_positions())
+    options = dict(max_positions=longest, ignore_invalid_inputs=True, required_batch_size_multiple=8)
+    batches = task.get_batch_iterator(task.dataset("train"), max_tokens=max_tokens, **options)
+    return len(batches.frozen_batches)
+
+
+def hypotheses(output: str) -> list[str]:
+    """The translations that fairseq-generate printed, in the order of the sources."""
+    found = re.findall(r"^D-(\d+)\t[^\t\n]*\t([^\n]*)$", output, re.MULTILINE)
+    return [text for _, text in sorted(found, key=lambda row: int(row[0]))]
+
+
+def read_reference(path: Path) -> list[str]:
+    """Lines of a reference; only a line feed ends one."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def score(translations: list[str], reference: list[str]) -> tuple[float, str]:
+    """BLEU and sacrebleu's signature.
+
+    Raises:
+        ValueError: there are not as many translations as lines of the reference.
+    """
+    if len(translations) != len(reference):
+        raise ValueError(f"there are {len(translations)} translations of {len(reference)} reference lines")
+    bleu = BLEU()
+    return bleu.corpus_score(translations, [reference]).score, str(bleu.get_signature())
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    about, details = __doc__.split("\n\n", 1)
+    parser = argparse.ArgumentParser(
+        "compare_translation.py",
+        description=about,
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    results = ROOT / "scripts" / "results"
+    add("--data", type=Path, required=True, help="folder that prepare_translation.py wrote")
+    add("--reference", type=Path, help="lines to compare with (test.raw.LANG in the folder)")
+    add("--output", type=Path, default=results / "translation.csv", help="CSV of the runs")
+    add("--folder", type=Path, default=ROOT / "outputs" / "translation", help="for checkpoints and logs")
+    add("--systems", nargs="+", choices=list(SYSTEMS), default=["flash_seq2seq_tiny", "transformer"])
+    add("--rates", type=float, nargs="+", default=list(RATES), metavar="LR", help="learning rates to try")
+    add("--tuning-epochs", type=int, default=2, metavar="N", help="of a run of the first stage (2)")
+    add("--epochs", type=int, default=12, metavar="N", help="of a final run (12)")
+    add("--updates-per-epoch", type=int, metavar="N", help="fewer than the data give, for a try")
+    add("--max-tokens", type=int, default=2048, metavar="N", help="of a batch, on either side (2048)")
+    add("--dropout", type=float, default=0.3, metavar="P", help="of all systems (0.3)")
+    add("--seed", type=int, default=1)
+    add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--jobs", type=int, default=1, metavar="N", help="runs at a time (1)")
+    options = parser.parse_args(arguments)
+    for name in ("tuning_epochs", "epochs", "max_tokens", "jobs", "updates_per_epoch"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} {value} is not allowed; allowed: 1 or more")
+    if not (options.data / RECORD).is_file():
+        parser.error(f"--data {options.data} has no {RECORD}; give a folder of prepare_translation.py")
+    options.data = options.data.resolve()
+    return options
+
+
+def report(plan: Plan) -> None:
+    """Prints the final rows."""
+    print(f"\n{'system':22} {'parameters':>10} {'lr':>7} {'valid loss':>10} {'BLEU':>6}")
+    for name in plan.options.systems:
+        for row in plan.rows("final", name, plan.options.epochs):
+            numbers = f"{row['parameters']:>10} {row['lr']:>7} {row['valid_loss']:>10} {row['bleu']:>6}"
+            print(f"{name:22} {numbers}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line."""
+    options = parse(arguments)
+    plan = Plan(options)
+    common = dict(
+        commit=commit(),
+        date=date.today().isoformat(),
+        python=sys.version.split()[0],
+        torch=torch.__version__,
+        fairseq=version("ve-fairseq"),
+        sacrebleu=version("sacrebleu"),
+        device=device_name(options.device),
+        jobs=options.jobs,
+    )
+    table = Table(options.output, COLUMNS, KEY, SHOWN, common)
+    print(f"{plan.updates_per_epoch} updates an epoch; rows go to {options.output}", flush=True)
+    carry = partial(carry_out, table=table, folder=options.folder, jobs=options.jobs)
+    carry(list(plan.tuning()))
+    for name in options.systems:
+        print(f"{name}: best learning rate {plan.best_rate(name)}", flush=True)
+    carry(list(plan.final()), keep=True)
+    report(plan)
+
+
+if __name__ == "__main__":
+    main()
