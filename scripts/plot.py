@@ -18,6 +18,7 @@ whiskers reach from the lowest to the highest. Needs matplotlib (pip install -e 
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
@@ -47,7 +48,7 @@ __all__ = ["FIGURES", "draw", "save"]
 RESULTS = Path(__file__).resolve().parent / "results"
 BASE = "flash_lm"  # what the bars are measured from
 #: What rows of a comparison must share in a panel.
-RUNS = ("size", "budget", "data", "device", "dtype", "options", "jobs")
+RUNS = ("size", "budget", "data", "device", "dtype", "options")
 
 
 def draw_generation(rows: Rows) -> plt.Figure:
@@ -109,7 +110,7 @@ def mark_failures(axis: plt.Axes, rows: Rows) -> None:
 
 def draw_curves(rows: Rows, x: str) -> plt.Figure:
     """Loss against the column ``x``, in training and in validation; lines of panels for each length."""
-    settings = cells(rows, ("n", *RUNS))
+    settings = cells(alone(rows) if x == "seconds" else rows, ("n", *RUNS))
     splits = [split for split in ("train", "valid") if any(row["split"] == split for row in rows)]
     figure, axes = panels(len(settings), len(splits))
     figure.set_size_inches(1 + 4.5 * len(splits), 3.4 * len(settings))
@@ -118,10 +119,22 @@ def draw_curves(rows: Rows, x: str) -> plt.Figure:
         look = {"marker": "", "linewidth": 1.2} if split == "train" else {}
         draw_lines(axis, mean_places(own, x), x, "loss", **look)
         axis.set(xlabel=x, ylabel=f"{split} loss, nats a token")
-        axis.set_title(title, fontsize=9)
+        axis.set_title(textwrap.fill(title, 55), fontsize=9)
         zoom(axis)
     legend_below(figure)
     return figure
+
+
+def alone(rows: Rows) -> Rows:
+    """The rows whose speed can be compared.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = [row for row in rows if row.get("jobs", "1") == "1"]
+    if not found:
+        raise ValueError("no run had the machine to itself (--jobs 1), so there is no speed to draw")
+    return found
 
 
 def mean_places(rows: Rows, x: str) -> Rows:
@@ -142,7 +155,7 @@ def zoom(axis: plt.Axes) -> None:
 
 def draw_quality(rows: Rows) -> plt.Figure:
     """Loss against speed, the paper's main figure: a point for each system and length."""
-    settings = cells(finished(rows, "valid_loss"), RUNS)
+    settings = cells(alone(finished(rows, "valid_loss")), RUNS)
     figure, axes = panels(len(settings), 1)
     figure.set_size_inches(8, 5.2 * len(settings))
     for (axis,), (title, own) in zip(axes, settings.items(), strict=True):
@@ -267,7 +280,10 @@ def main(arguments: list[str]) -> None:
         try:
             figure = draw(name, path)
         except ValueError as error:
-            sys.exit(f"plot.py: {error}")
+            if options.figures:
+                sys.exit(f"plot.py: {error}")
+            print(f"{name} is left out: {error}", file=sys.stderr)
+            continue
         for written in save(figure, stem_of(name, path)):
             print(written)
 
