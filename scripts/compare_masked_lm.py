@@ -28,9 +28,8 @@ from typing import NamedTuple
 
 import torch
 from measuring import ROOT, Table, commit, device_name
+from roberta_positions import with_more_positions
 from training_runs import MEASURED, Finished, TrainingRun, carry_out
-
-import fairseq_flash  # noqa: F401  (lets torch read the checkpoints of fairseq's older models)
 
 KEY = ("stage", "n", "lr", "seed", "pretraining", "epochs")
 SCORES = ("valid_perplexity", "valid_accuracy", "test_accuracy")
@@ -181,30 +180,6 @@ class Plan:
 
     def _kept(self, row: dict) -> Path:
         return self.checkpoints / f"{row['name']}-{row['lr']}-{row['pretraining']}.pt"
-
-
-def with_more_positions(path: Path, learned: int, positions: int) -> Path:
-    """Repeats a RoBERTa's learned positions until there are enough for longer rows.
-
-    Args:
-        path: Of the checkpoint.
-        learned: How many positions it has.
-        positions: How many the new one has.
-
-    Returns:
-        The new checkpoint, beside the old one.
-    """
-    target = path.with_name(f"{path.stem}-positions{positions}.pt")
-    if not target.exists():
-        state = torch.load(path, weights_only=True)
-        name = "encoder.sentence_encoder.embed_positions.weight"
-        table = state["model"][name]
-        # fairseq's positions begin behind the index of padding.
-        special, repeated = table[:-learned], table[-learned:].repeat(-(-positions // learned), 1)
-        state["model"][name] = torch.cat((special, repeated[:positions]))
-        torch.save(state, target.with_suffix(".tmp"))
-        target.with_suffix(".tmp").replace(target)
-    return target
 
 
 def last_test_accuracy(log: Path) -> float:
