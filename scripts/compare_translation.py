@@ -47,6 +47,7 @@ SYSTEMS = {
         **{"--encoder-attention-heads": 4, "--decoder-attention-heads": 4},
     },
 }
+SYSTEMS["flash_seq2seq_tiny chunk 128"] = {**SYSTEMS["flash_seq2seq_tiny"], "--chunk-size": 128}
 SYSTEMS["transformer pre-norm"] = {
     **SYSTEMS["transformer"],
     **{"--encoder-normalize-before": "", "--decoder-normalize-before": ""},
