@@ -10,6 +10,7 @@
 Every system gets the same blocks of text in the same order, the same schedule (a tenth of the updates is
 warm-up, then the rate falls to 0), and the same budget: ``1000000tokens``, ``250updates``, or ``5minutes`` of
 training, of which each system makes as many updates as its speed allows, measured beforehand (stage "speed").
+fairseq's transformer_lm gets its norms before the layers, as all others have; it hardly learns otherwise.
 A system without a rate in ``--lr`` first tries those of ``--lr-grid`` (stage "rate"), with the first length,
 the first seed, and ``--lr-budget``, a quarter of the budget.
 
@@ -54,7 +55,7 @@ COLUMNS = (
 CURVES = ("jobs", "name", *SHARED, *RUN, *CURVE_COLUMNS)
 SHOWN = ("name", "stage", "n", "seed", "lr", "tokens_per_second", "valid_loss", "bits_per_byte", "status")
 SYSTEMS = "transformer_lm,transformer_pp_lm,flash_quad_lm,flash_lm"
-GRID = "1e-3,2e-3,4e-3"
+GRID = "1e-3,2e-3,4e-3,8e-3"
 
 
 def forget_failed(path: Path, every: bool) -> None:

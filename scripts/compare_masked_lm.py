@@ -28,9 +28,8 @@ from typing import NamedTuple
 
 import torch
 from measuring import ROOT, Table, commit, device_name
+from roberta_positions import with_more_positions
 from training_runs import MEASURED, Finished, TrainingRun, carry_out
-
-import fairseq_flash  # noqa: F401  (lets torch read the checkpoints of fairseq's older models)
 
 KEY = ("stage", "n", "lr", "seed", "pretraining", "epochs")
 SCORES = ("valid_perplexity", "valid_accuracy", "test_accuracy")
@@ -60,6 +59,7 @@ SYSTEMS = {
     "roberta": System("roberta", ("--arch", "roberta", *_ROBERTA), _LOW, _BOTH),
     "roberta_prenorm": System("roberta", ("--arch", "roberta_prenorm", *_ROBERTA), _HIGH, _BOTH),
 }
+USUAL = [name for name in SYSTEMS if name != "flash_quad_masked_lm"]
 FINE_TUNED = ("flash", "roberta")
 OPTIMIZER = (
     *("--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--weight-decay", "0.01", "--clip-norm", "1.0"),
@@ -83,6 +83,7 @@ class Plan:
                 words = (
                     *(str(self.options.data), "--task", "masked_lm", "--criterion", "masked_lm"),
                     *("--tokens-per-sample", self.options.row, "--max-tokens", self.options.max_tokens),
+                    *("--max-tokens-valid", 8 * self.options.max_tokens),
                     *("--no-epoch-checkpoints", "--no-save-optimizer-state"),
                     *self._common(name, rate, self.options.seeds[0], updates, 0),
                 )
@@ -181,30 +182,6 @@ class Plan:
         return self.checkpoints / f"{row['name']}-{row['lr']}-{row['pretraining']}.pt"
 
 
-def with_more_positions(path: Path, learned: int, positions: int) -> Path:
-    """Repeats a RoBERTa's learned positions until there are enough for longer rows.
-
-    Args:
-        path: Of the checkpoint.
-        learned: How many positions it has.
-        positions: How many the new one has.
-
-    Returns:
-        The new checkpoint, beside the old one.
-    """
-    target = path.with_name(f"{path.stem}-positions{positions}.pt")
-    if not target.exists():
-        state = torch.load(path, weights_only=True)
-        name = "encoder.sentence_encoder.embed_positions.weight"
-        table = state["model"][name]
-        # fairseq's positions begin behind the index of padding.
-        special, repeated = table[:-learned], table[-learned:].repeat(-(-positions // learned), 1)
-        state["model"][name] = torch.cat((special, repeated[:positions]))
-        torch.save(state, target.with_suffix(".tmp"))
-        target.with_suffix(".tmp").replace(target)
-    return target
-
-
 def last_test_accuracy(log: Path) -> float:
     """Per cent of the test split, from the log of a training that validates on it too."""
     return float(json.loads(re.findall(r"\| test \| (\{.*\})", log.read_text())[-1])["test_accuracy"])
@@ -253,7 +230,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--classes", type=Path, help="folder of prepare_classification.py; without, pretraining alone")
     add("--output", type=Path, default=ROOT / "scripts" / "results" / "masked_lm.csv", help="CSV of the runs")
     add("--folder", type=Path, default=ROOT / "outputs" / "masked_lm", help="for checkpoints and logs")
-    add("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS), help="to pretrain")
+    add("--systems", nargs="+", choices=list(SYSTEMS), default=USUAL, help="to pretrain (all but one)")
     add("--pretraining-rates", type=float, nargs="+", help="of every system (its own grid)")
     add("--row", type=int, default=512, help="tokens of a row in pretraining")
     add("--tokens", type=int, default=2_000_000, help="of a pretraining")
@@ -262,7 +239,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--epochs", type=int, default=10, help="of a fine-tuning")
     add("--batch-size", type=int, default=8, help="of a fine-tuning")
     add("--dropout", type=float, default=0.1, help="of a fine-tuning; pretraining has none")
-    add("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3, 3e-3], help="of a fine-tuning")
+    add("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3], help="of a fine-tuning")
     add("--seeds", type=int, nargs="+", default=[1, 2, 3])
     add("--valid-batches", type=int, default=0, help="at most so many in a validation (all)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import logging
 import statistics
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,7 +16,8 @@ TITLE = "Language models compared"
 ABOUT = """Loss is in nats per token on the validation split: the mean over seeds, with the lowest and the
 highest in brackets. "tie": the ranges over seeds overlap. "one seed": what a difference is worth cannot be
 told from one seed. Bold: the best loss, and what ties with it. Speed is that of training, the median over the
-run; with several runs at a time (jobs), speeds cannot be compared."""
+run; with several runs at a time (jobs), speeds cannot be compared. transformer_lm is fairseq's own, with its
+norms before the layers; all options are in the commands below."""
 FIGURES = {
     "quality": "Loss against training speed: down and right is better",
     "tokens": "Loss against tokens (during training, validation is on the first tokens of the split)",
@@ -97,6 +99,8 @@ def write(path: Path, comparison: Comparison) -> list[Path]:
 def figures(comparison: Comparison) -> dict[str, bytes]:
     """The figures as PNG, by name; none where matplotlib is not installed or no run succeeded."""
     rows = succeeded(comparison.rows)
+    # Where fairseq is imported, everyone's debugging is on.
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
     try:
         import plot
     except ImportError:

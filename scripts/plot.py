@@ -10,6 +10,7 @@
     seconds     comparison_curves.csv   loss against seconds
     quality     comparison.csv          loss against training speed
     ablation    comparison.csv          loss of each system against flash_lm's, as bars
+    factors     ablation.csv            loss with one choice changed against that without, as bars
 
 A system has the same colour and marker in every figure. Lines and bars are means over seeds; bands and
 whiskers reach from the lowest to the highest. Needs matplotlib (pip install -e ".[plot]").
@@ -17,6 +18,7 @@ whiskers reach from the lowest to the highest. Needs matplotlib (pip install -e 
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
@@ -27,15 +29,18 @@ import matplotlib.pyplot as plt
 from plot_style import (
     Rows,
     cells,
+    draw_bars,
     draw_lines,
     finished,
     legend_below,
+    losses_by,
     panels,
     plain_log,
     read,
     shared,
     style,
     values,
+    whiskers,
 )
 
 __all__ = ["FIGURES", "draw", "save"]
@@ -43,7 +48,7 @@ __all__ = ["FIGURES", "draw", "save"]
 RESULTS = Path(__file__).resolve().parent / "results"
 BASE = "flash_lm"  # what the bars are measured from
 #: What rows of a comparison must share in a panel.
-RUNS = ("size", "budget", "data", "device", "dtype", "options", "jobs")
+RUNS = ("size", "budget", "data", "device", "dtype", "options")
 
 
 def draw_generation(rows: Rows) -> plt.Figure:
@@ -105,7 +110,7 @@ def mark_failures(axis: plt.Axes, rows: Rows) -> None:
 
 def draw_curves(rows: Rows, x: str) -> plt.Figure:
     """Loss against the column ``x``, in training and in validation; lines of panels for each length."""
-    settings = cells(rows, ("n", *RUNS))
+    settings = cells(alone(rows) if x == "seconds" else rows, ("n", *RUNS))
     splits = [split for split in ("train", "valid") if any(row["split"] == split for row in rows)]
     figure, axes = panels(len(settings), len(splits))
     figure.set_size_inches(1 + 4.5 * len(splits), 3.4 * len(settings))
@@ -114,10 +119,22 @@ def draw_curves(rows: Rows, x: str) -> plt.Figure:
         look = {"marker": "", "linewidth": 1.2} if split == "train" else {}
         draw_lines(axis, mean_places(own, x), x, "loss", **look)
         axis.set(xlabel=x, ylabel=f"{split} loss, nats a token")
-        axis.set_title(title, fontsize=9)
+        axis.set_title(textwrap.fill(title, 55), fontsize=9)
         zoom(axis)
     legend_below(figure)
     return figure
+
+
+def alone(rows: Rows) -> Rows:
+    """The rows whose speed can be compared.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = [row for row in rows if row.get("jobs", "1") == "1"]
+    if not found:
+        raise ValueError("no run had the machine to itself (--jobs 1), so there is no speed to draw")
+    return found
 
 
 def mean_places(rows: Rows, x: str) -> Rows:
@@ -138,7 +155,7 @@ def zoom(axis: plt.Axes) -> None:
 
 def draw_quality(rows: Rows) -> plt.Figure:
     """Loss against speed, the paper's main figure: a point for each system and length."""
-    settings = cells(finished(rows, "valid_loss"), RUNS)
+    settings = cells(alone(finished(rows, "valid_loss")), RUNS)
     figure, axes = panels(len(settings), 1)
     figure.set_size_inches(8, 5.2 * len(settings))
     for (axis,), (title, own) in zip(axes, settings.items(), strict=True):
@@ -153,7 +170,7 @@ def draw_quality(rows: Rows) -> plt.Figure:
                 axis.annotate(point[0]["n"], at, xytext=(7, 5), textcoords="offset points", fontsize=9)
         plain_log(axis, "training, tokens a second", y=False)
         axis.set_ylabel("loss, nats a token")
-        axis.set_title(f"{title}\nnumbers: tokens a row; better is down and right")
+        axis.set_title(f"{title}\nnumbers: tokens a row; better is down and right", fontsize=10)
         axis.grid(alpha=0.3)
     legend_below(figure)
     return figure
@@ -164,33 +181,30 @@ def numbers(rows: Rows, column: str) -> list[float]:
     return [float(row[column]) for row in rows]
 
 
-def whiskers(groups: list[list[float]]) -> list[list[float]]:
-    """How far each group reaches below and above its mean."""
-    return [[abs(pick(group) - mean(group)) for group in groups] for pick in (min, max)]
-
-
 def draw_ablation(rows: Rows) -> plt.Figure:
     """Bars of each system's loss against that of flash_lm, or of the best where that is missing."""
     settings = cells(finished(rows, "valid_loss"), ("n", *RUNS))
-    figure, axes = panels(len(settings), 1)
-    figure.set_size_inches(9, sum(1.6 + 0.4 * len(values(own, "name")) for own in settings.values()))
-    for (axis,), (title, own) in zip(axes, settings.items(), strict=True):
-        names = values(own, "name")
-        losses = {name: numbers([r for r in own if r["name"] == name], "valid_loss") for name in names}
-        order = sorted(names, key=lambda name: mean(losses[name]), reverse=True)
-        base = BASE if BASE in losses else order[-1]
-        for place, name in enumerate(order):
-            found = losses[name]
-            colour = style(name, names)["color"]
-            height = mean(found) - mean(losses[base])
-            reach = whiskers([found]) if len(found) > 1 else None
-            axis.barh(place, height, xerr=reach, color=colour, capsize=3, height=0.7)
-            text = f"{mean(found):.3f} ({len(found)})"
-            axis.text(1.01, place, text, va="center", transform=axis.get_yaxis_transform())
-        axis.set(yticks=range(len(order)), yticklabels=order, title=title)
-        axis.set_xlabel(f"loss less that of {base}, nats a token (beside: the loss, of how many seeds)")
-        axis.axvline(0, color="black", linewidth=0.8)
-        axis.grid(alpha=0.3, axis="x")
+    losses = {title: losses_by(own, "name") for title, own in settings.items()}
+    figure, axes = panels(len(losses), 1, [4 + len(found) for found in losses.values()])
+    for (axis,), (title, found) in zip(axes, losses.items(), strict=True):
+        base = BASE if BASE in found else min(found, key=lambda name: mean(found[name]))
+        order = sorted(found, key=lambda name: mean(found[name]), reverse=True)
+        colours = {name: style(name, order)["color"] for name in order}
+        draw_bars(axis, {name: found[name] for name in order}, base, colours)
+        axis.set_title(title, loc="left", fontsize=9)
+    return figure
+
+
+def draw_factors(rows: Rows) -> plt.Figure:
+    """Bars of one choice changed at a time, against the base that it was changed in."""
+    good = [row for row in finished(rows, "valid_loss") if row["stage"] == "factor"]
+    bases = cells(good, ("base", "n", "budget", "device"))
+    changes = {title: losses_by(own, "factor", "value") for title, own in bases.items()}
+    figure, axes = panels(len(bases), 1, [4 + len(found) for found in changes.values()])
+    for (axis,), (title, found) in zip(axes, changes.items(), strict=True):
+        found = {key or "unchanged": losses for key, losses in sorted(found.items(), reverse=True)}
+        draw_bars(axis, found, "unchanged", dict.fromkeys(found, "#0072B2"))
+        axis.set_title(title, loc="left", fontsize=9)
     return figure
 
 
@@ -212,6 +226,7 @@ FIGURES = {
     ),
     "quality": Source("comparison.csv", ("name", "n", "valid_loss", "tokens_per_second"), draw_quality),
     "ablation": Source("comparison.csv", ("name", "n", "valid_loss"), draw_ablation),
+    "factors": Source("ablation.csv", ("base", "factor", "value", "valid_loss"), draw_factors),
 }
 
 
@@ -265,7 +280,10 @@ def main(arguments: list[str]) -> None:
         try:
             figure = draw(name, path)
         except ValueError as error:
-            sys.exit(f"plot.py: {error}")
+            if options.figures:
+                sys.exit(f"plot.py: {error}")
+            print(f"{name} is left out: {error}", file=sys.stderr)
+            continue
         for written in save(figure, stem_of(name, path)):
             print(written)
 

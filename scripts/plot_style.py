@@ -1,12 +1,12 @@
 """What all figures share: one look a system, lines with bands over seeds, and rows of a CSV file."""
 
 import csv
-import logging
 import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
+from typing import Optional
 
 import matplotlib
 
@@ -15,12 +15,9 @@ import matplotlib.pyplot as plt
 from matplotlib import ticker
 
 __all__ = [
-    *("Rows", "cells", "draw_lines", "finished", "legend_below", "panels", "plain_log", "read", "shared"),
-    *("style", "values"),
+    *("Rows", "cells", "draw_bars", "draw_lines", "finished", "legend_below", "losses_by", "panels"),
+    *("plain_log", "read", "shared", "style", "values", "whiskers"),
 ]
-
-# Where fairseq is imported too, everyone's debugging is on.
-logging.getLogger("matplotlib").setLevel(logging.WARNING)
 
 #: Okabe and Ito's palette, told apart by every eye; the markers without colours as well.
 STYLES = {
@@ -61,7 +58,7 @@ def _without_size(name: str) -> str:
 
 
 def read(path: Path, columns: Iterable[str]) -> Rows:
-    """The rows of a CSV file; of a comparison, not those that only looked for a learning rate.
+    """The rows of a CSV file; of a comparison, not those that only looked for a speed or a learning rate.
 
     Raises:
         ValueError: it is missing, empty, or lacks one of ``columns``.
@@ -73,7 +70,7 @@ def read(path: Path, columns: Iterable[str]) -> Rows:
     missing = [column for column in columns if not rows or column not in rows[0]]
     if missing:
         raise ValueError(f"{path} has no rows with {', '.join(missing)}; allowed: what a measurement writes")
-    return [row for row in rows if row.get("stage", "final") == "final"]
+    return [row for row in rows if row.get("stage") not in ("speed", "rate")]
 
 
 def finished(rows: Rows, quantity: str) -> Rows:
@@ -130,10 +127,13 @@ def _readable(value: str) -> str:
     return f"{int(budget[1]):,} {budget[2]}" if budget else value
 
 
-def panels(lines: int, columns: int) -> tuple[plt.Figure, list[list[plt.Axes]]]:
-    """An empty figure of several panels, line by line."""
-    size = (4 * columns, max(3.2, 2.6 * lines))
-    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+def panels(
+    lines: int, columns: int, bars: Optional[list[int]] = None
+) -> tuple[plt.Figure, list[list[plt.Axes]]]:
+    """An empty figure of several panels, line by line; each high enough for its number of ``bars``."""
+    size = (4 * columns, max(3.2, 2.6 * lines)) if bars is None else (9, 0.36 * sum(bars))
+    options = {"figsize": size, "height_ratios": bars, "squeeze": False, "layout": "constrained"}
+    figure, axes = plt.subplots(lines, columns, **options)
     return figure, axes.tolist()
 
 
@@ -191,3 +191,31 @@ def draw_lines(axis: plt.Axes, rows: Rows, x: str, y: str, unit: float = 1.0, **
             band = [min(group) for group in found], [max(group) for group in found]
             axis.fill_between(places, *band, color=own["color"], alpha=0.2, linewidth=0)
     axis.grid(alpha=0.3)
+
+
+def losses_by(rows: Rows, *keys: str) -> dict[str, list[float]]:
+    """The losses of rows that have the same words in ``keys``, by these words."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        words = ": ".join(filter(None, (row[key] for key in keys)))
+        found.setdefault(words, []).append(float(row["valid_loss"]))
+    return found
+
+
+def draw_bars(axis: plt.Axes, losses: dict[str, list[float]], base: str, colours: dict[str, str]) -> None:
+    """Bars of mean losses less that of ``base``, from below; the means and numbers of seeds beside them."""
+    for place, (name, found) in enumerate(losses.items()):
+        height = mean(found) - mean(losses[base])
+        reach = whiskers([found]) if len(found) > 1 else None
+        axis.barh(place, height, xerr=reach, color=colours[name], capsize=3, height=0.7)
+        text = f"{mean(found):.3f} ({len(found)})"
+        axis.text(1.01, place, text, va="center", transform=axis.get_yaxis_transform())
+    axis.set(yticks=range(len(losses)), yticklabels=losses)
+    axis.set_xlabel(f"loss less that of {base}, nats a token (beside: the loss, of how many seeds)")
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.grid(alpha=0.3, axis="x")
+
+
+def whiskers(groups: list[list[float]]) -> list[list[float]]:
+    """How far each group reaches below and above its mean, as matplotlib takes it."""
+    return [[abs(pick(group) - mean(group)) for group in groups] for pick in (min, max)]

@@ -1,8 +1,9 @@
 """The systems that are compared, at sizes of equal parameters, as options of fairseq-train."""
 
 from fairseq.models import ARCH_MODEL_REGISTRY
+from fairseq.models.transformer_lm import TransformerLanguageModel
 
-import fairseq_flash  # noqa: F401
+from fairseq_flash.models.flash_lm import FlashLanguageModel
 
 __all__ = ["BASELINE", "SIZES", "architecture", "check_systems", "language_models"]
 
@@ -48,9 +49,12 @@ def architecture(system: str, size: str) -> list[str]:
 def language_models(size: str) -> list[str]:
     """What :func:`architecture` takes as a system of that size."""
     ending = SIZES[size]
-    whole = [name for name in ARCH_MODEL_REGISTRY if name.endswith("_lm" + ending)]
-    own = {name.removesuffix(ending) for name in whole if name.startswith(("flash_", "transformer_", "mc_"))}
-    return sorted(own | {BASELINE})
+    whole = [
+        name
+        for name, model in ARCH_MODEL_REGISTRY.items()
+        if name.endswith(f"_lm{ending}") and issubclass(model, (FlashLanguageModel, TransformerLanguageModel))
+    ]
+    return sorted({name.removesuffix(ending) for name in whole} | {BASELINE})
 
 
 def check_systems(systems: list[str], size: str) -> None:

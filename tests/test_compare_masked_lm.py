@@ -91,7 +91,7 @@ def test_the_best_successful_checkpoint_of_each_kind_is_fine_tuned(plan):
     runs = list(plan.rates())
     assert {run.row["name"] for run in runs} == {"flash_masked_lm", "roberta_prenorm"}
     assert {(run.row["n"], run.row["lr"]) for run in runs} == {
-        (n, rate) for n in (2048, 512) for rate in (1e-4, 3e-4, 1e-3, 3e-3)
+        (n, rate) for n in (2048, 512) for rate in (1e-4, 3e-4, 1e-3)
     }
     files = {(run.row["name"], run.row["n"]): option(run, "--restore-file").split("/")[-1] for run in runs}
     assert files == {
@@ -122,7 +122,8 @@ def test_a_checkpoint_that_is_gone_and_a_kind_without_success_are_named(plan):
 def test_every_system_is_pretrained_with_each_of_its_rates_on_the_same_tokens(compare, plan):
     plan.options.tokens = 2_000_000
     runs = list(plan.pretraining())
-    expected = {(name, rate) for name, system in compare.SYSTEMS.items() for rate in system.rates}
+    names = ("flash_masked_lm", "roberta", "roberta_prenorm")
+    expected = {(name, rate) for name in names for rate in compare.SYSTEMS[name].rates}
     assert {(run.row["name"], run.row["lr"]) for run in runs} == expected
     assert {run.updates for run in runs} == {-(-2_000_000 // 4096)}
     assert len({option(run, "--seed") for run in runs}) == 1

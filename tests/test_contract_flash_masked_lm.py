@@ -1,9 +1,9 @@
 """Proves the contract of flash_masked_lm from outside: fairseq builds it and calls it; float64.
 
 Every weight is drawn large, so that each branch, bias and norm matters. Tolerances are multiples of the
-machine epsilon, relative to the largest value; the largest errors measured were 15 epsilon for outputs, and
-860 for gradients and 11 of the narrow type's in half precision, both in the global kind, whose undivided sums
-grow (235 and 5 in all others).
+machine epsilon, relative to the largest value; the largest errors measured were 23 epsilon for outputs, 860
+for gradients (of the global kind, whose undivided sums grow; 320 of the others), and in half precision 12 of
+the narrow type's for the few numbers of a class, 5 for all others.
 """
 
 import copy
@@ -31,9 +31,12 @@ SIZES = (
 QUADRATIC = ("--attention", "quadratic")
 KINDS = {
     "mixed_chunk": ("--linear-norm", "mean"),
-    "mixed_chunk chunk": ("--linear-norm", "chunk", "--scaled-sin", "--untie-weights-roberta"),
+    "mixed_chunk table": (
+        *("--relative-bias", "toeplitz", "--linear-norm", "chunk", "--scaled-sin"),
+        "--untie-weights-roberta",
+    ),
     "mixed_chunk rotary scalenorm": ("--relative-bias", "rotary", "--norm", "scalenorm"),
-    "local": ("--attention", "local"),
+    "local": ("--attention", "local", "--relative-bias", "toeplitz"),
     "global": ("--attention", "global", "--linear-norm", "chunk"),
     "global mean rmsnorm": ("--attention", "global", "--linear-norm", "mean", "--norm", "rmsnorm"),
     "quadratic": (*QUADRATIC, "--scaled-sin"),

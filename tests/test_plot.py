@@ -52,6 +52,13 @@ def generation():
             yield {**COMMON, **row, "median_ms": n, "state_bytes": n, "peak_memory": n, "torch": "2.13"}
 
 
+def ablation():
+    for value, loss in (("", 5.0), ("0.1", 5.1), ("0.3", 4.9)):
+        row = {"base": "flash_lm", "factor": "gamma" if value else "", "value": value, **COMMON, "n": 512}
+        yield {**row, "stage": "factor", "seed": 1, "valid_loss": loss}
+    yield {**row, "stage": "learning rate", "seed": 1, "valid_loss": 9}
+
+
 @pytest.fixture
 def results(tmp_path):
     """A folder of measurements of three systems, one of them unknown."""
@@ -60,6 +67,7 @@ def results(tmp_path):
         ("comparison_curves", curves()),
         ("training", training()),
         ("generation", generation()),
+        ("ablation", ablation()),
     ):
         write(tmp_path / f"{name}.csv", list(rows))
     return tmp_path
@@ -75,6 +83,7 @@ def test_every_figure_becomes_a_png_and_an_svg(results):
     stems = [
         "generation",
         "training",
+        "ablation",
         *(f"comparison_{f}" for f in ("tokens", "seconds", "quality", "ablation")),
     ]
     assert set(written) == {f"{stem}.{end}" for stem in stems for end in ("png", "svg")}
@@ -110,6 +119,13 @@ def test_bars_are_differences_from_flash_lm(results):
     bars = {bar.get_facecolor(): bar.get_width() for bar in figure.axes[0].patches}
     assert len(bars) == len(SYSTEMS), "two systems share a colour"
     assert sorted(bars.values()) == pytest.approx([0.0, 0.1, 0.2])
+
+
+def test_factors_are_differences_from_what_is_unchanged(results):
+    (axis,) = plot.draw("factors", results / "ablation.csv").axes
+    bars = dict(zip((label.get_text() for label in axis.get_yticklabels()), axis.patches, strict=True))
+    widths = {label: bar.get_width() for label, bar in bars.items()}
+    assert widths == pytest.approx({"gamma: 0.3": -0.1, "gamma: 0.1": 0.1, "unchanged": 0.0})
 
 
 def test_failed_runs_and_searches_for_a_rate_are_left_out(results):

@@ -70,6 +70,7 @@ def test_parameters_are_those_of_fairseqs_transformer_within_five_percent(task, 
         assert abs(found / expected - 1) <= 0.05, f"{system}{size}: {found} and {expected}"
 
 
-def test_the_papers_settings_change_no_size(task):
-    scaled_sin = 1
-    assert ours("flash_lm_paper", task, True) == ours("flash_lm", task, True) + scaled_sin
+def test_the_papers_settings_change_the_size_by_their_positions_alone(task):
+    scaled_sin, tables, rotary_biases = 1, 12 * (2 * 256 - 1), 12 * 2 * 128
+    found = ours("flash_lm_paper", task, True)
+    assert found == ours("flash_lm", task, True) + scaled_sin + tables - rotary_biases

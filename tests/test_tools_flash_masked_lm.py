@@ -279,6 +279,18 @@ def test_a_fine_tuned_checkpoint_predicts_what_validation_counted(fine_tuned, la
     assert hub.fill_mask("the <mask> of")
 
 
+def test_a_head_that_only_the_checkpoint_has_is_there_in_the_interface(hub, pretrained, data_bin, tmp_path):
+    hub.register_classification_head("extra", num_classes=3, inner_dim=5)
+    head = hub.model.classification_heads["extra"].state_dict()
+    state = torch.load(pretrained)
+    state["model"].update({f"classification_heads.extra.{name}": tensor for name, tensor in head.items()})
+    torch.save(state, tmp_path / "with_head.pt")
+    loaded = FlashMaskedLM.from_pretrained(str(tmp_path), "with_head.pt", str(data_bin), bpe=None)
+    tokens = hub.encode("if the value")
+    with torch.no_grad():
+        assert torch.equal(loaded.predict("extra", tokens), hub.predict("extra", tokens))
+
+
 def test_a_missing_sentencepiece_model_is_named(pretrained, data_bin):
     with pytest.raises(ValueError, match=r"no sentencepiece.bpe.model in .*bpe=None"):
         FlashMaskedLM.from_pretrained(str(pretrained.parent), pretrained.name, str(data_bin))

@@ -1,6 +1,6 @@
 """Numbers about the layers during training, through fairseq's metrics: to TensorBoard and to its log."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Optional
 
 import torch
@@ -18,12 +18,12 @@ PIECE = 256
 PRIORITY = 3000  # places the numbers behind fairseq's own in a line of the log
 
 
-def watch_layers(model: nn.Module, layers: dict[str, nn.Module], interval: int) -> None:
+def watch_layers(model: nn.Module, layers: Iterable[nn.Module], interval: int) -> None:
     """Lets a model report on its layers while it trains.
 
     Args:
         model: Called by fairseq's criterion; gets an attribute ``diagnostics``.
-        layers: Its layers, by the name under which each is reported.
+        layers: Its layers, reported as ``layer0`` and so on.
         interval: Updates between two reports; 0 for none, which leaves the model as it is.
 
     Raises:
@@ -32,7 +32,8 @@ def watch_layers(model: nn.Module, layers: dict[str, nn.Module], interval: int) 
     if interval < 0:
         raise ValueError(f"--diagnostics-interval {interval} is not allowed; allowed: 0 (off) or more")
     if interval > 0:
-        model.diagnostics = Diagnostics(layers, interval)
+        names = {f"layer{index}": layer for index, layer in enumerate(layers)}
+        model.diagnostics = Diagnostics(names, interval)
         model.register_forward_pre_hook(model.diagnostics.begin)
         model.register_forward_hook(model.diagnostics.end, always_call=True)
 

@@ -9,7 +9,7 @@ from fairseq.models import FairseqEncoder
 from torch import nn
 
 from fairseq_flash.models._config import FlashConfig, build_block
-from fairseq_flash.models.flash_lm import NO_MAXIMUM
+from fairseq_flash.models.flash_lm import NO_MAXIMUM, adopt_n_ref
 from fairseq_flash.modules import Stack, build_norm
 
 __all__ = ["FlashEncoder", "FlashMaskedLMConfig", "MaskedLMHead"]
@@ -148,10 +148,8 @@ class FlashEncoder(FairseqEncoder):
                 f"the checkpoint's dictionary has {len(stored)} words, the data's {len(self.dictionary)}, "
                 "with <mask>; allowed: data prepared with the dict.txt that the checkpoint was trained with"
             )
-        for index, block in enumerate(self.stack.blocks):
-            stored = state_dict.get(f"{name}.stack.blocks.{index}.n_ref")
-            if stored is not None and self.n_ref_is_default and block.attention == "quadratic":
-                block.set_n_ref(int(stored))
+        if self.n_ref_is_default:
+            adopt_n_ref(self.stack, state_dict, f"{name}.stack")
         return state_dict
 
 

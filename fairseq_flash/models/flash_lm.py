@@ -229,8 +229,7 @@ class FlashLanguageModel(FairseqLanguageModel):
         """
         embed_tokens = _build_embedding(cfg, task.source_dictionary)
         model = cls(FlashDecoder(cfg, task.target_dictionary, embed_tokens, _resolve_n_ref(cfg, task)))
-        layers = {f"layer{index}": block for index, block in enumerate(model.decoder.stack.blocks)}
-        watch_layers(model, layers, cfg.diagnostics_interval)
+        watch_layers(model, model.decoder.stack.blocks, cfg.diagnostics_interval)
         return model
 
 

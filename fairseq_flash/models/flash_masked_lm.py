@@ -10,6 +10,7 @@ from fairseq.models.roberta.model import RobertaClassificationHead
 from torch import nn
 
 from fairseq_flash.models._config import fill_preset
+from fairseq_flash.models._diagnostics import watch_layers
 from fairseq_flash.models._masked_lm_encoder import FlashEncoder, FlashMaskedLMConfig
 from fairseq_flash.models._masked_lm_hub import FlashHubInterface, find_sentencepiece
 from fairseq_flash.models._systems import masked_lm_architectures
@@ -39,7 +40,9 @@ class FlashMaskedLM(FairseqEncoderModel):
         Raises:
             ValueError: an option has a value that is not allowed, or would have no effect.
         """
-        return cls(cfg, FlashEncoder(cfg, task.source_dictionary, _resolve_n_ref(cfg, task)))
+        model = cls(cfg, FlashEncoder(cfg, task.source_dictionary, _resolve_n_ref(cfg, task)))
+        watch_layers(model, model.encoder.stack.blocks, cfg.diagnostics_interval)
+        return model
 
     def forward(
         self,

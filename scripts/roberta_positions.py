@@ -1,0 +1,33 @@
+"""Gives a trained RoBERTa positions for longer rows than it has seen."""
+
+from pathlib import Path
+
+import torch
+
+import fairseq_flash  # noqa: F401  (lets torch read the checkpoints of fairseq's older models)
+
+__all__ = ["with_more_positions"]
+
+
+def with_more_positions(path: Path, learned: int, positions: int) -> Path:
+    """Repeats a RoBERTa's learned positions until there are enough for longer rows.
+
+    Args:
+        path: Of the checkpoint.
+        learned: How many positions it has.
+        positions: How many the new one has.
+
+    Returns:
+        The new checkpoint, beside the old one.
+    """
+    target = path.with_name(f"{path.stem}-positions{positions}.pt")
+    if not target.exists():
+        state = torch.load(path, weights_only=True)
+        name = "encoder.sentence_encoder.embed_positions.weight"
+        table = state["model"][name]
+        # fairseq's positions begin behind the index of padding.
+        special, repeated = table[:-learned], table[-learned:].repeat(-(-positions // learned), 1)
+        state["model"][name] = torch.cat((special, repeated[:positions]))
+        torch.save(state, target.with_suffix(".tmp"))
+        target.with_suffix(".tmp").replace(target)
+    return target
