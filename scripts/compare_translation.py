@@ -5,8 +5,8 @@
 Two stages, each run once, in one CSV; the same command goes on where it ended. "learning rate": every system
 with each rate, for a few epochs. "final": every system at the rate that had the lowest validation loss, for
 all epochs; then fairseq-generate translates the test split (beam 5, the last checkpoint), and sacrebleu
-compares the text with the reference. A run that fails is a row with its error. With --jobs above 1, runs
-share the device: their seconds cannot be compared.
+compares the text with the reference. A run that fails is a row with its error. Final runs have the device to
+themselves, unless --final-jobs says otherwise: seconds of runs with more than one job cannot be compared.
 """
 
 import argparse
@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import date
-from functools import partial
 from pathlib import Path
 
 import fairseq
@@ -47,6 +46,7 @@ SYSTEMS = {
         **{"--encoder-attention-heads": 4, "--decoder-attention-heads": 4},
     },
 }
+SYSTEMS["flash_seq2seq_tiny chunk 128"] = {**SYSTEMS["flash_seq2seq_tiny"], "--chunk-size": 128}
 SYSTEMS["transformer pre-norm"] = {
     **SYSTEMS["transformer"],
     **{"--encoder-normalize-before": "", "--decoder-normalize-before": ""},
@@ -78,10 +78,11 @@ class Plan:
         """Every system at its best rate, scored."""
         for name in self.options.systems:
             rate = self.best_rate(name)
-            if rate is None:
-                print(f"{name}: no learning rate succeeded; see the status in {self.options.output}")
-            else:
+            if rate is not None:
+                print(f"{name}: best learning rate {rate}", flush=True)
                 yield self._run(name, "final", rate, self.options.epochs, self._score)
+            else:
+                print(f"{name}: no learning rate succeeded; see the status in {self.options.output}")
 
     def best_rate(self, name: str) -> float | None:
         """The rate with the lowest validation loss; None if no run succeeded."""
@@ -203,9 +204,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--dropout", type=float, default=0.3, metavar="P", help="of all systems (0.3)")
     add("--seed", type=int, default=1)
     add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--jobs", type=int, default=1, metavar="N", help="runs at a time (1)")
+    add("--jobs", type=int, default=1, metavar="N", help="runs at a time in the first stage (1)")
+    add("--final-jobs", type=int, default=1, metavar="N", help="final runs at a time (1)")
     options = parser.parse_args(arguments)
-    for name in ("tuning_epochs", "epochs", "max_tokens", "jobs", "updates_per_epoch"):
+    for name in ("tuning_epochs", "epochs", "max_tokens", "jobs", "final_jobs", "updates_per_epoch"):
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} {value} is not allowed; allowed: 1 or more")
@@ -236,15 +238,11 @@ def main(arguments: list[str] | None = None) -> None:
         fairseq=fairseq.__version__,
         sacrebleu=sacrebleu.__version__,
         device=device_name(options.device),
-        jobs=options.jobs,
     )
-    table = Table(options.output, COLUMNS, KEY, SHOWN, common)
     print(f"{plan.updates_per_epoch} updates an epoch; rows go to {options.output}", flush=True)
-    carry = partial(carry_out, table=table, folder=options.folder, jobs=options.jobs)
-    carry(list(plan.tuning()))
-    for name in options.systems:
-        print(f"{name}: best learning rate {plan.best_rate(name)}", flush=True)
-    carry(list(plan.final()), keep=True)
+    for stage, jobs in ((plan.tuning, options.jobs), (plan.final, options.final_jobs)):
+        table = Table(options.output, COLUMNS, KEY, SHOWN, {**common, "jobs": jobs})
+        carry_out(list(stage()), table, options.folder, jobs=jobs, keep=stage == plan.final)
     report(plan)
 
 
