@@ -78,6 +78,7 @@ def prepare_host() -> None:
     _accept_blank_prompts()
     _keep_every_batch()
     _name_unusable_splits()
+    _join_byte_pieces()
     _shorten_config_dump()
 
 
@@ -412,6 +413,37 @@ def _name_unusable_splits() -> None:
         return healed
 
     _wrap(LanguageModelingTask, "load_dataset", heal)
+
+
+def _join_byte_pieces() -> None:
+    """Shows characters that sentencepiece wrote as bytes, ``<0xC3> <0xA9>``, as the characters they are.
+
+    Wherever fairseq turns pieces into text: ``--bpe sentencepiece`` and ``--remove-bpe sentencepiece``.
+    """
+    from fairseq.data import data_utils
+    from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE
+
+    def healed_decode(decode: Callable) -> Callable:
+        return lambda self, pieces: decode(self, _without_byte_pieces(pieces))
+
+    def healed_post_process(post_process: Callable) -> Callable:
+        def healed(sentence: str, symbol: str) -> str:
+            if symbol == "sentencepiece":
+                sentence = _without_byte_pieces(sentence)
+            return post_process(sentence, symbol)
+
+        return healed
+
+    _wrap(SentencepieceBPE, "decode", healed_decode)
+    _wrap(data_utils, "post_process", healed_post_process)
+
+
+def _without_byte_pieces(pieces: str) -> str:
+    def joined(found: re.Match) -> str:
+        # Only a whole piece is a byte: a text's own "<0x41>" is split into others.
+        return bytes.fromhex(re.sub(r"<0x|>| ", "", found[0])).decode(errors="replace")
+
+    return re.sub(r"(?<![^ ])<0x[0-9A-F]{2}>(?: <0x[0-9A-F]{2}>)*(?![^ ])", joined, pieces)
 
 
 def _shorten_config_dump() -> None:

@@ -19,12 +19,12 @@ from statistics import mean
 from typing import NamedTuple, Optional
 
 import torch
-from measuring import ROOT, Table, commit, device_name
+from measuring import ROOT, Table, commit, data_name, device_name, precision
 from systems import PRE_NORM, architecture
 from training_runs import CURVE_COLUMNS, MEASURED, Finished, TrainingRun, carry_out
 
-KEY = ("stage", "base", "factor", "value", "lr", "seed", "n", "budget")
-COLUMNS = ("commit", "date", "device", "torch", "jobs", "name", *KEY, *MEASURED)
+KEY = ("data", "stage", "base", "factor", "value", "lr", "seed", "n", "budget")
+COLUMNS = ("commit", "date", "device", "torch", "dtype", "jobs", "name", *KEY, *MEASURED)
 CURVES = ("name", *KEY, *CURVE_COLUMNS)
 SHOWN = ("name", "factor", "value", "lr", "seed", "valid_loss", "status")
 
@@ -174,13 +174,13 @@ class Plan:
     """Makes runs from the command line's options, and reads what earlier ones found."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
+        self.options, self.data = options, data_name(options.data)
 
     def run(self, name: str, words: dict, budget: int, **row: object) -> TrainingRun:
         """A training of ``budget`` tokens: one in ten updates is warm-up, then the rate falls to 0."""
         updates = max(1, math.ceil(budget / TOKENS_PER_UPDATE))
-        row = {"name": name, **{key: "" for key in KEY}, **row, "n": self.options.tokens_per_sample}
-        row["budget"] = budget
+        row = {"name": name, **{key: "" for key in KEY}, **row, "data": self.data, "budget": budget}
+        row["n"] = self.options.tokens_per_sample
         plugin = "scripts/ablation" if words["--arch"] == "flash_ablation_lm" else "fairseq_flash"
         recipe = {
             **{"--user-dir": ROOT / plugin, "--task": "language_modeling", "--tokens-per-sample": row["n"]},
@@ -268,6 +268,7 @@ class Plan:
         """Successful rows of stages, each with its ``loss``; one that is not finite counts as infinite."""
         with self.options.output.open(newline="") as stream:
             rows = [row for row in csv.DictReader(stream) if row["stage"] in stages and row["status"] == "ok"]
+        rows = [row for row in rows if row["data"] == self.data]
         for row in rows:
             loss = float(row["valid_loss"])
             row["loss"] = loss if math.isfinite(loss) else math.inf
@@ -376,6 +377,7 @@ def main(arguments: list[str] | None = None) -> None:
         date=date.today().isoformat(),
         device=device_name(options.device),
         torch=torch.__version__,
+        dtype=precision("float32", options.device),
         jobs=options.jobs,
     )
     table = Table(options.output, COLUMNS, KEY, SHOWN, common)

@@ -39,12 +39,17 @@ from typing import Optional
 import comparison_report
 import torch
 from comparison_plan import EVALUATED, Budget, Plan, rows_of
-from measuring import ROOT, Table, commit, device_name, drop_torn_line
+from measuring import ROOT, Table, commit, data_name, device_name, drop_torn_line, precision
 from systems import SIZES, check_systems
 from train_process import locked
 from training_runs import CURVE_COLUMNS, MEASURED, TrainingRun, carry_out, environment, progress_bar
 
 RESULTS = ROOT / "scripts" / "results"
+#: Options of fairseq-train that tell a run, so that only the plan may set them.
+PLANNED = {
+    *("--arch", "--lr", "--seed", "--task", "--user-dir", "--tokens-per-sample", "--batch-size"),
+    *("--max-tokens", "--update-freq", "--max-update", "--total-num-update", "--save-dir", "--cpu"),
+}
 #: The columns that tell a run: what all runs of a command share, and what is different between them.
 SHARED = ("size", "data", "device", "dtype", "tokens_per_update", "options")
 RUN = ("stage", "n", "seed", "lr", "budget")
@@ -162,6 +167,11 @@ def check(
         )
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda is not allowed: there is no GPU; allowed: cpu")
+    if options.jobs > 1 and options.budget.unit == "minutes":
+        parser.error(f"--jobs {options.jobs} is not allowed with --budget {options.budget}; allowed: 1")
+    planned = sorted({word.partition("=")[0] for word in extra} & PLANNED)
+    if planned:
+        parser.error(f"{planned[0]} is not allowed behind --: the plan sets it, and its row would not tell")
     unknown = sorted(set(options.lr) - set(options.systems))
     if unknown:
         parser.error(f"--lr names {', '.join(unknown)}; allowed: {', '.join(options.systems)}")
@@ -183,9 +193,9 @@ def check(
     options.counts = word_counts(options.data)
     options.shared = {
         "size": options.size,
-        "data": options.data.name,
+        "data": data_name(options.data),
         "device": device_name(options.device),
-        "dtype": options.dtype,
+        "dtype": precision(options.dtype, options.device),
         "tokens_per_update": options.tokens_per_update,
         "options": shlex.join(extra),
     }

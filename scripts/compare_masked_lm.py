@@ -27,11 +27,11 @@ from statistics import mean
 from typing import NamedTuple
 
 import torch
-from measuring import ROOT, Table, commit, device_name
+from measuring import ROOT, Table, commit, data_name, device_name
 from roberta_positions import with_more_positions
 from training_runs import MEASURED, Finished, TrainingRun, carry_out
 
-KEY = ("stage", "n", "lr", "seed", "pretraining", "epochs")
+KEY = ("data", "stage", "n", "lr", "seed", "pretraining", "epochs")
 SCORES = ("valid_perplexity", "valid_accuracy", "test_accuracy")
 COLUMNS = ("commit", "date", "device", "python", "torch", "jobs", "name", *KEY, *MEASURED, *SCORES)
 SHOWN = ("stage", "name", "n", "lr", "seed", *SCORES, "seconds", "status")
@@ -73,6 +73,9 @@ class Plan:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.checkpoints = options.folder / "pretrained"
+        self.data = {"pretraining": data_name(options.data)}
+        if options.classes:
+            self.data["fine-tuning"] = data_name(options.classes)
 
     def pretraining(self) -> Iterator[TrainingRun]:
         """Every system with each of its rates."""
@@ -129,6 +132,9 @@ class Plan:
         with self.options.output.open(newline="") as stream:
             rows = [row for row in csv.DictReader(stream) if row["stage"] == stage and row["status"] == "ok"]
         rows = [row for row in rows if row["pretraining"] == str(self.options.tokens)]
+        rows = [row for row in rows if row["data"] == self.data.get(stage)]
+        if stage == "fine-tuning":
+            rows = [row for row in rows if row["epochs"] == str(self.options.epochs)]
         return [row for row in rows if math.isfinite(float(row["valid_loss"]))]
 
     def _fine_tuning(self, kind: str, n: int, rate: float, seed: int) -> TrainingRun:
@@ -161,7 +167,7 @@ class Plan:
 
     def _row(self, stage: str, name: str, n: int, rate: float, seed: int, epochs: object = "") -> dict:
         found = dict(name=name, stage=stage, n=n, lr=rate, seed=seed, epochs=epochs)
-        return {**found, "pretraining": self.options.tokens}
+        return {**found, "data": self.data[stage], "pretraining": self.options.tokens}
 
     def _run(self, words: tuple, updates: int, row: dict, weight: float) -> TrainingRun:
         def measure(finished: Finished) -> dict:
@@ -179,7 +185,8 @@ class Plan:
         return TrainingRun(tuple(map(str, words)), updates, row, weight=weight, measure=measure)
 
     def _kept(self, row: dict) -> Path:
-        return self.checkpoints / f"{row['name']}-{row['lr']}-{row['pretraining']}.pt"
+        told = (row[name] for name in ("name", "data", "n", "lr", "seed", "pretraining"))
+        return self.checkpoints / f"{'-'.join(map(str, told))}.pt"
 
 
 def last_test_accuracy(log: Path) -> float:

@@ -24,12 +24,12 @@ from pathlib import Path
 import fairseq
 import sacrebleu
 import torch
-from measuring import ROOT, Table, commit, device_name
+from measuring import ROOT, Table, commit, data_name, device_name
 from prepared_folder import RECORD
 from sacrebleu.metrics import BLEU
 from training_runs import MEASURED, Finished, TrainingRun, carry_out, fairseq_command
 
-KEY = ("data", "stage", "lr", "seed", "epochs")
+KEY = ("data", "stage", "lr", "seed", "epochs", "updates_per_epoch", "max_tokens", "dropout")
 VERSIONS = ("python", "torch", "fairseq", "sacrebleu")
 SCORES = ("bleu", "signature", "generate_seconds")
 COLUMNS = ("commit", "date", *VERSIONS, "device", "jobs", "name", *KEY, *MEASURED, *SCORES, "command")
@@ -67,6 +67,8 @@ class Plan:
         self.updates_per_epoch = options.updates_per_epoch or count_batches(
             options.data, self.source, self.target, options.max_tokens
         )
+        self.shared = {"data": data_name(options.data), "updates_per_epoch": self.updates_per_epoch}
+        self.shared |= {"max_tokens": options.max_tokens, "dropout": options.dropout}
 
     def tuning(self) -> Iterator[TrainingRun]:
         """Every system with each rate."""
@@ -93,7 +95,8 @@ class Plan:
 
     def rows(self, stage: str, name: str, epochs: int) -> list[dict]:
         """Successful rows of this plan."""
-        wanted = dict(data=self.options.data.name, stage=stage, name=name, epochs=str(epochs), status="ok")
+        wanted = {name: str(value) for name, value in self.shared.items()}
+        wanted |= dict(stage=stage, name=name, epochs=str(epochs), status="ok")
         wanted["seed"] = str(self.options.seed)
         with self.options.output.open(newline="") as stream:
             return [row for row in csv.DictReader(stream) if wanted.items() <= row.items()]
@@ -120,7 +123,7 @@ class Plan:
         if self.options.device == "cpu":
             recipe["--cpu"] = ""
         words = [str(word) for option in recipe.items() for word in option if word != ""]
-        row = dict(name=name, data=self.options.data.name, stage=stage, lr=rate, seed=self.options.seed)
+        row = {"name": name, **self.shared, "stage": stage, "lr": rate, "seed": self.options.seed}
         row["epochs"] = epochs
         shown = ["fairseq-train", self.options.data.name, "--user-dir", "fairseq_flash", *words]
         row["command"] = shlex.join([*shown, "--max-update", str(updates)])

@@ -90,19 +90,20 @@ class Plan:
             cells = [(system, n) for n in options.tokens_per_sample for system in options.systems]
             yield [self.run("speed", system, n, first[1], grid) for system, n in cells]
         if self.tuned:
-            yield [self.run("rate", system, *first, lr) for lr in options.lr_grid for system in self.tuned]
+            fast = [system for system in self.tuned if self.speed(system, first[0]) is not None]
+            yield [self.run("rate", system, *first, lr) for lr in options.lr_grid for system in fast]
         cells = [(n, seed) for n in options.tokens_per_sample for seed in options.seeds]
         yield [
             self.run("final", system, *cell, self.best_rate(system))
             for cell in cells
             for system in options.systems
+            if self.speed(system, cell[0]) is not None
         ]
 
     def run(self, stage: str, system: str, n: int, seed: int, lr: float) -> TrainingRun:
         """One training, evaluated at its end unless it only tells the speed."""
         budget, tokens_per_update = self.budgets[stage], self.options.tokens_per_update
-        speed = self.speed(system, n) if budget.unit == "minutes" else 0.0
-        updates = budget.updates(tokens_per_update, speed)
+        updates = budget.updates(tokens_per_update, self.speed(system, n) or 0.0)
         row = {"name": system, "stage": stage, "n": n, "seed": seed, "lr": lr, "budget": str(budget)}
         return TrainingRun(
             tuple(map(str, self.words(system, n, seed, lr, updates))),
@@ -163,10 +164,12 @@ class Plan:
         ]
         return [row for row in rows if row["status"] == "ok" and math.isfinite(float(row["valid_loss"]))]
 
-    def speed(self, system: str, n: int) -> float:
-        """Tokens a second of a system; 1 where measuring it failed, as training will."""
+    def speed(self, system: str, n: int) -> Optional[float]:
+        """Tokens a second of a system, where the budget is a time; None if measuring it failed."""
+        if self.options.budget.unit != "minutes":
+            return 0.0
         rows = [row for row in self.rows("speed") if (row["name"], int(row["n"])) == (system, n)]
-        return float(rows[-1]["tokens_per_second"]) if rows else 1.0
+        return float(rows[-1]["tokens_per_second"]) if rows else None
 
     def best_rate(self, system: str) -> float:
         """The given rate, or the one with the lowest loss; the first of the grid if all of them failed."""

@@ -8,6 +8,7 @@ long as all before it. "all" is the whole row. Losses are nats per token.
 """
 
 import argparse
+import hashlib
 import math
 from collections.abc import Iterator
 from datetime import date
@@ -17,12 +18,12 @@ import numpy
 import torch
 from fairseq import checkpoint_utils
 from fairseq.data import Dictionary, data_utils
-from measuring import ROOT, Table, commit, device_name
+from measuring import ROOT, Table, commit, data_name, device_name
 from torch import nn
 
 import fairseq_flash  # noqa: F401  (registers the models of the checkpoints)
 
-KEY = ("n", "positions")
+KEY = ("data", "split", "checkpoint", "n", "positions")
 COLUMNS = ("commit", "date", "device", "torch", "name", *KEY, "tokens", "loss", "perplexity", "status")
 SHOWN = ("name", "n", "positions", "loss", "status")
 TOKENS_PER_BATCH = 16384
@@ -65,13 +66,8 @@ def losses(model: nn.Module, tokens: torch.Tensor, n: int, device: str) -> torch
 
 def measure(options: argparse.Namespace, path: Path, tokens: torch.Tensor, table: Table) -> None:
     """Adds the rows of one checkpoint that are missing."""
-    waiting = [
-        n
-        for n in options.lengths
-        if not all(
-            table.has([path.stem], n=n, positions=name) for name, _ in stretches(n, min(options.lengths))
-        )
-    ]
+    table.common["checkpoint"] = hashlib.sha256(path.read_bytes()).hexdigest()[:10]
+    waiting = [n for n in options.lengths if not table.has([path.stem], n=n, positions="all")]
     if not waiting:
         return
     overrides = {"data": str(options.data)}
@@ -124,6 +120,8 @@ def main(arguments: list[str] | None = None) -> None:
         date=date.today().isoformat(),
         device=device_name(options.device),
         torch=torch.__version__,
+        data=data_name(options.data),
+        split=options.split,
     )
     table = Table(options.output, COLUMNS, KEY, SHOWN, common)
     tokens, _ = read_tokens(options.data, options.split)

@@ -52,7 +52,9 @@ def is_prepared(output: Path, identity: str, overwrite: bool, is_ours: Callable[
     record = json.loads((output / RECORD).read_text())
     sizes = {name: (output / name).stat().st_size for name in record["files"] if (output / name).is_file()}
     if overwrite:
-        foreign = sorted(path.name for path in output.iterdir() if not is_ours(path.name))
+        inside = (path for path in output.rglob("*") if path.is_file())
+        names = (path.relative_to(output).as_posix() for path in inside)
+        foreign = sorted(name for name in names if name not in record["files"] and not is_ours(name))
         if foreign:
             raise ValueError(f"--overwrite would delete files that are not from here: {output}/{foreign[0]}")
         return False

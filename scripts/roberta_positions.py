@@ -21,13 +21,12 @@ def with_more_positions(path: Path, learned: int, positions: int) -> Path:
         The new checkpoint, beside the old one.
     """
     target = path.with_name(f"{path.stem}-positions{positions}.pt")
-    if not target.exists():
-        state = torch.load(path, weights_only=True)
-        name = "encoder.sentence_encoder.embed_positions.weight"
-        table = state["model"][name]
-        # fairseq's positions begin behind the index of padding.
-        special, repeated = table[:-learned], table[-learned:].repeat(-(-positions // learned), 1)
-        state["model"][name] = torch.cat((special, repeated[:positions]))
-        torch.save(state, target.with_suffix(".tmp"))
-        target.with_suffix(".tmp").replace(target)
+    state = torch.load(path, weights_only=True)
+    name = "encoder.sentence_encoder.embed_positions.weight"
+    table = state["model"][name]
+    # fairseq's positions begin behind the index of padding.
+    special, repeated = table[:-learned], table[-learned:].repeat(-(-positions // learned), 1)
+    state["model"][name] = torch.cat((special, repeated[:positions]))
+    torch.save(state, target.with_suffix(".tmp"))
+    target.with_suffix(".tmp").replace(target)
     return target

@@ -363,17 +363,20 @@ def _run_process(words, log, stop, process_environment, follow) -> tuple[int, re
             start_new_session=True,
             preexec_fn=die_with_parent,
         )
-        while True:
-            pid, status, usage = os.wait4(child.pid, os.WNOHANG)
-            if pid:
-                child.returncode = os.waitstatus_to_exitcode(status)
-                return child.returncode, usage
-            if stop.is_set():
-                os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
-                raise Interrupted
-            follow()
-            time.sleep(0.2)
+        try:
+            while True:
+                pid, status, usage = os.wait4(child.pid, os.WNOHANG)
+                if pid:
+                    child.returncode = os.waitstatus_to_exitcode(status)
+                    return child.returncode, usage
+                if stop.is_set():
+                    raise Interrupted
+                follow()
+                time.sleep(0.2)
+        except BaseException:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+            raise
 
 
 def _last_line(log: Path) -> str:

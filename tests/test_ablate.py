@@ -39,7 +39,7 @@ def write(path, **row):
         writer = csv.DictWriter(stream, ablate.COLUMNS, restval="")
         if new:
             writer.writeheader()
-        writer.writerow({"status": "ok", **row})
+        writer.writerow({"status": "ok", "data": ablate.data_name(path.parent), **row})
 
 
 def test_a_factor_is_measured_at_the_best_rate_of_its_system_with_one_choice_changed(plan):

@@ -16,6 +16,7 @@ from pathlib import Path
 import fairseq
 import numpy
 import pytest
+import tools
 import torch
 from fairseq import checkpoint_utils, options, tasks, utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
@@ -374,6 +375,23 @@ def test_a_blank_line_is_continued_like_any_prompt(trained, data_bin, tmp_path):
     assert [len(beam) for beam in hypotheses] == [3, 3, 3]
     prompted = hypotheses[sample["id"].tolist().index(0)][0]["tokens"][:4]
     assert torch.equal(prompted, sample["target"][sample["id"].tolist().index(0)][:4])
+
+
+@pytest.mark.parametrize("text", ["\u2603 é, and é\u2603 again", "a plain <0x41> line", "x"])
+def test_characters_written_as_bytes_are_read_as_characters(tmp_path, text):
+    import sentencepiece
+    from fairseq.data import data_utils
+    from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE, SentencepieceConfig
+
+    (tmp_path / "text").write_text("\n".join(tools.real_lines()), encoding="utf-8")
+    options = dict(input=str(tmp_path / "text"), model_prefix=str(tmp_path / "model"), vocab_size=600)
+    sentencepiece.SentencePieceTrainer.train(**options, byte_fallback=True, minloglevel=2)
+    bpe = SentencepieceBPE(SentencepieceConfig(sentencepiece_model=str(tmp_path / "model.model")))
+    pieces = bpe.encode(text)
+    assert ("<0xE2>" in pieces.split()) == ("\u2603" in text)
+    assert bpe.decode(pieces) == text
+    assert data_utils.post_process(pieces, "sentencepiece") == text
+    assert data_utils.post_process("a <0x41>", "@@ ") == "a <0x41>"
 
 
 def test_preparing_twice_changes_nothing():

@@ -47,6 +47,9 @@ class DecodingState(NamedTuple):
 
         Returns:
             A new state that shares no memory with this one.
+
+        Raises:
+            ValueError: the layers remember a source as well, which a new row would not share.
         """
         return DecodingState(tuple(_start_anew(layer, rows) for layer in self.layers))
 
@@ -103,6 +106,11 @@ def _map_layer(function: Callable[[torch.Tensor], torch.Tensor], layer: LayerSta
 
 
 def _start_anew(layer: LayerState, rows: torch.Tensor) -> LayerState:
+    if not isinstance(layer, (ChunkState, QuadraticState)):
+        raise ValueError(
+            f"a {type(layer).__name__} cannot start anew: it belongs to a source; allowed: layers without"
+        )
+
     def only_others(x: torch.Tensor, value: int = 0) -> torch.Tensor:
         return x.masked_fill(rows.view(-1, *[1] * (x.dim() - 1)), value)
 

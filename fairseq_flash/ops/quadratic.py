@@ -135,7 +135,9 @@ def quadratic_attention(
         # relu turns the minus infinity into an exact zero, in both passes.
         bias = bias.masked_fill(torch.ones(i, j, dtype=torch.bool, device=q.device).triu(1), -torch.inf)
     if isinstance(denominator, torch.Tensor):
-        q, scale = q.to(compute) / denominator.to(compute).view(b, 1, 1, 1), 1.0
+        # Divided before it is narrowed: bfloat16 has no 2049.
+        wide = torch.promote_types(compute, torch.float32)
+        q, scale = q.to(wide) / denominator.to(wide).view(b, 1, 1, 1), 1.0
     else:
         scale = 1.0 / denominator
     scores = torch.baddbmm(
