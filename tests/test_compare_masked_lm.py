@@ -69,18 +69,24 @@ def plan(compare, folders, tmp_path):
         for n in (2048, 512):
             rows += [tuned(name, n, "0.0001", 1, 60, 99), tuned(name, n, "0.0003", 1, 70, 10)]
             rows += [tuned(name, n, "0.0003", 2, 50, 20)]
-    write_rows(options.output, compare.COLUMNS, rows)
-    folder = tmp_path / "work" / "pretrained"
-    folder.mkdir(parents=True)
-    table = torch.arange(514.0).unsqueeze(1)
-    state = {"model": {"encoder.sentence_encoder.embed_positions.weight": table}}
-    for name in ("flash_masked_lm-0.002-2000", "roberta_prenorm-0.002-2000"):
-        torch.save(state, folder / f"{name}.pt")
     classes = options.classes
     (classes / "prepare.json").write_text('{"splits": {"train": {"examples": 20}}}')
     (classes / "label").mkdir()
     (classes / "label" / "dict.txt").write_text("a 1\nb 1\nc 1\n")
-    return compare.Plan(options)
+    plan = compare.Plan(options)
+    rows = [{**row, "data": plan.data[row["stage"]]} for row in rows]
+    rows.append({**pretrained("flash_masked_lm", "0.001", 0.5), "data": "another-text"})
+    write_rows(options.output, compare.COLUMNS, rows)
+    plan.checkpoints.mkdir(parents=True)
+    table = torch.arange(514.0).unsqueeze(1)
+    state = {"model": {"encoder.sentence_encoder.embed_positions.weight": table}}
+    for name in ("flash_masked_lm", "roberta_prenorm"):
+        torch.save(state, plan.checkpoints / f"{kept(plan, name)}.pt")
+    return plan
+
+
+def kept(plan, name):
+    return f"{name}-{plan.data['pretraining']}-512-0.002-1-2000"
 
 
 def option(run, name):
@@ -95,10 +101,10 @@ def test_the_best_successful_checkpoint_of_each_kind_is_fine_tuned(plan):
     }
     files = {(run.row["name"], run.row["n"]): option(run, "--restore-file").split("/")[-1] for run in runs}
     assert files == {
-        ("flash_masked_lm", 2048): "flash_masked_lm-0.002-2000.pt",
-        ("flash_masked_lm", 512): "flash_masked_lm-0.002-2000.pt",
-        ("roberta_prenorm", 2048): "roberta_prenorm-0.002-2000-positions2048.pt",
-        ("roberta_prenorm", 512): "roberta_prenorm-0.002-2000.pt",
+        ("flash_masked_lm", 2048): f"{kept(plan, 'flash_masked_lm')}.pt",
+        ("flash_masked_lm", 512): f"{kept(plan, 'flash_masked_lm')}.pt",
+        ("roberta_prenorm", 2048): f"{kept(plan, 'roberta_prenorm')}-positions2048.pt",
+        ("roberta_prenorm", 512): f"{kept(plan, 'roberta_prenorm')}.pt",
     }
     assert all(option(run, "--max-positions") == str(run.row["n"]) for run in runs)
     assert {run.updates for run in runs} == {10 * 3}
@@ -111,8 +117,8 @@ def test_the_rate_of_the_other_seeds_is_chosen_on_valid_and_not_on_test(plan):
 
 
 def test_a_checkpoint_that_is_gone_and_a_kind_without_success_are_named(plan):
-    (plan.checkpoints / "flash_masked_lm-0.002-2000.pt").unlink()
-    with pytest.raises(ValueError, match=r"flash_masked_lm-0.002-2000.pt is gone: delete its row"):
+    (plan.checkpoints / f"{kept(plan, 'flash_masked_lm')}.pt").unlink()
+    with pytest.raises(ValueError, match=r"flash_masked_lm-.*-2000.pt is gone: delete its row"):
         plan.best_pretrained("flash")
     plan.options.tokens = 77
     with pytest.raises(ValueError, match=r"no pretraining of roberta succeeded"):

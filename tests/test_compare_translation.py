@@ -77,7 +77,7 @@ def test_the_command_trains_tunes_scores_and_repeats_nothing(data, tmp_path, mon
     assert str(data.parent) not in final["command"], "of this machine"
     assert final["command"].startswith("fairseq-train data --user-dir fairseq_flash --task translation")
     assert run(words, tmp_path) == rows
-    (place,) = (tmp_path / "runs").glob("flash_seq2seq_tiny-data-final*")
+    (place,) = (tmp_path / "runs").glob("flash_seq2seq_tiny-*-final-*")
     output = tools.call(
         *("generate", data, "--user-dir", tools.USER_DIR, "--path", place / "checkpoint_last.pt", "--cpu"),
         *("--beam", 5, "--remove-bpe", "sentencepiece", "--max-len-a", 1.2, "--max-len-b", 10),
@@ -103,13 +103,14 @@ def test_the_best_rate_is_that_of_the_lowest_finite_loss_of_the_same_plan(data, 
     words = ["--data", str(data), "--output", str(tmp_path / "rows.csv"), "--updates-per-epoch", "1"]
     plan = compare_translation.Plan(compare_translation.parse(words))
     row = dict.fromkeys(compare_translation.COLUMNS, "")
-    row |= dict(name="transformer", data="data", stage="learning rate", seed="1", epochs="2", status="ok")
+    row |= dict(plan.shared, name="transformer", stage="learning rate", seed="1", epochs="2", status="ok")
     found = [
         dict(row, lr="0.001", valid_loss="3.5"),
         dict(row, lr="0.002", valid_loss="3.2"),
         dict(row, lr="0.004", valid_loss="nan"),
         dict(row, lr="0.008", valid_loss="1.0", status="error: killed"),
         dict(row, lr="0.016", valid_loss="1.0", epochs="1"),
+        dict(row, lr="0.064", valid_loss="1.0", updates_per_epoch="2"),
         dict(row, lr="0.032", valid_loss="1.0", name="flash_seq2seq_tiny", data="other"),
     ]
     with (tmp_path / "rows.csv").open("w", newline="") as stream:
