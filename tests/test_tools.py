@@ -574,9 +574,8 @@ def test_a_checkpoint_of_another_architecture_is_refused(data_bin, tmp_path):
         ("--layers", "1"),
         ("--attention-dim", "8"),
         ("--expansion-factor", "3"),
-        ("--chunk-size", "16"),
         ("--attention", "local"),
-        ("--relative-bias", "rotary"),
+        ("--relative-bias", "toeplitz"),
     ],
     ids=" ".join,
 )
