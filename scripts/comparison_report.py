@@ -9,9 +9,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Optional
 
+from systems import BASELINE
+
 __all__ = ["Comparison", "check_path", "verdict", "write"]
 
-BASELINE = "transformer_lm"
 TITLE = "Language models compared"
 ABOUT = """Loss is in nats per token on the validation split: the mean over seeds, with the lowest and the
 highest in brackets. "tie": the ranges over seeds overlap. "one seed": what a difference is worth cannot be

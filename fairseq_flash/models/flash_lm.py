@@ -19,7 +19,13 @@ from fairseq_flash.models._diagnostics import watch_layers
 from fairseq_flash.models._systems import architectures
 from fairseq_flash.modules import DecodingState, GatedAttentionUnit, RowMemory, Stack
 
-__all__ = ["FlashDecoder", "FlashLanguageModel", "FlashLanguageModelConfig", "adopt_n_ref"]
+__all__ = [
+    "FlashDecoder",
+    "FlashLanguageModel",
+    "FlashLanguageModelConfig",
+    "adopt_n_ref",
+    "normalized_probs",
+]
 
 #: Ours have no maximum; fairseq wants an integer, and silently skips rows beyond it.
 NO_MAXIMUM = 2**30
@@ -161,9 +167,7 @@ class FlashDecoder(FairseqIncrementalDecoder):
                     "--adaptive-softmax-cutoff cannot train with this --criterion; allowed: adaptive_loss"
                 )
             return super().get_normalized_probs(net_output, log_probs, sample)
-        logits = net_output[0]
-        function = torch.log_softmax if log_probs else torch.softmax
-        return function(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        return normalized_probs(net_output[0], log_probs)
 
     def reorder_incremental_state(self, incremental_state: dict[str, Any], new_order: torch.Tensor) -> None:
         """Picks the rows of the state for the beams that go on."""
@@ -239,6 +243,12 @@ def adopt_n_ref(stack: Stack, state_dict: dict[str, Any], name: str) -> None:
         stored = state_dict.get(f"{name}.{path}.n_ref")
         if stored is not None and isinstance(module, GatedAttentionUnit) and module.attention == "quadratic":
             module.set_n_ref(int(stored))
+
+
+def normalized_probs(logits: torch.Tensor, log_probs: bool) -> torch.Tensor:
+    """Probabilities, or their logarithms, over the last axis, in float32 or wider."""
+    function = torch.log_softmax if log_probs else torch.softmax
+    return function(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def _resolve_n_ref(cfg: FlashLanguageModelConfig, task: Any) -> int:

@@ -14,7 +14,7 @@ from fairseq_flash.models._diagnostics import watch_layers
 from fairseq_flash.models._masked_lm_encoder import FlashEncoder, FlashMaskedLMConfig
 from fairseq_flash.models._masked_lm_hub import FlashHubInterface, find_sentencepiece
 from fairseq_flash.models._systems import masked_lm_architectures
-from fairseq_flash.models.flash_lm import _resolve_n_ref
+from fairseq_flash.models.flash_lm import _resolve_n_ref, normalized_probs
 
 __all__ = ["FlashEncoder", "FlashMaskedLM", "FlashMaskedLMConfig"]
 
@@ -118,9 +118,7 @@ class FlashMaskedLM(FairseqEncoderModel):
         self, net_output: tuple[torch.Tensor, Any], log_probs: bool, sample: Optional[dict[str, Any]] = None
     ) -> torch.Tensor:
         """Probabilities over the last axis of the logits, in float32 or wider."""
-        logits = net_output[0]
-        function = torch.log_softmax if log_probs else torch.softmax
-        return function(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        return normalized_probs(net_output[0], log_probs)
 
     @property
     def supported_targets(self) -> set[str]:
