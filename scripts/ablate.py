@@ -60,6 +60,13 @@ TINY_PP = {
 SCALED = {"1/sqrt(s), gamma 1": {"--score-scale": f"{128**-0.5:.4f}", "--gamma-quad": 1}}
 NORMS = {value: {"--norm": value} for value in ("scalenorm", "rmsnorm")}
 PLAIN_LINEAR = {"off": {"--plain-linear": ""}}
+SCALED_SIN = {"ScaledSin": {"--scaled-sin": ""}}
+STARTS = {
+    "paper": {"--init": "paper"},
+    "dense 0.02": {"--dense-std": 0.02},
+    "out 0.02": {"--out-std": 0.02},
+    "embedding 0.0625": {"--embed-std": 0.0625},
+}
 
 
 class Base(NamedTuple):
@@ -83,12 +90,7 @@ BASES = {
             "score scale": SCALED,
             "norm": NORMS,
             "rotary in the linear branch": PLAIN_LINEAR,
-            "start": {
-                "paper": {"--init": "paper"},
-                "dense 0.02": {"--dense-std": 0.02},
-                "out 0.02": {"--out-std": 0.02},
-                "embedding 0.0625": {"--embed-std": 0.0625},
-            },
+            "start": STARTS,
             "gamma quadratic": {str(value): {"--gamma-quad": value} for value in (0.1, 0.3, 1)},
             "gamma linear": {str(value): {"--gamma-lin": value} for value in (0.02, 0.03, 0.3, 1)},
             "together": {
@@ -97,11 +99,11 @@ BASES = {
                 "gammas 0.3, 0.03, rmsnorm, out 0.02": gammas(
                     0.3, 0.03, **NORMS["rmsnorm"], **{"--out-std": 0.02}
                 ),
-                "gammas 0.3, 0.03, chunk": gammas(0.3, 0.03, **{"--linear-norm": "chunk"}),
-                "gammas 0.3, 0.003, chunk": gammas(0.3, 0.003, **{"--linear-norm": "chunk"}),
+                "gammas 0.3, 0.03, chunk": gammas(0.3, 0.03, **_CHUNK),
+                "gammas 0.3, 0.003, chunk": gammas(0.3, 0.003, **_CHUNK),
             },
-            "linear norm": {"chunk": {"--linear-norm": "chunk"}},
-            "absolute positions": {"ScaledSin": {"--scaled-sin": ""}},
+            "linear norm": {"chunk": _CHUNK},
+            "absolute positions": SCALED_SIN,
             "chunk size": {str(value): {"--chunk-size": value} for value in (32, 64, 256, 512)},
             "bias": {
                 "rotary": {"--relative-bias": "rotary"},
@@ -131,6 +133,11 @@ BASES = {
         TINY,
         {
             "norm": NORMS,
+            "score scale": SCALED,
+            "rotary in the linear branch": PLAIN_LINEAR,
+            "absolute positions": SCALED_SIN,
+            "linear norm": {"chunk": _CHUNK},
+            "start": STARTS,
             "bias": {
                 **{f"height {value}": {"--bias-height": value} for value in (0.01, 0.1, 0.3)},
                 **{
@@ -138,13 +145,13 @@ BASES = {
                     for value in (0.03, 0.1)
                 },
             },
-            "chunk size": {str(value): {"--chunk-size": value} for value in (64, 256)},
-            "gamma quadratic": {"0.3": {"--gamma-quad": 0.3}},
-            "gamma linear": {str(value): {"--gamma-lin": value} for value in (0.03, 0.05)},
+            "chunk size": {str(value): {"--chunk-size": value} for value in (32, 64, 256, 512)},
+            "gamma quadratic": {str(value): {"--gamma-quad": value} for value in (0.1, 0.3, 1)},
+            "gamma linear": {str(value): {"--gamma-lin": value} for value in (0.03, 0.05, 0.3)},
             "together": {
                 "gammas 0.3, 0.03": gammas(0.3, 0.03),
                 "gammas 0.3, 0.03, rmsnorm": gammas(0.3, 0.03, **NORMS["rmsnorm"]),
-                "gammas 0.3, 0.003, chunk": gammas(0.3, 0.003, **{"--linear-norm": "chunk"}),
+                "gammas 0.3, 0.003, chunk": gammas(0.3, 0.003, **_CHUNK),
             },
             "branches": {"local": {"--attention": "local"}},
         },
@@ -155,7 +162,7 @@ BASES = {
         {
             "norm": {"rmsnorm": NORMS["rmsnorm"]},
             "start": {"paper": {"--init": "paper"}, "out 0.02": {"--out-std": 0.02}},
-            "absolute positions": {"ScaledSin": {"--scaled-sin": ""}},
+            "absolute positions": SCALED_SIN,
         },
     ),
     "mc_transformer_pp_lm": Base(

@@ -42,7 +42,7 @@ from comparison_plan import EVALUATED, Budget, Plan, rows_of
 from measuring import ROOT, Table, commit, data_name, device_name, drop_torn_line, precision
 from systems import SIZES, check_systems
 from train_process import locked
-from training_runs import CURVE_COLUMNS, MEASURED, TrainingRun, carry_out, environment, progress_bar
+from training_runs import CURVE_COLUMNS, MEASURED, TrainingRun, carry_out, environment, progress_bar, readable
 
 RESULTS = ROOT / "scripts" / "results"
 #: Options of fairseq-train that tell a run, so that only the plan may set them.
@@ -282,17 +282,12 @@ def write_report(plan: Plan, runs: list[TrainingRun], arguments: list[str]) -> N
     commands = [shlex.join(["python", "scripts/compare_lm.py", *arguments]), ""]
     for run in runs:
         evaluation = plan.evaluation_command(run.row["n"], Path("CHECKPOINTS/checkpoint_last.pt"))
-        commands += [readable(words, options) for words in (run.command("CHECKPOINTS"), evaluation)]
+        both = (run.command("CHECKPOINTS"), evaluation)
+        commands += [readable(["python", *words[1:]], {options.data: options.given_data}) for words in both]
     curves = chosen(rows_of(options, options.curves), "final")
     comparison = comparison_report.Comparison(settings, final, chosen(rows, "rate"), curves, commands)
     for path in comparison_report.write(options.report, comparison):
         print(f"written to {path}")
-
-
-def readable(words: list[str], options: argparse.Namespace) -> str:
-    """A command as one types it in the repository's folder, with the data as it was given."""
-    line = shlex.join(["python", *words[1:]])
-    return line.replace(str(options.data), str(options.given_data)).replace(f"{ROOT}/", "")
 
 
 if __name__ == "__main__":

@@ -29,11 +29,11 @@ from typing import NamedTuple
 import torch
 from measuring import ROOT, Table, commit, data_name, device_name
 from roberta_positions import with_more_positions
-from training_runs import MEASURED, Finished, TrainingRun, carry_out
+from training_runs import MEASURED, Finished, TrainingRun, carry_out, readable
 
 KEY = ("data", "stage", "n", "lr", "seed", "pretraining", "epochs")
 SCORES = ("valid_perplexity", "valid_accuracy", "test_accuracy")
-COLUMNS = ("commit", "date", "device", "python", "torch", "jobs", "name", *KEY, *MEASURED, *SCORES)
+COLUMNS = ("commit", "date", "device", "python", "torch", "jobs", "name", *KEY, *MEASURED, *SCORES, "command")
 SHOWN = ("stage", "name", "n", "lr", "seed", *SCORES, "seconds", "status")
 
 _ROBERTA = (
@@ -182,6 +182,9 @@ class Plan:
                 "test_accuracy": last_test_accuracy(finished.checkpoint.with_name("train.log")),
             }
 
+        options, shown = self.options, ("fairseq-train", *words, "--max-update", updates)
+        names = {path: path.name for path in (options.data, options.classes, options.folder) if path}
+        row["command"] = readable(shown, names)
         return TrainingRun(tuple(map(str, words)), updates, row, weight=weight, measure=measure)
 
     def _kept(self, row: dict) -> Path:

@@ -14,7 +14,6 @@ import csv
 import json
 import math
 import re
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ import torch
 from measuring import ROOT, Table, commit, data_name, device_name
 from prepared_folder import RECORD
 from sacrebleu.metrics import BLEU
-from training_runs import MEASURED, Finished, TrainingRun, carry_out, fairseq_command
+from training_runs import MEASURED, Finished, TrainingRun, carry_out, fairseq_command, readable
 
 KEY = ("data", "stage", "lr", "seed", "epochs", "updates_per_epoch", "max_tokens", "dropout")
 VERSIONS = ("python", "torch", "fairseq", "sacrebleu")
@@ -125,9 +124,9 @@ class Plan:
         words = [str(word) for option in recipe.items() for word in option if word != ""]
         row = {"name": name, **self.shared, "stage": stage, "lr": rate, "seed": self.options.seed}
         row["epochs"] = epochs
-        shown = ["fairseq-train", self.options.data.name, "--user-dir", "fairseq_flash", *words]
-        row["command"] = shlex.join([*shown, "--max-update", str(updates)])
         arguments = (str(self.options.data), "--user-dir", str(ROOT / "fairseq_flash"), *words)
+        shown = ("fairseq-train", *arguments, "--max-update", updates)
+        row["command"] = readable(shown, {self.options.data: self.options.data.name})
         return TrainingRun(arguments, updates, row, weight=updates, measure=measure)
 
     def _score(self, finished: Finished) -> dict:

@@ -8,6 +8,7 @@ import os
 import queue
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -36,6 +37,7 @@ __all__ = [
     "carry_out",
     "fairseq_command",
     "progress_bar",
+    "readable",
 ]
 
 #: Columns that :func:`carry_out` fills; losses in nats per token, memory in bytes.
@@ -192,6 +194,19 @@ def fairseq_command(tool: str, *words: Any) -> list[str]:
         words: Its arguments.
     """
     return [sys.executable, "-m", f"fairseq_cli.{tool}", *map(str, words)]
+
+
+def readable(words: Iterable[Any], names: dict[Path, Any]) -> str:
+    """A command line as one types it in the repository's folder, without paths of this machine.
+
+    Args:
+        words: It.
+        names: What to write in place of paths.
+    """
+    line = shlex.join(map(str, words))
+    for path, name in names.items():
+        line = line.replace(str(path), str(name))
+    return line.replace(f"{ROOT}/", "")
 
 
 def environment(jobs: int, slot: int) -> dict[str, str]:
