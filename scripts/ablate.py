@@ -129,7 +129,7 @@ BASES = {
         },
     ),
     "flash_lm": Base(
-        "flash_lm toeplitz",  # whose rates were measured first
+        "flash_lm",
         TINY,
         {
             "norm": NORMS,

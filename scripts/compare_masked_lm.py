@@ -182,9 +182,9 @@ class Plan:
                 "test_accuracy": last_test_accuracy(finished.checkpoint.with_name("train.log")),
             }
 
-        options, shown = self.options, ("fairseq-train", *words, "--max-update", updates)
-        names = {path: path.name for path in (options.data, options.classes, options.folder) if path}
-        row["command"] = readable(shown, names)
+        folders = (self.options.data, self.options.classes, self.options.folder)
+        names = {path: path.name for path in folders if path}
+        row["command"] = readable(("fairseq-train", *words, "--max-update", updates), names)
         return TrainingRun(tuple(map(str, words)), updates, row, weight=weight, measure=measure)
 
     def _kept(self, row: dict) -> Path:

@@ -197,11 +197,14 @@ def fairseq_command(tool: str, *words: Any) -> list[str]:
 
 
 def readable(words: Iterable[Any], names: dict[Path, Any]) -> str:
-    """A command line as one types it in the repository's folder, without paths of this machine.
+    """A command for people to read, without paths of this machine.
 
     Args:
-        words: It.
-        names: What to write in place of paths.
+        words: The program and its arguments; paths in the repository become relative to it.
+        names: What to write in place of other paths.
+
+    Returns:
+        One line, quoted for a shell.
     """
     line = shlex.join(map(str, words))
     for path, name in names.items():

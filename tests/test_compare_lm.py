@@ -315,3 +315,10 @@ def test_default_systems_of_tiny_size_are_compared_by_the_real_tools(real_data, 
     ]
     for row in rows:
         check_bits_per_byte(row, real_data)
+
+
+def test_a_command_to_read_has_no_path_of_this_machine(tmp_path):
+    data = tmp_path / "my data"
+    words = ("fairseq-train", data, "--user-dir", tools.REPOSITORY / "fairseq_flash", "--lr", 1)
+    found = training_runs.readable(words, {data: "my data"})
+    assert found == "fairseq-train 'my data' --user-dir fairseq_flash --lr 1"

@@ -217,6 +217,9 @@ def test_one_command_does_it_all_and_a_second_one_nothing(tmp_path):
         assert float(row["valid_perplexity"] or 2) > 1
         assert 0 <= float(row["test_accuracy"] or 0) <= 100
         assert int(row["parameters"]) > 3e6
+        data = "lm" if row["stage"] == "pretraining" else "classes"
+        assert row["command"].startswith(f"fairseq-train {data} --task ")
+        assert str(tmp_path) not in row["command"], "of this machine"
     before = (tmp_path / "rows.csv").read_bytes()
     again = tools.run(*command)
     assert again.returncode == 0, again.stdout

@@ -74,8 +74,7 @@ def call(tool: str, *arguments) -> str:
     vars(checkpoint_utils.save_checkpoint).pop("best", None)
     argv = mock.patch.object(sys, "argv", [f"fairseq-{tool}", *map(str, arguments)])
     try:
-        # Other packages that fairseq imports may put a handler of their own, on stderr, in place of ours.
-        with argv, contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        with argv, contextlib.redirect_stdout(text):
             module.cli_main()
     finally:
         # fairseq-validate takes away the handlers of everyone.
