@@ -67,6 +67,17 @@ STARTS = {
     "out 0.02": {"--out-std": 0.02},
     "embedding 0.0625": {"--embed-std": 0.0625},
 }
+#: What is changed around either relative bias of FLASH.
+AROUND = {
+    "score scale": SCALED,
+    "norm": NORMS,
+    "rotary in the linear branch": PLAIN_LINEAR,
+    "start": STARTS,
+    "gamma quadratic": {str(value): {"--gamma-quad": value} for value in (0.1, 0.3, 1)},
+    "linear norm": {"chunk": _CHUNK},
+    "absolute positions": SCALED_SIN,
+    "chunk size": {str(value): {"--chunk-size": value} for value in (32, 64, 256, 512)},
+}
 
 
 class Base(NamedTuple):
@@ -87,11 +98,7 @@ BASES = {
         "flash_lm toeplitz",
         {**TINY, **_TABLE},
         {
-            "score scale": SCALED,
-            "norm": NORMS,
-            "rotary in the linear branch": PLAIN_LINEAR,
-            "start": STARTS,
-            "gamma quadratic": {str(value): {"--gamma-quad": value} for value in (0.1, 0.3, 1)},
+            **AROUND,
             "gamma linear": {str(value): {"--gamma-lin": value} for value in (0.02, 0.03, 0.3, 1)},
             "together": {
                 "gammas 0.3, 0.03": gammas(0.3, 0.03),
@@ -102,9 +109,6 @@ BASES = {
                 "gammas 0.3, 0.03, chunk": gammas(0.3, 0.03, **_CHUNK),
                 "gammas 0.3, 0.003, chunk": gammas(0.3, 0.003, **_CHUNK),
             },
-            "linear norm": {"chunk": _CHUNK},
-            "absolute positions": SCALED_SIN,
-            "chunk size": {str(value): {"--chunk-size": value} for value in (32, 64, 256, 512)},
             "bias": {
                 "rotary": {"--relative-bias": "rotary"},
                 "toeplitz 0.2": {"--bias-std": 0.2},
@@ -132,12 +136,7 @@ BASES = {
         "flash_lm",
         TINY,
         {
-            "norm": NORMS,
-            "score scale": SCALED,
-            "rotary in the linear branch": PLAIN_LINEAR,
-            "absolute positions": SCALED_SIN,
-            "linear norm": {"chunk": _CHUNK},
-            "start": STARTS,
+            **AROUND,
             "bias": {
                 **{f"height {value}": {"--bias-height": value} for value in (0.01, 0.1, 0.3)},
                 **{
@@ -145,8 +144,6 @@ BASES = {
                     for value in (0.03, 0.1)
                 },
             },
-            "chunk size": {str(value): {"--chunk-size": value} for value in (32, 64, 256, 512)},
-            "gamma quadratic": {str(value): {"--gamma-quad": value} for value in (0.1, 0.3, 1)},
             "gamma linear": {str(value): {"--gamma-lin": value} for value in (0.03, 0.05, 0.3)},
             "together": {
                 "gammas 0.3, 0.03": gammas(0.3, 0.03),
@@ -161,7 +158,7 @@ BASES = {
         {**TINY_PP, "--attention": "quadratic"},
         {
             "norm": {"rmsnorm": NORMS["rmsnorm"]},
-            "start": {"paper": {"--init": "paper"}, "out 0.02": {"--out-std": 0.02}},
+            "start": {name: STARTS[name] for name in ("paper", "out 0.02")},
             "absolute positions": SCALED_SIN,
         },
     ),

@@ -584,6 +584,13 @@ def test_a_checkpoint_of_other_sizes_is_refused(data_bin, kept, change):
         tools.train(data_bin, kept, *change, updates=9)
 
 
+def test_another_chunk_size_of_a_table_is_refused(data_bin, tmp_path):
+    table = ("--relative-bias", "toeplitz")
+    tools.train(data_bin, tmp_path, *table)
+    with pytest.raises(Exception, match="ensure that the architectures match"):
+        tools.train(data_bin, tmp_path, *table, "--chunk-size", "16", updates=9)
+
+
 def test_another_length_of_reference_is_refused(data_bin, tmp_path):
     tools.train(data_bin, tmp_path, "--attention", "quadratic")
     with pytest.raises(Exception, match=r"n_ref=9 .*allowed: 32|ensure that the architectures match"):
