@@ -1,10 +1,10 @@
 """Proves the op of a unit: from pre-activations it is the oracle's parts, one after the other."""
 
-import oracle
 import pytest
 import torch
 
 from fairseq_flash import ops
+from support import oracle
 
 TOLERANCE = 256 * torch.finfo(torch.float64).eps  # relative; measured: 10 eps
 S, E, C = 4, 6, 4
