@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -18,9 +18,11 @@ IMPLEMENTATIONS = {"reference": "fairseq_flash.ops.mixed_chunk.gated"}
 
 BACKENDS = ("auto", *IMPLEMENTATIONS)
 
+_modules: dict[str, Any] = {}
+
 
 def check_backend(backend: str) -> None:
-    """Refuses a backend that does not exist.
+    """Refuses a backend that does not exist, and imports what may run, ahead of any compiler.
 
     Args:
         backend: ``"auto"`` for the fastest that can run, or the name of one to insist on.
@@ -30,6 +32,9 @@ def check_backend(backend: str) -> None:
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; allowed: {', '.join(BACKENDS)}")
+    for name in _candidates(backend):
+        with contextlib.suppress(ImportError):
+            _module(name)
 
 
 def choose(backend: str, *arguments: Any) -> Callable[..., torch.Tensor]:
@@ -45,9 +50,10 @@ def choose(backend: str, *arguments: Any) -> Callable[..., torch.Tensor]:
     Raises:
         ValueError: the name is unknown, or there are objections; the message lists all of all candidates.
     """
-    check_backend(backend)
+    if backend not in BACKENDS:
+        check_backend(backend)
     refused = []
-    for name in IMPLEMENTATIONS if backend == "auto" else (backend,):
+    for name in _candidates(backend):
         try:
             module = _module(name)
             objections = module.objections(*arguments)
@@ -59,6 +65,12 @@ def choose(backend: str, *arguments: Any) -> Callable[..., torch.Tensor]:
     raise ValueError(". ".join(refused))
 
 
-@functools.cache
+def _candidates(backend: str) -> tuple[str, ...]:
+    return tuple(IMPLEMENTATIONS) if backend == "auto" else (backend,)
+
+
 def _module(name: str) -> Any:
-    return importlib.import_module(IMPLEMENTATIONS[name])
+    # A dictionary, which the compiler can look into; it cannot import.
+    if name not in _modules:
+        _modules[name] = importlib.import_module(IMPLEMENTATIONS[name])
+    return _modules[name]
