@@ -80,6 +80,13 @@ class DecoderLayer(Layer):
         own = self.self_attention.empty_state(like)
         return DecoderLayerState(own, self.cross_attention.read(source, source_padding_mask))
 
+    def describe_state(self, like: torch.Tensor) -> DecoderLayerState:
+        """As :meth:`Layer.describe_state`, with a source of no tokens."""
+        b, cross = like.shape[0], self.cross_attention
+        k, v = (like.new_empty(b, 0, width) for width in (cross.attention_dim, cross.expanded_dim))
+        valid = like.new_empty(b, dtype=torch.long)
+        return DecoderLayerState(self.self_attention.empty_state(like), SourceMemory(k, v, valid))
+
     def aligned(
         self,
         x: torch.Tensor,

@@ -21,6 +21,13 @@ class Layer(nn.Module):
 
     attention_dim: int
 
+    def describe_state(self, like: torch.Tensor) -> Any:
+        """A state before the first token without numbers, for ``like`` ``(b, 0)`` on the meta device.
+
+        Axes whose length is free, such as that of a cache or a source, have length 0.
+        """
+        return self.empty_state(like)
+
     def aligned(
         self, x: torch.Tensor, rows: Rows, state: Optional[Any]
     ) -> tuple[torch.Tensor, Optional[Any]]:
