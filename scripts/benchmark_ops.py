@@ -1,4 +1,4 @@
-"""Measures layers alone: FLASH in every implementation beside a Transformer++ layer and other linear attentions.
+"""Measures layers alone: FLASH in every implementation, a Transformer++ layer, other linear attentions.
 
     python scripts/benchmark_ops.py                              what fits the machine; resumes where it ended
     python scripts/benchmark_ops.py --dims 768 --lengths 512 8192 --rounds 20
@@ -8,17 +8,16 @@ A contender is what stands for one Transformer layer: two gated attention units,
 feed-forward network, norms and residuals included. "training step" is a forward and a backward pass over
 ``--tokens`` tokens in rows of n. Every contender appears eagerly and compiled, all take turns in one process,
 and ``ratio`` is a contender's median time over that of the faster Transformer++ layer in the same rounds. A
-contender is timed only after its result passed: against the same weights in float32, and a prefix that does not
-depend on what follows.
+contender is timed only after its result passed: against the same weights in float32, and a prefix that does
+not depend on what follows.
 
-``matmul_share`` is the rate of the multiply-adds of products, over the rate of one large square product measured
-in the same process; ``copy_share`` likewise the least bytes that a step must move, those of its weights' products,
-over the rate of a large copy. ``peak_memory`` is what a step adds, in bytes. FLASH-pytorch and
+``matmul_share`` is the rate of the multiply-adds of products, over the rate of one large square product
+measured in the same process; ``copy_share`` likewise the least bytes that a step must move, those of its
+dense layers, over the rate of a large copy. ``peak_memory`` is what a step adds, in bytes. FLASH-pytorch and
 flash-linear-attention take part where they are installed.
 """
 
 import argparse
-import importlib.util
 import sys
 import tempfile
 from collections.abc import Callable
