@@ -19,9 +19,11 @@ from statistics import mean
 from typing import NamedTuple, Optional
 
 import torch
-from measuring import ROOT, Table, commit, data_name, device_name, precision
-from systems import PRE_NORM, architecture
-from training_runs import CURVE_COLUMNS, MEASURED, Finished, TrainingRun, carry_out
+
+from runs.provenance import ROOT, commit, data_name, device_name, precision
+from runs.schedule import CURVE_COLUMNS, MEASURED, Finished, TrainingRun, carry_out
+from runs.systems import PRE_NORM, architecture
+from runs.table import Table
 
 KEY = ("data", "stage", "base", "factor", "value", "lr", "seed", "n", "budget")
 COLUMNS = ("commit", "date", "device", "torch", "dtype", "jobs", "name", *KEY, *MEASURED)

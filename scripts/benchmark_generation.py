@@ -27,8 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contender import Contender, columns_of
-from measuring import ROOT, Memory, Table, clock, commit, device_name, summary
+
+from bench.clock import Memory, clock, summary
+from bench.contender import Contender, columns_of
+from runs.provenance import ROOT, commit, device_name
+from runs.table import Table
 
 RESULTS = ROOT / "scripts" / "results" / "generation.csv"
 SYSTEMS = ["flash_lm", "transformer_lm", "transformer_pp_lm"]

@@ -28,11 +28,14 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import health
 import torch
-from measuring import ROOT, Memory, Table, clock, commit, device_name, summary
-from systems import BASELINE, SIZES, architecture
 from torch import nn
+
+from bench.clock import Memory, clock, summary
+from bench.models import build
+from runs.provenance import ROOT, commit, device_name
+from runs.systems import BASELINE, SIZES, architecture
+from runs.table import Table
 
 RESULTS = ROOT / "scripts" / "results" / "training.csv"
 COLUMNS = (
@@ -68,7 +71,7 @@ class Contender:
         else:
             longest = str(max(options.lengths))
             words = ["--dropout", "0", "--tokens-per-sample", longest]
-            model = health.build([*model_words(system, options), *words], options.vocabulary)
+            model = build([*model_words(system, options), *words], options.vocabulary)
             self.sizes = sizes_of(model)
             self.log_probs = lambda tokens: model.get_normalized_probs(model(tokens), log_probs=True)
         self.model = model.to(options.device, getattr(torch, options.dtype)).train()
@@ -115,7 +118,7 @@ def build_peer(options: argparse.Namespace) -> tuple[nn.Module, dict]:
         raise ValueError(f"--systems {PEER} is not installed; allowed: pip install {PEER}, or other systems")
     from flash_pytorch import FLASHTransformer
 
-    like = sizes_of(health.build(model_words("flash_lm", options), options.vocabulary))
+    like = sizes_of(build(model_words("flash_lm", options), options.vocabulary))
     model = FLASHTransformer(
         num_tokens=options.vocabulary,
         dim=like["d"],

@@ -36,13 +36,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Optional
 
-import comparison_report
 import torch
-from comparison_plan import EVALUATED, Budget, Plan, rows_of
-from measuring import ROOT, Table, commit, data_name, device_name, drop_torn_line, precision
-from systems import SIZES, check_systems
-from train_process import locked
-from training_runs import CURVE_COLUMNS, MEASURED, TrainingRun, carry_out, environment, progress_bar, readable
+
+from report import comparison as comparison_report
+from runs.plan import EVALUATED, Budget, Plan, rows_of
+from runs.process import locked
+from runs.provenance import ROOT, commit, data_name, device_name, precision
+from runs.schedule import CURVE_COLUMNS, MEASURED, TrainingRun, carry_out, environment, progress_bar, readable
+from runs.systems import SIZES, check_systems
+from runs.table import Table, drop_torn_line
 
 RESULTS = ROOT / "scripts" / "results"
 #: Options of fairseq-train that tell a run, so that only the plan may set them.

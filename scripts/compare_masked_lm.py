@@ -1,7 +1,7 @@
 """Compares flash_masked_lm with RoBERTa of as many parameters: masked words, then the authors of passages.
 
     python scripts/prepare_lm.py --text books/ --output data-bin/books --vocab-size 8000
-    python scripts/prepare_classification.py --text books/ --table scripts/authors.csv --passage 2048 \\
+    python scripts/prepare_classification.py --text books/ --table scripts/text/authors.csv --passage 2048 \\
         --skip 1 --balance --data data-bin/books --output data-bin/authors
     python scripts/compare_masked_lm.py --data data-bin/books --classes data-bin/authors [--jobs 8]
 
@@ -27,9 +27,11 @@ from statistics import mean
 from typing import NamedTuple
 
 import torch
-from measuring import ROOT, Table, commit, data_name, device_name
-from roberta_positions import with_more_positions
-from training_runs import MEASURED, Finished, TrainingRun, carry_out, readable
+
+from runs.provenance import ROOT, commit, data_name, device_name
+from runs.roberta_positions import with_more_positions
+from runs.schedule import MEASURED, Finished, TrainingRun, carry_out, readable
+from runs.table import Table
 
 KEY = ("data", "stage", "n", "lr", "seed", "pretraining", "epochs")
 SCORES = ("valid_perplexity", "valid_accuracy", "test_accuracy")

@@ -23,10 +23,12 @@ from pathlib import Path
 import fairseq
 import sacrebleu
 import torch
-from measuring import ROOT, Table, commit, data_name, device_name
-from prepared_folder import RECORD
 from sacrebleu.metrics import BLEU
-from training_runs import MEASURED, Finished, TrainingRun, carry_out, fairseq_command, readable
+
+from runs.provenance import ROOT, commit, data_name, device_name
+from runs.schedule import MEASURED, Finished, TrainingRun, carry_out, fairseq_command, readable
+from runs.table import Table
+from text.folder import RECORD
 
 KEY = ("data", "stage", "lr", "seed", "epochs", "updates_per_epoch", "max_tokens", "dropout")
 VERSIONS = ("python", "torch", "fairseq", "sacrebleu")

@@ -23,16 +23,13 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Optional
 
-import health
 import torch
-from fairseq.models import ARCH_MODEL_REGISTRY
-from fairseq.models.transformer_lm import TransformerLanguageModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from fairseq_flash.models.flash_lm import FlashLanguageModel
+from bench.models import build, bytes_of, language_models
 from fairseq_flash.modules import GatedAttentionUnit
 
 #: No crossover is looked for beyond.
@@ -78,7 +75,7 @@ class Sketch:
             # Not converted afterwards: PyTorch cannot exchange a fake weight that two modules share.
             torch.set_default_dtype(dtype)
             with self._fake:
-                self.model = health.build(words, vocabulary)
+                self.model = build(words, vocabulary)
         finally:
             torch.set_default_dtype(usual)
         self.name, self.batch = words[words.index("--arch") + 1], batch
@@ -168,14 +165,6 @@ class Sketch:
         with self._fake, NoNumbers(), counter:
             self.model(self._tokens(self.batch, n))
         return counter.get_total_flops() / 2 / (self.batch * n)
-
-
-def bytes_of(value: Any) -> int:
-    """Of every tensor inside dicts and tuples, such as an incremental state."""
-    if isinstance(value, torch.Tensor):
-        return value.nbytes
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ()
-    return sum(bytes_of(part) for part in parts)
 
 
 def transformers(sketch: Sketch) -> dict[str, list[str]]:
@@ -277,15 +266,6 @@ def size(number: float) -> str:
     """Bytes, in steps of 1024."""
     unit = min(3, max(0, int(math.log2(max(number, 1)) // 10)))
     return f"{number / 1024**unit:.{1 if unit else 0}f} {('B', 'KiB', 'MiB', 'GiB')[unit]}"
-
-
-def language_models() -> list[str]:
-    """Architectures that can be described, as far as their options allow."""
-    return sorted(
-        name
-        for name, model in ARCH_MODEL_REGISTRY.items()
-        if model in (FlashLanguageModel, TransformerLanguageModel)
-    )
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -18,10 +18,11 @@ import numpy
 import torch
 from fairseq import checkpoint_utils
 from fairseq.data import Dictionary, data_utils
-from measuring import ROOT, Table, commit, data_name, device_name
 from torch import nn
 
 import fairseq_flash  # noqa: F401  (registers the models of the checkpoints)
+from runs.provenance import ROOT, commit, data_name, device_name
+from runs.table import Table
 
 KEY = ("data", "split", "checkpoint", "n", "positions")
 COLUMNS = ("commit", "date", "device", "torch", "name", *KEY, "tokens", "loss", "perplexity", "status")

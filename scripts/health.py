@@ -17,12 +17,10 @@ import sys
 from typing import NamedTuple
 
 import torch
-from fairseq import options, tasks
-from fairseq.data import Dictionary
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-from fairseq.models import ARCH_MODEL_REGISTRY, FairseqEncoderDecoderModel, FairseqEncoderModel
+from fairseq.models import FairseqEncoderDecoderModel
 from torch import nn
 
+from bench.models import build
 from fairseq_flash.modules import GatedAttentionUnit, GatedCrossAttention, Stack, TransformerBlock
 
 #: Lowest and highest ratio of a healthy start.
@@ -171,21 +169,6 @@ def zipf_tokens(vocabulary: int, b: int, n: int, first: int = 4) -> torch.Tensor
     """Random tokens (b, n) from ``first`` on, the k-th with probability proportional to 1/k."""
     weights = 1 / torch.arange(1, vocabulary - first + 1)
     return torch.multinomial(weights, b * n, replacement=True).view(b, n) + first
-
-
-def build(arguments: list[str], vocabulary: int) -> nn.Module:
-    """The model that fairseq-train would build from these options, with a dictionary of made-up words."""
-    dictionary = Dictionary()
-    for index in range(vocabulary - len(dictionary)):
-        dictionary.add_symbol(f"word{index}")
-    parser = options.get_training_parser()
-    model = ARCH_MODEL_REGISTRY[parser.parse_known_args(["data", *arguments])[0].arch]
-    kinds = {FairseqEncoderModel: "masked_lm", FairseqEncoderDecoderModel: "translation"}
-    task = next((task for kind, task in kinds.items() if issubclass(model, kind)), "language_modeling")
-    args = options.parse_args_and_arch(parser, ["data", "--task", task, *arguments])
-    cfg = convert_namespace_to_omegaconf(args)
-    dictionaries = [dictionary] * (2 if task == "translation" else 1)
-    return tasks.TASK_REGISTRY[task](cfg.task, *dictionaries).build_model(cfg.model)
 
 
 def main() -> None:

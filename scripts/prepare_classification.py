@@ -9,7 +9,7 @@ hyphen or dot (``train/good.txt``, ``train/austen-emma.txt.gz``), and each of it
 of prepare_lm.py; N counts the ``<s>`` that ``--init-token 0`` puts before a row. The authors of the books,
 without the title pages, which name them:
 
-    python scripts/prepare_classification.py --text books/ --table scripts/authors.csv --passage 2048 \\
+    python scripts/prepare_classification.py --text books/ --table scripts/text/authors.csv --passage 2048 \\
         --skip 1 --balance --data data-bin/books --output data-bin/authors
 
 Pieces and dictionary are those of ``--data``, the folder that the model was trained on. The output gets
@@ -29,11 +29,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from prepared_folder import RECORD, fingerprint, is_prepared, publish, work_folder
-from read_text import TextFile, find_text_files, read_documents
-from split_text import SPLITS
-from text_pieces import MODEL, encode, number_pieces
 from tqdm import tqdm
+
+from text.folder import RECORD, fingerprint, is_prepared, publish, work_folder
+from text.pieces import MODEL, encode, number_pieces
+from text.read import TextFile, find_text_files, read_documents
+from text.split import SPLITS
 
 __all__ = ["main", "prepare"]
 

@@ -21,10 +21,10 @@ import os
 import sys
 from pathlib import Path
 
-from prepared_folder import RECORD, fingerprint, is_prepared, publish, work_folder
-from read_text import find_text_files
-from split_text import HELD_OUT, SPLITS, check_fractions, held_out_fractions, write_splits
-from text_pieces import MODEL, encode, learn_pieces, number_pieces
+from text.folder import RECORD, fingerprint, is_prepared, publish, work_folder
+from text.pieces import MODEL, encode, learn_pieces, number_pieces
+from text.read import find_text_files
+from text.split import HELD_OUT, SPLITS, check_fractions, held_out_fractions, write_splits
 
 __all__ = ["main", "prepare"]
 

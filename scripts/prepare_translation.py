@@ -26,9 +26,9 @@ from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 
-from prepared_folder import RECORD, fingerprint, is_prepared, publish, work_folder
-from read_text import TextFile, read_lines
-from text_pieces import MODEL, encode, learn_pieces, number_pieces
+from text.folder import RECORD, fingerprint, is_prepared, publish, work_folder
+from text.pieces import MODEL, encode, learn_pieces, number_pieces
+from text.read import TextFile, read_lines
 
 __all__ = ["main", "prepare"]
 

@@ -22,9 +22,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from checkpoints import mend_checkpoints
-from read_text import find_text_files
-from train_process import locked, train
+from runs.checkpoints import mend_checkpoints
+from runs.process import locked, train
+from text.read import find_text_files
 
 ROOT = Path(__file__).resolve().parent.parent
 USER_DIR = ROOT / "fairseq_flash"

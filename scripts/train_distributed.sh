@@ -61,4 +61,4 @@ fi
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # torchrun's own default, without its warning
 # exec: signals reach torchrun itself, which ends its processes.
-exec "$python" -m torch.distributed.run "${where[@]}" --nproc-per-node "$nproc" "$here/train_worker.py" "$@"
+exec "$python" -m torch.distributed.run "${where[@]}" --nproc-per-node "$nproc" "$here/runs/worker.py" "$@"

@@ -1,7 +1,8 @@
 """Data and models that many tests share, made once for each process that runs tests."""
 
 import pytest
-import tools
+
+from support import tools
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Proves that a GPU computes what the CPU does, in every precision that fairseq trains in there."""
 
 import pytest
-import tools
 import torch
 from torch import nn
 
@@ -12,6 +11,7 @@ from fairseq_flash.modules import (
     Stack,
     TransformerBlock,
 )
+from support import tools
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

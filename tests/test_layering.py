@@ -11,6 +11,10 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "fairseq_flash"
 #: What each layer may import beside itself.
 BELOW = {"ops": set(), "modules": {"ops"}, "models": {"modules"}, "tasks": {"models", "modules"}}
 FILES = sorted(path for layer in BELOW for path in (PACKAGE / layer).rglob("*.py"))
+SCRIPTS = PACKAGE.parent / "scripts"
+COMMANDS = {path.stem for path in SCRIPTS.glob("*.py")}
+SCRIPT_FILES = sorted(SCRIPTS.rglob("*.py"))
+ROOMS = {"text", "runs", "bench", "report"}
 
 
 def imported(path):
@@ -32,6 +36,20 @@ def test_a_layer_imports_only_what_lies_below(path):
         if top in ("fairseq", "fairseq_cli", "omegaconf", "hydra"):
             assert layer in ("models", "tasks"), f"{layer} imports {name}"
         assert top != "triton" or path.parent.name == "triton", f"{path.name} imports triton"
+
+
+@pytest.mark.parametrize("path", SCRIPT_FILES, ids=lambda path: str(path.relative_to(SCRIPTS)))
+def test_no_script_imports_a_command(path):
+    tops = {name.split(".")[0] for name in imported(path)}
+    assert not tops & COMMANDS
+    if path.parent == SCRIPTS:
+        assert 'if __name__ == "__main__":' in path.read_text(), f"{path.name} is no command"
+    elif path.parent.name in ROOMS:
+        assert path.parent.parent == SCRIPTS
+
+
+def test_rooms_are_those_of_the_layout():
+    assert {path.parent.name for path in SCRIPTS.glob("*/__init__.py")} == ROOMS | {"ablation"}
 
 
 def test_modules_work_where_fairseq_is_not_installed():

@@ -4,8 +4,9 @@ import math
 
 import numpy
 import pytest
-import tools
 from fairseq.data import Dictionary, data_utils
+
+from support import tools
 
 UPDATE = ("--tokens-per-sample", "512", "--max-tokens", "2048", "--num-workers", "0", "--seed", "1")
 RECIPE = (

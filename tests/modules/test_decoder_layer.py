@@ -1,12 +1,11 @@
 """Proves that a decoder's layer is its two units, decodes as it trains, keeps its source in reordering."""
 
-import as_oracle
-import oracle
 import pytest
 import torch
 from torch import nn
 
 from fairseq_flash.modules import DecoderLayer, GatedAttentionUnit, GatedCrossAttention, Stack
+from support import as_oracle, oracle
 
 TOLERANCE = 256 * torch.finfo(torch.float64).eps  # relative; measured: 3 eps
 D, M, N = 8, 7, 13

@@ -1,14 +1,12 @@
 """Proves one layer: the paper's numbers, however a row is padded, cut or continued."""
 
-import as_oracle
-import oracle
-import pieces
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairseq_flash.modules import GatedAttentionUnit
+from support import as_oracle, oracle, pieces
 
 TOLERANCE = 256 * torch.finfo(torch.float64).eps  # relative; measured: 15 eps
 D, C, N_REF = 8, 4, 13

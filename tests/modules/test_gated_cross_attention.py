@@ -1,11 +1,10 @@
 """Proves the unit that reads a source: the definition's numbers, whatever lies in the source's padding."""
 
-import as_oracle
-import oracle
 import pytest
 import torch
 
 from fairseq_flash.modules import GatedCrossAttention
+from support import as_oracle, oracle
 
 TOLERANCE = 256 * torch.finfo(torch.float64).eps  # relative; measured: 8 eps
 D, M, N = 8, 9, 5

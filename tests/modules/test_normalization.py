@@ -1,11 +1,10 @@
 """Proves that the norms are the oracle's, in the dtype of their input."""
 
-import as_oracle
-import oracle
 import pytest
 import torch
 
 from fairseq_flash.modules import NORMS, build_norm
+from support import as_oracle, oracle
 
 TOLERANCE = 16 * torch.finfo(torch.float64).eps  # measured: 2 eps
 

@@ -1,12 +1,11 @@
 """Proves that a stack counts positions from the first real token, decodes as it trains, and reorders rows."""
 
-import as_oracle
-import oracle
 import pytest
 import torch
 from torch import nn
 
 from fairseq_flash.modules import GatedAttentionUnit, Stack, TransformerBlock
+from support import as_oracle, oracle
 
 TOLERANCE = 1024 * torch.finfo(torch.float64).eps  # absolute; measured: 130 eps
 D, WORDS, N = 8, 11, 13

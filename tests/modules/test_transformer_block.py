@@ -1,14 +1,12 @@
 """Proves a Transformer layer of any attention: the oracle's, however a row is padded, cut or continued."""
 
-import as_oracle
-import oracle
-import pieces
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairseq_flash.modules import TransformerBlock
+from support import as_oracle, oracle, pieces
 
 TOLERANCE = 64 * torch.finfo(torch.float64).eps  # relative; measured: 5 eps, gradients 8
 D, R, C, N = 8, 4, 4, 13

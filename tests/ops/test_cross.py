@@ -2,11 +2,11 @@
 
 import math
 
-import oracle
 import pytest
 import torch
 
 from fairseq_flash import ops
+from support import oracle
 
 TOLERANCE = 64 * torch.finfo(torch.float64).eps  # relative; measured: 2 eps
 HALF_TOLERANCE = 4  # of the narrow type's epsilon, root mean square; measured: 0.9

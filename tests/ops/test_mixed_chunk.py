@@ -2,13 +2,13 @@
 
 import itertools
 
-import oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairseq_flash import ops
+from support import oracle
 
 TOLERANCE = 256 * torch.finfo(torch.float64).eps  # measured: 20 eps
 S, E = 4, 6

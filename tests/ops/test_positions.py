@@ -1,12 +1,12 @@
 """Proves that positions and relative biases are the paper's, at any distance and in any piece."""
 
-import oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairseq_flash import ops
+from support import oracle
 
 TOLERANCE = 32 * torch.finfo(torch.float64).eps  # measured: 4 eps
 

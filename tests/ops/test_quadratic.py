@@ -1,10 +1,10 @@
 """Proves that quadratic attention is the paper's, causal and bidirectional, whole and with its cache."""
 
-import oracle
 import pytest
 import torch
 
 from fairseq_flash import ops
+from support import oracle
 
 TOLERANCE = 64 * torch.finfo(torch.float64).eps  # measured: 6 eps
 

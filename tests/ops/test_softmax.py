@@ -1,10 +1,10 @@
 """Proves that softmax attention is the oracle's, causal or by what is visible, and finite at any score."""
 
-import oracle
 import pytest
 import torch
 
 from fairseq_flash import ops
+from support import oracle
 
 TOLERANCE = 16 * torch.finfo(torch.float64).eps  # measured: 1.4 eps
 B, HEADS, R = 2, 3, 4

@@ -7,7 +7,6 @@ import argparse
 import logging
 
 import pytest
-import tools
 import torch
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion, CrossEntropyCriterionConfig
 from fairseq.data import Dictionary
@@ -19,6 +18,7 @@ from fairseq_flash.modules import RowMemory
 from fairseq_flash.tasks import _prompt_pass
 from fairseq_flash.tasks._documents import DocumentSegments
 from fairseq_flash.tasks.flash_language_modeling import FlashLanguageModelingConfig, FlashLanguageModelingTask
+from support import tools
 
 TOLERANCE = 500 * torch.finfo(torch.float64).eps
 WORDS = 40

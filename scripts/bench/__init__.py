@@ -1,0 +1,1 @@
+"""Models of random weights, and what times them."""

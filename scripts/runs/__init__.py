@@ -1,0 +1,1 @@
+"""Plans of trainings and their processes, and the tables that they write."""

@@ -1,0 +1,1 @@
+"""Reads, splits, encodes and publishes text, for the commands that prepare data."""

@@ -1,0 +1,112 @@
+"""Data folders that a script prepares: made aside, moved into place at once, never overwritten unasked."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+from text.read import TextFile
+
+__all__ = ["RECORD", "fingerprint", "is_prepared", "publish", "work_folder"]
+
+RECORD = "prepare.json"
+
+
+def fingerprint(inputs: dict[str, list[TextFile]], recorded: dict) -> str:
+    """Identifies text and options; where the text lies, and when it was written, does not matter.
+
+    Args:
+        inputs: The files by what they are for.
+        recorded: The options that change the result.
+    """
+    digest = hashlib.sha256(json.dumps(recorded).encode())
+    files = [(role, file) for role in inputs for file in inputs[role]]
+    for role, file in tqdm(files, "checking the text", unit="file", leave=False, disable=None):
+        with file.path.open("rb") as stream:
+            content = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest.update(f"{role}\0{file.name}\0{content}\0".encode())
+    return digest.hexdigest()
+
+
+def is_prepared(output: Path, identity: str, overwrite: bool, is_ours: Callable[[str], bool]) -> bool:
+    """Whether ``output`` already holds this corpus; refuses to touch a folder with anything else in it.
+
+    Args:
+        output: The folder, which need not exist.
+        identity: From :func:`fingerprint`.
+        overwrite: Whether another corpus of the same script may be replaced.
+        is_ours: Whether the script makes a file of that name.
+
+    Raises:
+        ValueError: the folder holds something else, or is damaged.
+    """
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return False
+    if not (output / RECORD).is_file():
+        raise ValueError(f"--output {output} exists and was not made by this script: choose another folder")
+    record = json.loads((output / RECORD).read_text())
+    sizes = {name: (output / name).stat().st_size for name in record["files"] if (output / name).is_file()}
+    if overwrite:
+        inside = (path for path in output.rglob("*") if path.is_file())
+        names = (path.relative_to(output).as_posix() for path in inside)
+        foreign = sorted(name for name in names if name not in record["files"] and not is_ours(name))
+        if foreign:
+            raise ValueError(f"--overwrite would delete files that are not from here: {output}/{foreign[0]}")
+        return False
+    if record["fingerprint"] != identity:
+        raise ValueError(
+            f"--output {output} holds another text or was made with other options (see {RECORD} there): "
+            "choose another folder, or give --overwrite"
+        )
+    if sizes != record["files"]:
+        raise ValueError(f"--output {output} is damaged (files are missing or cut): give --overwrite")
+    return True
+
+
+@contextmanager
+def work_folder(output: Path) -> Iterator[tuple[Path, int]]:
+    """An empty folder beside ``output``, locked; what a killed run left in it is cleared away.
+
+    Yields:
+        The folder, and a file descriptor; a child that keeps it open keeps the folder locked.
+
+    Raises:
+        ValueError: another run is at work.
+    """
+    work = output.with_name(output.name + ".partial")
+    work.mkdir(parents=True, exist_ok=True)
+    lock = os.open(work, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise ValueError(f"--output {output}: another run is preparing it at this moment") from None
+    try:
+        for path in work.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        yield work, lock
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        os.close(lock)
+
+
+def publish(work: Path, output: Path, record: dict) -> None:
+    """Moves ``work / "data"`` to ``output``, with a record of what it is and of the sizes of its files.
+
+    Args:
+        work: From :func:`work_folder`.
+        output: The folder; what is there now is deleted.
+        record: ``fingerprint`` among others.
+    """
+    paths = sorted(path for path in (work / "data").rglob("*") if path.is_file())
+    files = {path.relative_to(work / "data").as_posix(): path.stat().st_size for path in paths}
+    (work / "data" / RECORD).write_text(json.dumps({**record, "files": files}, indent=2) + "\n")
+    if output.exists():
+        os.replace(output, work / "replaced")
+    os.replace(work / "data", output)

@@ -1,0 +1,230 @@
+"""Proves that compare_masked_lm.py trains what it says, chooses on valid alone, and repeats nothing."""
+
+import csv
+import re
+
+import pytest
+import torch
+from fairseq import checkpoint_utils
+
+from support import tools
+
+SCRIPT = tools.REPOSITORY / "scripts" / "compare_masked_lm.py"
+ROBERTA = (
+    *("--user-dir", tools.USER_DIR, "--arch", "roberta", *tools.QUICK, *tools.ADAM),
+    *("--encoder-layers", "1", "--encoder-embed-dim", "16", "--encoder-ffn-embed-dim", "16"),
+    *("--encoder-attention-heads", "2"),
+)
+
+
+@pytest.fixture(scope="module")
+def compare():
+    return tools.load_script("compare_masked_lm")
+
+
+@pytest.fixture
+def folders(tmp_path, data_bin):
+    """Data of both kinds, as far as the command line looks at them."""
+    classes = tmp_path / "classes" / "input0"
+    classes.mkdir(parents=True)
+    (classes / "test.bin").touch()
+    (classes / "dict.txt").write_bytes((data_bin / "dict.txt").read_bytes())
+    return ["--data", str(data_bin), "--classes", str(classes.parent)]
+
+
+def write_rows(path, columns, rows):
+    with path.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, columns)
+        writer.writeheader()
+        writer.writerows({**dict.fromkeys(columns, ""), **row} for row in rows)
+
+
+def pretrained(name, lr, loss, status="ok", budget=2000):
+    return dict(name=name, stage="pretraining", n=512, lr=lr, seed=1, pretraining=budget) | dict(
+        valid_loss=loss, valid_perplexity=7, parameters=5, tokens_per_second=3, status=status
+    )
+
+
+def tuned(name, n, lr, seed, valid, test):
+    return dict(name=name, stage="fine-tuning", n=n, lr=lr, seed=seed, pretraining=2000, epochs=10) | dict(
+        valid_loss=1, valid_accuracy=valid, test_accuracy=test, status="ok"
+    )
+
+
+@pytest.fixture
+def plan(compare, folders, tmp_path):
+    """A plan with rows: of FLASH 0.002 is best, of RoBERTa the one with the norm first."""
+    places = ["--output", str(tmp_path / "rows.csv"), "--folder", str(tmp_path / "work")]
+    options = compare.parse([*folders, *places, "--tokens", "2000"])
+    rows = [
+        pretrained("flash_masked_lm", "0.001", 6.5),
+        pretrained("flash_masked_lm", "0.002", 6.25),
+        pretrained("flash_masked_lm", "0.004", "nan"),
+        pretrained("flash_masked_lm", "0.008", 1.0, status="error: out of memory"),
+        pretrained("flash_masked_lm", "0.001", 2.0, budget=4000),
+        pretrained("flash_quad_masked_lm", "0.001", 6.0),
+        pretrained("roberta", "0.001", 6.75),
+        pretrained("roberta_prenorm", "0.002", 6.5),
+    ]
+    for name in ("flash_masked_lm", "roberta_prenorm"):
+        for n in (2048, 512):
+            rows += [tuned(name, n, "0.0001", 1, 60, 99), tuned(name, n, "0.0003", 1, 70, 10)]
+            rows += [tuned(name, n, "0.0003", 2, 50, 20)]
+    classes = options.classes
+    (classes / "prepare.json").write_text('{"splits": {"train": {"examples": 20}}}')
+    (classes / "label").mkdir()
+    (classes / "label" / "dict.txt").write_text("a 1\nb 1\nc 1\n")
+    plan = compare.Plan(options)
+    rows = [{**row, "data": plan.data[row["stage"]]} for row in rows]
+    rows.append({**pretrained("flash_masked_lm", "0.001", 0.5), "data": "another-text"})
+    write_rows(options.output, compare.COLUMNS, rows)
+    plan.checkpoints.mkdir(parents=True)
+    table = torch.arange(514.0).unsqueeze(1)
+    state = {"model": {"encoder.sentence_encoder.embed_positions.weight": table}}
+    for name in ("flash_masked_lm", "roberta_prenorm"):
+        torch.save(state, plan.checkpoints / f"{kept(plan, name)}.pt")
+    return plan
+
+
+def kept(plan, name):
+    return f"{name}-{plan.data['pretraining']}-512-0.002-1-2000"
+
+
+def option(run, name):
+    return run.words[run.words.index(name) + 1]
+
+
+def test_the_best_successful_checkpoint_of_each_kind_is_fine_tuned(plan):
+    runs = list(plan.rates())
+    assert {run.row["name"] for run in runs} == {"flash_masked_lm", "roberta_prenorm"}
+    assert {(run.row["n"], run.row["lr"]) for run in runs} == {
+        (n, rate) for n in (2048, 512) for rate in (1e-4, 3e-4, 1e-3)
+    }
+    files = {(run.row["name"], run.row["n"]): option(run, "--restore-file").split("/")[-1] for run in runs}
+    assert files == {
+        ("flash_masked_lm", 2048): f"{kept(plan, 'flash_masked_lm')}.pt",
+        ("flash_masked_lm", 512): f"{kept(plan, 'flash_masked_lm')}.pt",
+        ("roberta_prenorm", 2048): f"{kept(plan, 'roberta_prenorm')}-positions2048.pt",
+        ("roberta_prenorm", 512): f"{kept(plan, 'roberta_prenorm')}.pt",
+    }
+    assert all(option(run, "--max-positions") == str(run.row["n"]) for run in runs)
+    assert {run.updates for run in runs} == {10 * 3}
+    assert {option(run, "--num-classes") for run in runs} == {"3"}
+
+
+def test_the_rate_of_the_other_seeds_is_chosen_on_valid_and_not_on_test(plan):
+    assert {(run.row["lr"], run.row["seed"]) for run in plan.seeds()} == {(3e-4, 2), (3e-4, 3)}
+    assert len(list(plan.seeds())) == 2 * 2 * 2
+
+
+def test_a_checkpoint_that_is_gone_and_a_kind_without_success_are_named(plan):
+    (plan.checkpoints / f"{kept(plan, 'flash_masked_lm')}.pt").unlink()
+    with pytest.raises(ValueError, match=r"flash_masked_lm-.*-2000.pt is gone: delete its row"):
+        plan.best_pretrained("flash")
+    plan.options.tokens = 77
+    with pytest.raises(ValueError, match=r"no pretraining of roberta succeeded"):
+        plan.best_pretrained("roberta")
+
+
+def test_every_system_is_pretrained_with_each_of_its_rates_on_the_same_tokens(compare, plan):
+    plan.options.tokens = 2_000_000
+    runs = list(plan.pretraining())
+    names = ("flash_masked_lm", "roberta", "roberta_prenorm")
+    expected = {(name, rate) for name in names for rate in compare.SYSTEMS[name].rates}
+    assert {(run.row["name"], run.row["lr"]) for run in runs} == expected
+    assert {run.updates for run in runs} == {-(-2_000_000 // 4096)}
+    assert len({option(run, "--seed") for run in runs}) == 1
+
+
+def test_the_report_gives_means_over_all_seeds_and_leaves_out_what_is_not_finished(compare, plan):
+    plan.options.seeds = [1, 2]
+    printed = compare.report(plan)
+    assert "| `flash_masked_lm` | 0.002 | 5 | 7 | 3 |" in printed
+    assert "| `roberta_prenorm` | 2048 | 0.0003 | 15.0 (10, 20) | 60.0 |" in printed
+    assert "0.0001" not in printed
+
+
+def test_repeated_positions_change_nothing_for_rows_of_the_learned_length(compare, data_bin, tmp_path):
+    masked = ("--task", "masked_lm", "--criterion", "masked_lm", "--tokens-per-sample", "32")
+    tools.call("train", data_bin, *ROBERTA, *masked, "--save-dir", tmp_path, "--max-update", "1")
+    path = compare.with_more_positions(tmp_path / "checkpoint_last.pt", 32, 80)
+    assert path.name == "checkpoint_last-positions80.pt"
+    short, long = (
+        checkpoint_utils.load_model_ensemble_and_task(
+            [str(file)], arg_overrides={"data": str(data_bin), "max_positions": positions}
+        )[0][0].eval()
+        for file, positions in ((tmp_path / "checkpoint_last.pt", 32), (path, 80))
+    )
+    tokens = torch.randint(4, 50, (2, 80))
+    with torch.no_grad():
+        assert torch.equal(short(tokens[:, :32])[0], long(tokens[:, :32])[0])
+        assert long(tokens)[0].isfinite().all()
+    table = long.encoder.sentence_encoder.embed_positions.weight
+    assert torch.equal(table[2:34], table[34:66])
+    assert torch.equal(table[2:18], table[66:])
+
+
+def test_a_mistake_on_the_command_line_is_named(compare, folders, tmp_path, capsys):
+    (tmp_path / "classes" / "input0" / "dict.txt").write_text("a 1\n")
+    mistakes = {
+        "has another dictionary than --data": folders,
+        "--max-tokens 100 is not allowed; allowed: 512 or more": [*folders, "--max-tokens", "100"],
+        "--jobs 0 is not allowed": [*folders, "--jobs", "0"],
+        "has no dict.txt": ["--data", str(tmp_path)],
+        "has no input0/test.bin": [*folders[:3], str(tmp_path)],
+    }
+    for message, words in mistakes.items():
+        with pytest.raises(SystemExit):
+            compare.parse(words)
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_one_command_does_it_all_and_a_second_one_nothing(tmp_path):
+    lines = tools.real_lines()
+    tools.write_texts(tmp_path / "text", train=lines)
+    scripts, parts = tools.REPOSITORY / "scripts", {"train": 0, "valid": 200, "test": 300}
+    rows = ["split,label,file"]
+    for label, begin in (("a", 0), ("b", 2000)):
+        for split, offset in parts.items():
+            tools.write_texts(tmp_path, **{f"{label}-{split}": lines[begin + offset : begin + offset + 100]})
+            rows.append(f"{split},{label},{label}-{split}")
+    (tmp_path / "table.csv").write_text("\n".join(rows) + "\n")
+    data, classes = ("--data", tmp_path / "lm"), tmp_path / "classes"
+    table = ("--text", tmp_path, "--table", tmp_path / "table.csv", "--passage", 64)
+    prepare = {
+        "prepare_lm": ("--text", tmp_path / "text", "--output", tmp_path / "lm", "--vocab-size", 500),
+        "prepare_classification": (*table, *data, "--output", classes),
+    }
+    for script, words in prepare.items():
+        done = tools.run("python", scripts / f"{script}.py", *words)
+        assert done.returncode == 0, done.stdout
+    command = (
+        *("python", SCRIPT, *data, "--classes", classes, "--device", "cpu", "--jobs", 2),
+        *("--output", tmp_path / "rows.csv", "--folder", tmp_path / "work", "--systems", "flash_masked_lm"),
+        *("roberta", "--pretraining-rates", "1e-3", "--rates", "1e-3", "--seeds", 1, 2, "--epochs", 1),
+        *("--row", 32, "--passage", 64, "--tokens", 512, "--max-tokens", 256, "--batch-size", 16),
+    )
+    done = tools.run(*command)
+    assert done.returncode == 0, done.stdout
+    with (tmp_path / "rows.csv").open(newline="") as stream:
+        found = list(csv.DictReader(stream))
+    assert [row["status"] for row in found] == ["ok"] * 10
+    assert {(row["name"], row["stage"], row["n"]) for row in found} == {
+        *((name, "pretraining", "32") for name in ("flash_masked_lm", "roberta")),
+        *((name, "fine-tuning", n) for name in ("flash_masked_lm", "roberta") for n in ("64", "32")),
+    }
+    for row in found:
+        assert float(row["valid_perplexity"] or 2) > 1
+        assert 0 <= float(row["test_accuracy"] or 0) <= 100
+        assert int(row["parameters"]) > 3e6
+        data = "lm" if row["stage"] == "pretraining" else "classes"
+        assert row["command"].startswith(f"fairseq-train {data} --task ")
+        assert str(tmp_path) not in row["command"], "of this machine"
+    before = (tmp_path / "rows.csv").read_bytes()
+    again = tools.run(*command)
+    assert again.returncode == 0, again.stdout
+    assert (tmp_path / "rows.csv").read_bytes() == before
+    reports = [re.findall(r"^\| `.*", run.stdout, re.MULTILINE) for run in (done, again)]
+    assert len(reports[0]) == 6
+    assert reports[0] == reports[1]

@@ -1,0 +1,65 @@
+"""Proves that the loss by position is that of every row on its own, whatever the batch."""
+
+import csv
+
+import pytest
+import torch
+from fairseq import checkpoint_utils
+
+import extrapolate
+from support import tools
+
+
+@pytest.fixture(scope="module")
+def checkpoint(data_bin, tmp_path_factory):
+    """A checkpoint of two updates."""
+    folder = tmp_path_factory.mktemp("extrapolate")
+    tools.train(data_bin, folder, updates=2)
+    return (folder / "checkpoint_last.pt").rename(folder / "ours.pt")
+
+
+def rows_of(path):
+    with path.open(newline="") as stream:
+        return {(int(row["n"]), row["positions"]): row for row in csv.DictReader(stream)}
+
+
+def test_the_loss_by_position_is_that_of_each_row_alone(data_bin, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(extrapolate, "TOKENS_PER_BATCH", 48)
+    output = tmp_path / "out.csv"
+    words = ["--data", str(data_bin), "--checkpoints", str(checkpoint), "--split", "valid", "--device", "cpu"]
+    extrapolate.main([*words, "--lengths", "8", "20", "--output", str(output)])
+    rows = rows_of(output)
+    assert list(rows) == [(8, "all"), (8, "0-8"), (20, "all"), (20, "0-8"), (20, "8-16"), (20, "16-20")]
+    tokens, _ = extrapolate.read_tokens(data_bin, "valid")
+    (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)])
+    expected = []
+    for begin in range(0, len(tokens) - 20, 20):
+        row = tokens[begin : begin + 21].long()
+        with torch.no_grad():
+            logits = model.eval()(row[None, :-1])[0][0]
+        expected.append(-logits.log_softmax(dim=-1).gather(1, row[1:, None]).squeeze(1))
+    expected = torch.stack(expected)
+    for name, stretch in extrapolate.stretches(20, 8):
+        assert float(rows[20, name]["loss"]) == pytest.approx(expected[:, stretch].mean().item(), abs=1e-4)
+        assert int(rows[20, name]["tokens"]) == expected[:, stretch].numel()
+    before = output.read_bytes()
+    extrapolate.main([*words, "--lengths", "8", "20", "--output", str(output)])
+    assert output.read_bytes() == before
+
+
+def test_a_row_beyond_a_table_is_a_row_with_the_error(data_bin, tmp_path):
+    kind = ("--attention", "quadratic", "--relative-bias", "toeplitz")
+    tools.train(data_bin, tmp_path, *kind, updates=1)
+    output = tmp_path / "out.csv"
+    words = [
+        "--data",
+        str(data_bin),
+        "--checkpoints",
+        str(tmp_path / "checkpoint_last.pt"),
+        "--device",
+        "cpu",
+    ]
+    extrapolate.main([*words, "--split", "valid", "--lengths", "32", "64", "--output", str(output)])
+    rows = rows_of(output)
+    assert rows[32, "all"]["status"] == "ok"
+    assert "longer than the table" in rows[64, "all"]["status"]

@@ -1,0 +1,179 @@
+"""Proves that every figure is drawn from its CSV alone, with one look a system and nothing that failed."""
+
+import csv
+import subprocess
+import sys
+
+import matplotlib.pyplot as plt
+import pytest
+
+import plot
+from report import style as plot_style
+from support import tools
+
+SYSTEMS = {"flash_lm": 4.6, "transformer_lm": 4.8, "my_lm": 4.7}
+COMMON = {"size": "tiny", "budget": "1000tokens", "device": "cpu", "jobs": "1", "status": "ok"}
+
+
+def write(path, rows):
+    columns = {column: None for row in rows for column in row}
+    with path.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def comparison():
+    for name, loss in SYSTEMS.items():
+        for n, seed in ((512, 1), (512, 2), (1024, 1)):
+            row = {"name": name, "n": n, "seed": seed, "stage": "final", **COMMON}
+            yield {**row, "valid_loss": loss + seed / 100, "tokens_per_second": 1000 * loss}
+
+
+def curves():
+    for row in comparison():
+        for updates in range(10, 101, 10):
+            place = {"updates": updates, "tokens": updates * 10, "seconds": updates + row["seed"] / 10}
+            for split in ("train", "valid"):
+                yield {**row, **place, "split": split, "loss": 4 + 10 / updates}
+
+
+def training():
+    for name in SYSTEMS:
+        for n in (512, 1024):
+            row = {"name": name, "n": n, "dtype": "float32", "threads": 2, **COMMON}
+            yield {**row, "tokens_per_s": 1e9 / n, "peak_memory": 1e6 * n}
+    yield {"name": "my_lm", "n": 2048, "dtype": "float32", "threads": 2, **COMMON, "status": "out of memory"}
+
+
+def generation():
+    for name in SYSTEMS:
+        for n in (256, 512):
+            row = {"name": name, "pass": "step", "b": 1, "beam": 1, "n": n, "dtype": "float32", "threads": 2}
+            yield {**COMMON, **row, "median_ms": n, "state_bytes": n, "peak_memory": n, "torch": "2.13"}
+
+
+def ablation():
+    for value, loss in (("", 5.0), ("0.1", 5.1), ("0.3", 4.9)):
+        row = {"base": "flash_lm", "factor": "gamma" if value else "", "value": value, **COMMON, "n": 512}
+        yield {**row, "stage": "factor", "seed": 1, "valid_loss": loss}
+    yield {**row, "stage": "learning rate", "seed": 1, "valid_loss": 9}
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A folder of measurements of three systems, one of them unknown."""
+    for name, rows in (
+        ("comparison", comparison()),
+        ("comparison_curves", curves()),
+        ("training", training()),
+        ("generation", generation()),
+        ("ablation", ablation()),
+    ):
+        write(tmp_path / f"{name}.csv", list(rows))
+    return tmp_path
+
+
+def drawn_lines(figure, label):
+    return [line for axis in figure.axes for line in axis.get_lines() if line.get_label() == label]
+
+
+def test_every_figure_becomes_a_png_and_an_svg(results):
+    plot.main(["--results", str(results)])
+    written = {path.name: path.stat().st_size for path in results.glob("figures/*.[ps][nv]g")}
+    stems = [
+        "generation",
+        "training",
+        "ablation",
+        *(f"comparison_{f}" for f in ("tokens", "seconds", "quality", "ablation")),
+    ]
+    assert set(written) == {f"{stem}.{end}" for stem in stems for end in ("png", "svg")}
+    assert min(written.values()) > 10_000
+    for path in results.glob("figures/*.png"):
+        image = plt.imread(path)
+        assert image.shape[0] > 300
+        assert image[..., :3].std() > 0.05, f"{path.name} is blank"
+
+
+def test_a_system_looks_the_same_in_every_figure(results):
+    looks = set()
+    for name in ("generation", "training", "tokens", "seconds"):
+        figure = plot.draw(name, results / plot.FIGURES[name].csv)
+        looks |= {line.get_color() for line in drawn_lines(figure, "transformer_lm")}
+        plt.close(figure)
+    assert looks == {plot_style.style("transformer_lm", SYSTEMS)["color"]}
+    assert plot_style.style("transformer_lm_tiny", []) == plot_style.style("transformer_lm", [])
+    colours = [colour for colour, _ in plot_style.STYLES.values()]
+    assert len(set(colours)) == len(colours)
+
+
+def test_lines_are_means_over_seeds(results):
+    figure = plot.draw("quality", results / "comparison.csv")
+    (line,) = [line for line in figure.axes[0].get_lines() if line.get_color() == "#0072B2"][:1]
+    assert line.get_ydata() == pytest.approx([4.615, 4.61])
+    figure = plot.draw("tokens", results / "comparison_curves.csv")
+    assert drawn_lines(figure, "flash_lm")[0].get_xdata().tolist() == [10.0 * k for k in range(10, 101, 10)]
+
+
+def test_bars_are_differences_from_flash_lm(results):
+    figure = plot.draw("ablation", results / "comparison.csv")
+    bars = {bar.get_facecolor(): bar.get_width() for bar in figure.axes[0].patches}
+    assert len(bars) == len(SYSTEMS), "two systems share a colour"
+    assert sorted(bars.values()) == pytest.approx([0.0, 0.1, 0.2])
+
+
+def test_factors_are_differences_from_what_is_unchanged(results):
+    (axis,) = plot.draw("factors", results / "ablation.csv").axes
+    bars = dict(zip((label.get_text() for label in axis.get_yticklabels()), axis.patches, strict=True))
+    widths = {label: bar.get_width() for label, bar in bars.items()}
+    assert widths == pytest.approx({"gamma: 0.3": -0.1, "gamma: 0.1": 0.1, "unchanged": 0.0})
+
+
+def test_failed_runs_and_searches_for_a_rate_are_left_out(results):
+    rows = list(comparison())
+    wrong = {**rows[0], "valid_loss": 99}
+    rows += [{**wrong, "stage": "rate"}, {**wrong, "status": "error: x"}, {**wrong, "valid_loss": "nan"}]
+    write(results / "more.csv", rows)
+    figures = [plot.draw("ablation", results / name) for name in ("comparison.csv", "more.csv")]
+    assert len({str([bar.get_width() for bar in figure.axes[0].patches]) for figure in figures}) == 1
+
+
+def test_budgets_do_not_share_a_panel(results):
+    rows = list(comparison())
+    write(results / "two.csv", rows + [{**row, "budget": "9tokens", "valid_loss": 3} for row in rows])
+    assert len(plot.draw("quality", results / "two.csv").axes) == 2
+    assert len(plot.draw("ablation", results / "two.csv").axes) == 4
+
+
+def test_one_figure_goes_beside_its_csv(results):
+    (results / "training.csv").rename(results / "mine.csv")
+    plot.main(["training", "--csv", str(results / "mine.csv")])
+    assert (results / "mine.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["quality", "--csv", "no.csv"], "no.csv does not exist"),
+        (["quality", "--csv", "training.csv"], "has no rows with valid_loss, tokens_per_second"),
+        (["quality", "--csv", "failed.csv"], "has no finished run"),
+    ],
+)
+def test_what_cannot_be_drawn_is_named(results, words, message, monkeypatch):
+    monkeypatch.chdir(results)
+    write(results / "failed.csv", [{**row, "status": "error: x"} for row in comparison()])
+    with pytest.raises(SystemExit, match=message):
+        plot.main(words)
+
+
+def test_unknown_figures_are_named(capsys):
+    with pytest.raises(SystemExit):
+        plot.main(["pie"])
+    assert "pie is unknown; allowed: generation, training" in capsys.readouterr().err
+
+
+def test_plotting_needs_neither_torch_nor_fairseq(results):
+    code = f"import sys; sys.path.insert(0, {str(tools.REPOSITORY / 'scripts')!r}); import plot; "
+    code += f"plot.main(['quality', '--results', {str(results)!r}]); "
+    code += "sys.exit(any(name in sys.modules for name in ('torch', 'fairseq')))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
