@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fairseq_flash.models import flash_lm, flash_masked_lm, flash_seq2seq
-from fairseq_flash.models._systems import MASKED_LM_SYSTEMS, SYSTEMS
+from fairseq_flash.models._presets import MASKED_LM_SYSTEMS, SYSTEMS
 
 CONFIGS = Path(__file__).resolve().parent.parent / "fairseq_flash" / "configs"
 

@@ -14,7 +14,10 @@ __all__ = ["BACKENDS", "IMPLEMENTATIONS", "check_backend", "choose"]
 #: Implementations of :func:`~fairseq_flash.ops.gated_mixed_chunk`, the fastest first: modules with
 #: ``run(projected, options, carry)`` and ``objections(projected, options) -> list[str]``, which may ask for
 #: device, dtype and sizes, never for values. A module is imported when it is first asked.
-IMPLEMENTATIONS = {"reference": "fairseq_flash.ops.mixed_chunk.gated"}
+IMPLEMENTATIONS = {
+    "recomputed": "fairseq_flash.ops.mixed_chunk.recomputed",
+    "reference": "fairseq_flash.ops.mixed_chunk.gated",
+}
 
 BACKENDS = ("auto", *IMPLEMENTATIONS)
 
