@@ -1,4 +1,4 @@
-"""Why no checkpoint runs code, and why a kill leaves a whole one.
+"""Why no checkpoint runs code or takes the memory, and why a damaged one is not read.
 
 A checkpoint is a pickle in a zip archive, and a pickle is a program. Four doors lead from it to the machine:
 
@@ -26,7 +26,6 @@ import argparse
 import ast
 import collections
 import logging
-import os
 import pickle
 import re
 import sys
@@ -62,8 +61,6 @@ def prepare() -> None:
     _allow_harmless_classes()
     _refuse_unfit_checkpoints()
     _read_config_strings_as_values()
-    _copy_checkpoints_atomically()
-    _keep_arrays_out_of_checkpoints()
 
 
 class _NumberType:
@@ -228,51 +225,3 @@ def _node_value(node: ast.expr) -> Any:
     if length * times > _LARGEST_REPEAT:
         raise ValueError(f"{length} items, repeated {times} times")
     return left * right
-
-
-def _copy_checkpoints_atomically() -> None:
-    """Copies ``checkpoint_last.pt`` and its like beside the target and renames; any version.
-
-    ``PathManager.copy`` writes into the target itself: a kill in between leaves a truncated file and a run
-    that can not be resumed. (fairseq already renames the first file it writes.
-    ``--write-checkpoints-asynchronously`` makes no copies, and its one file is not atomic.)
-    """
-    from fairseq.file_io import PathManager
-
-    def heal(copy: Callable) -> Callable:
-        def healed(src_path: str, dst_path: str, overwrite: bool = False) -> Any:
-            refused = os.path.exists(dst_path) and not overwrite
-            if refused or PathManager.path_requires_pathmanager(dst_path):
-                return copy(src_path, dst_path, overwrite)
-            done = copy(src_path, dst_path + ".tmp", True)
-            os.replace(dst_path + ".tmp", dst_path)
-            return done and dst_path
-
-        return healed
-
-    wrap(PathManager, "copy", heal)
-
-
-def _keep_arrays_out_of_checkpoints() -> None:
-    """Writes the counts of ``--eval-bleu`` as tensors: as numpy arrays, torch >= 2.6 refuses to read them.
-
-    So nothing more needs to be allowed in a checkpoint; a meter that is restored counts on with arrays.
-    """
-    from fairseq.logging.meters import AverageMeter
-
-    def write(state_dict: Callable) -> Callable:
-        def healed(self) -> dict[str, Any]:
-            state = state_dict(self).items()
-            return {k: torch.from_numpy(v) if isinstance(v, numpy.ndarray) else v for k, v in state}
-
-        return healed
-
-    def read(load_state_dict: Callable) -> Callable:
-        def healed(self, state: dict[str, Any]) -> None:
-            arrays = {k: v.numpy() for k, v in state.items() if isinstance(v, torch.Tensor) and v.dim()}
-            load_state_dict(self, {**state, **arrays})
-
-        return healed
-
-    wrap(AverageMeter, "state_dict", write)
-    wrap(AverageMeter, "load_state_dict", read)
