@@ -148,8 +148,8 @@ def _forward(
     ):
         if tensor is not None:
             _mark_dynamic(tensor, *axes)
-    # Numbers about the columns that no layer needs would be guarded on, and compiled anew.
-    return _compiled()(layer, x, rows._replace(length=0, shift=None), source)
+    # What no layer needs would be guarded on, and compiled anew.
+    return _compiled()(layer, x, rows._replace(given_mask=None, shift=None), source)
 
 
 def _mark_dynamic(tensor: torch.Tensor, *axes: int) -> None:

@@ -7,9 +7,9 @@ from typing import Optional
 import torch
 from torch import nn
 
+from fairseq_flash.modules.alignment import align_rows, restore_rows
 from fairseq_flash.modules.normalization import build_norm
 from fairseq_flash.modules.positions import ScaledSin
-from fairseq_flash.modules.rows import align_rows, restore_rows
 from fairseq_flash.modules.state import DecodingState
 
 __all__ = ["Stack"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fairseq_flash.ops.backend import check_backend, without_autocast
+from fairseq_flash.ops.precision import ranged, widened, without_autocast
 
 __all__ = ["LINEAR_NORMS", "chunk_summaries", "exclusive_sum", "linear_attention", "linear_denominator"]
 
@@ -23,9 +23,9 @@ def chunk_summaries(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         ``(b, g, s, e)`` in float32, or float64 if the input is. For bfloat16 each chunk's summary is rounded
         to bfloat16 once, the sums over chunks never.
     """
-    compute = torch.float32 if v.dtype == torch.float16 else v.dtype
+    compute = ranged(v.dtype)
     kv = torch.einsum("bgjs,bgje->bgse", k.to(compute), v.to(compute))
-    return kv.to(torch.promote_types(v.dtype, torch.float32))
+    return kv.to(widened(v.dtype))
 
 
 def exclusive_sum(kv: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
@@ -69,9 +69,7 @@ def linear_denominator(
 
 
 @without_autocast
-def linear_attention(
-    q: torch.Tensor, kv_sum: torch.Tensor, denominator: torch.Tensor, *, backend: str = "auto"
-) -> torch.Tensor:
+def linear_attention(q: torch.Tensor, kv_sum: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
     r"""Reads the summed chunks.
 
     .. math:: \hat V_g = Q_g \Bigl(\sum_p K_p^\top V_p\Bigr) / \mathrm{denominator}_g
@@ -81,18 +79,13 @@ def linear_attention(
         kv_sum: What each chunk may see, ``(b, g, s, e)``, from :func:`exclusive_sum` for causal attention;
             ``(b, 1, s, e)`` of all chunks for bidirectional.
         denominator: ``(b, g)`` or ``(b, 1)``, from :func:`linear_denominator`.
-        backend: ``"auto"`` or ``"reference"``.
 
     Returns:
         ``(b, g, c, e)`` in the dtype of ``q``; the product runs in that dtype (float32 for float16).
 
-    Raises:
-        ValueError: the backend cannot run.
-
     Source: Hua et al. 2022, section 3.2, the linear branch.
     """
-    check_backend(backend)
-    compute = torch.float32 if q.dtype == torch.float16 else q.dtype
+    compute = ranged(q.dtype)
     # The sum grows with the position: divided before it is narrowed.
     kv_mean = (kv_sum / denominator[:, :, None, None].to(kv_sum.dtype)).to(compute)
     return torch.einsum("bgis,bgse->bgie", q.to(compute), kv_mean).to(q.dtype)
