@@ -36,7 +36,7 @@ def test_a_layer_imports_only_what_lies_below(path):
         if top in ("fairseq", "fairseq_cli", "omegaconf", "hydra"):
             assert layer in ("models", "tasks"), f"{layer} imports {name}"
         # A kernel file is imported when it is first asked for: see ops/dispatch.py.
-        assert top != "triton" or (layer, path.name) == ("ops", "kernel.py"), f"{path.name} imports triton"
+        assert top != "triton" or (layer == "ops" and "kernel" in path.name), f"{path.name} imports triton"
         assert not name.endswith(".kernel"), f"{path.name} imports a kernel whenever it is imported itself"
 
 

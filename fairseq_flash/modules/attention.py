@@ -17,13 +17,14 @@ from fairseq_flash.ops import (
     Pair,
     Projected,
     gated_mixed_chunk,
+    gated_mixed_chunk_step,
     mixed_chunk_attention,
     mixed_chunk_step,
     quadratic_attention,
     softmax_attention,
 )
 
-__all__ = ["ATTENTIONS", "LayerState", "MixedChunk", "Quadratic", "Softmax"]
+__all__ = ["ATTENTIONS", "LayerState", "MixedChunk", "Quadratic", "Softmax", "is_step"]
 
 #: Attention kinds, each with the branches it computes.
 ATTENTIONS = {"mixed_chunk": ("quad", "lin"), "quadratic": ("quad",), "local": ("quad",), "global": ("lin",)}
@@ -64,6 +65,20 @@ class MixedChunk:
         projected = Projected(uvz, *copies, rows.cos, rows.sin, matrix, rows.lengths)
         return gated_mixed_chunk(projected, self.options, backend=self.backend)
 
+    def step(
+        self,
+        uvz: torch.Tensor,
+        offset_scale: nn.Module,
+        bias: Optional[nn.Module],
+        rows: Rows,
+        state: ChunkState,
+    ) -> Attended:
+        """As :meth:`whole`, of one token a row that continues ``state``, which is overwritten."""
+        by_distance = None if bias is None else bias.by_distance(self.options.chunk_size)
+        copies = offset_scale.gamma, offset_scale.beta
+        projected = Projected(uvz, *copies, rows.cos, rows.sin, by_distance)
+        return gated_mixed_chunk_step(projected, self.options, state, backend=self.backend)
+
     def __call__(
         self,
         pairs: tuple[Optional[Pair], Optional[Pair]],
@@ -92,9 +107,8 @@ class MixedChunk:
         inputs = Inputs(quad, lin, v, None, rows.lengths)
         if heads is not None:
             inputs, state = _folded(inputs, heads), state and state.fold()
-        # The step overwrites the state, which activation checkpointing needs again for the backward pass.
-        if state is not None and inputs.v.shape[1] == 1 and rows.lengths is None and not training:
-            out, state = mixed_chunk_step(self._with_slot(inputs, bias, state), self.options, state)
+        if is_step(inputs.v, rows, state, training):
+            out, state = mixed_chunk_step(inputs, self.options, state)
         else:
             c, n = self.options.chunk_size, inputs.v.shape[1]
             if bias is not None:
@@ -105,11 +119,13 @@ class MixedChunk:
             out, state = out.unflatten(0, (-1, heads)), state and state.unfold(heads)
         return out, state
 
-    def _with_slot(self, inputs: Inputs, bias: Optional[nn.Module], state: ChunkState) -> Inputs:
-        if bias is None:
-            return inputs
-        slots = torch.arange(self.options.chunk_size, device=inputs.v.device)
-        return inputs._replace(bias=bias(state.fill.unsqueeze(1), slots))
+
+def is_step(x: torch.Tensor, rows: Rows, state: Optional[LayerState], training: bool) -> bool:
+    """Whether one token a row, ``(b, 1, .)``, goes on, in place.
+
+    Activation checkpointing needs the state again for the backward pass.
+    """
+    return state is not None and x.shape[1] == 1 and rows.lengths is None and not training
 
 
 def _folded(inputs: Inputs, heads: int) -> Inputs:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fairseq_flash.modules.alignment import Rows
-from fairseq_flash.modules.attention import ATTENTIONS, LayerState, MixedChunk, Quadratic
+from fairseq_flash.modules.attention import ATTENTIONS, LayerState, MixedChunk, Quadratic, is_step
 from fairseq_flash.modules.checks import check_backend, check_choice, check_even, check_rates, check_sizes
 from fairseq_flash.modules.layer import Layer
 from fairseq_flash.modules.normalization import build_norm
@@ -149,6 +149,9 @@ class GatedAttentionUnit(Layer):
         """
         if not self.causal:
             raise ValueError("a bidirectional layer has no state; allowed: causal=True")
+        if self.attend.gated and self.bias is not None:
+            # So that the first step finds the table that all steps read.
+            self.bias.by_distance(self.chunk_size)
         return self.attend.empty_state(like, self.attention_dim, self.expanded_dim)
 
     def aligned(
@@ -158,6 +161,8 @@ class GatedAttentionUnit(Layer):
         uvz = self.uvz(self.norm(x))
         if state is None and self.attend.gated:
             out = self.attend.whole(uvz, self.offset_scale, self.bias, rows)
+        elif self.attend.gated and is_step(uvz, rows, state, self.training):
+            out, state = self.attend.step(uvz, self.offset_scale, self.bias, rows, state)
         else:
             u, v, z = split_silu(uvz, [self.expanded_dim, self.expanded_dim, self.attention_dim])
             out, state = self.attend(self.pairs(z, rows), v, self.bias, rows, state, self.training)

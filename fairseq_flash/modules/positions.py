@@ -8,7 +8,13 @@ import torch
 from torch import nn
 
 from fairseq_flash.modules.checks import check_choice, check_even, require
-from fairseq_flash.ops import rotary_angles, rotary_bias, scaled_sin, toeplitz_bias
+from fairseq_flash.ops import (
+    rotary_angles,
+    rotary_bias,
+    rotary_bias_by_distance,
+    scaled_sin,
+    toeplitz_bias,
+)
 
 __all__ = [
     "RELATIVE_BIASES",
@@ -110,6 +116,15 @@ class ToeplitzBias(nn.Module):
         positions = torch.arange(length, device=self.table.device)
         return self(positions, positions)
 
+    def by_distance(self, length: int) -> torch.Tensor:
+        """The bias towards a key 0 to ``length - 1`` tokens back, ``(length,)``.
+
+        Raises:
+            ValueError: ``length`` is beyond the table.
+        """
+        self.check_length(length)
+        return self.table[self.limit - 1 : self.limit - 1 + length]
+
     def forward(self, query_positions: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:
         """Takes ``(..., i)`` and ``(..., j)``, gives ``(..., i, j)``; lengths are the caller's to check."""
         distances = query_positions.unsqueeze(-1) - key_positions.unsqueeze(-2)
@@ -145,6 +160,10 @@ class RotaryBias(nn.Module):
         """The bias within a row of ``length`` columns as a matrix, ``(n, n)``, however many hold tokens."""
         positions = torch.arange(length, device=self.a.device)
         return self(positions, positions)
+
+    def by_distance(self, length: int) -> torch.Tensor:
+        """The bias towards a key 0 to ``length - 1`` tokens back, ``(length,)`` in float32 or wider."""
+        return rotary_bias_by_distance(self.a, self.b, length)
 
     def forward(self, query_positions: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:
         """Takes ``(..., i)`` and ``(..., j)``, gives ``(..., i, j)``."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fairseq_flash.ops.precision import widened
 
@@ -18,6 +19,7 @@ __all__ = [
     "rotary",
     "rotary_angles",
     "rotary_bias",
+    "rotary_bias_by_distance",
     "scaled_sin",
     "summed_angles",
     "toeplitz_bias",
@@ -207,3 +209,31 @@ def rotary_bias(
     rotated_a = rotary(a.expand(*query_positions.shape, -1), query_positions)
     rotated_b = rotary(b.expand(*key_positions.shape, -1), key_positions)
     return torch.einsum("...is,...js->...ij", rotated_a, rotated_b)
+
+
+def rotary_bias_by_distance(a: torch.Tensor, b: torch.Tensor, length: int) -> torch.Tensor:
+    r"""The bias of :func:`rotary_bias` as a function of the distance, from few numbers.
+
+    .. math:: b(t) = \sum_i (a_i b_i + a'_i b'_i) \cos \omega_i t + (a_i b'_i - a'_i b_i) \sin \omega_i t
+
+    Args:
+        a: ``(s,)``, ``s`` even; :math:`a'` is its second half.
+        b: ``(s,)``.
+        length: Distances 0 to ``length - 1``.
+
+    Returns:
+        ``(length,)`` in float32 or wider.
+    """
+    wide = widened(a.dtype)
+    (a1, a2), (b1, b2) = a.to(wide).chunk(2), b.to(wide).chunk(2)
+    waves = torch.cat((a1 * b1 + a2 * b2, a1 * b2 - a2 * b1))
+    # A tensor without numbers must not enter the cache, nor meet one with numbers.
+    table = _waves.__wrapped__ if isinstance(a, FakeTensor) else _waves
+    return table(length, a.numel(), wide, a.device) @ waves
+
+
+@functools.lru_cache(maxsize=16)
+def _waves(length: int, dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Cosines, then sines, of every frequency at every distance: (length, s)."""
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.cat(rotary_angles(torch.arange(length), dim, torch.float64), dim=-1).to(device, dtype)

@@ -10,7 +10,7 @@ from fairseq_flash.ops.mixed_chunk.gated import Projected, gated_mixed_chunk
 from fairseq_flash.ops.mixed_chunk.inputs import Carry, Inputs, Options, Pair
 from fairseq_flash.ops.mixed_chunk.reference import continued, whole
 from fairseq_flash.ops.mixed_chunk.state import ChunkState
-from fairseq_flash.ops.mixed_chunk.step import mixed_chunk_step
+from fairseq_flash.ops.mixed_chunk.step import gated_mixed_chunk_step, mixed_chunk_step
 
 __all__ = [
     "Carry",
@@ -20,6 +20,7 @@ __all__ = [
     "Pair",
     "Projected",
     "gated_mixed_chunk",
+    "gated_mixed_chunk_step",
     "mixed_chunk_attention",
     "mixed_chunk_step",
 ]

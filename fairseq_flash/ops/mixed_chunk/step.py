@@ -4,12 +4,63 @@ from __future__ import annotations
 
 import torch
 
-from fairseq_flash.ops.mixed_chunk.inputs import Inputs, Options
+from fairseq_flash.ops.dispatch import STEPS, choose
+from fairseq_flash.ops.mixed_chunk.gated import Projected
+from fairseq_flash.ops.mixed_chunk.inputs import Inputs, Options, Pair
 from fairseq_flash.ops.mixed_chunk.linear import linear_denominator
 from fairseq_flash.ops.mixed_chunk.state import ChunkState, swap
 from fairseq_flash.ops.precision import widened
+from fairseq_flash.ops.projections import rotated_copies, split_silu
 
-__all__ = ["mixed_chunk_step"]
+__all__ = ["gated_mixed_chunk_step", "mixed_chunk_step", "objections", "run"]
+
+
+def gated_mixed_chunk_step(
+    projected: Projected, options: Options, state: ChunkState, *, backend: str = "auto"
+) -> tuple[torch.Tensor, ChunkState]:
+    """One token of causal :func:`~fairseq_flash.ops.gated_mixed_chunk`: the same work at every position.
+
+    Outside of autograd the tensors of ``state`` are overwritten: the state that came in must not be used
+    again.
+
+    Args:
+        projected: Of one token, ``n = 1``, without lengths; its bias is that towards a key 0 to ``c - 1``
+            tokens back, ``(c,)``.
+        options: Causal; of its chunk size are the rings.
+        state: What came before.
+        backend: ``"auto"``, or the name of an implementation, which insists where it has a step of its own.
+
+    Returns:
+        ``(b, 1, e)``, gated, and the state after the token.
+
+    Raises:
+        ValueError: ``linear_norm`` is unknown, or the backend cannot run.
+
+    Source: Hua et al. 2022, section 3.2; the ring is ours.
+    """
+    backend = backend if backend in STEPS else "auto"
+    return choose(backend, projected, options, state, among=STEPS)(projected, options, state)
+
+
+def objections(projected: Projected, options: Options, state: ChunkState) -> list[str]:
+    """Why the reference cannot run: it always can."""
+    return []
+
+
+def run(projected: Projected, options: Options, state: ChunkState) -> tuple[torch.Tensor, ChunkState]:
+    """The reference: the pieces one after the other."""
+    s = projected.gamma.shape[1]
+    e = (projected.uvz.shape[2] - s) // 2
+    u, v, z = split_silu(projected.uvz, [e, e, s])
+    pairs = (Pair(q, k) for q, k in rotated_copies(z, *projected[1:5]).unflatten(0, (-1, 2)))
+    branches = dict(zip(options.branches, pairs, strict=True))
+    bias = projected.bias
+    if bias is not None:
+        back = state.fill.view(-1, 1, 1) - torch.arange(options.chunk_size, device=v.device)
+        bias = bias[back.clamp(min=0)]  # what lies behind the slot is not of the open chunk
+    inputs = Inputs(branches.get("quad"), branches.get("lin"), v, bias)
+    out, state = mixed_chunk_step(inputs, options, state)
+    return u * out, state
 
 
 def mixed_chunk_step(inputs: Inputs, options: Options, state: ChunkState) -> tuple[torch.Tensor, ChunkState]:
