@@ -18,6 +18,7 @@ flash-linear-attention take part where they are installed.
 """
 
 import argparse
+import logging
 import sys
 import tempfile
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from pathlib import Path
 import torch
 
 from bench.clock import Memory, clock, summary
-from bench.layers import CONTENDERS, build, multiply_adds
+from bench.layers import CONTENDERS, build, multiply_adds, refuse_unequal
 from runs.provenance import ROOT, commit, device_name
 from runs.table import Table
 
@@ -78,18 +79,31 @@ class Turn:
     def __init__(self, name: str, compiled: bool, d: int, options: argparse.Namespace) -> None:
         self.name, self.compiled, self.d, self.options = name, compiled, d, options
         self.dtype = getattr(torch, options.dtype)
-        self.layers = build(name, d, options.chunk_size, options.device, self.dtype, compiled)
+        self.layers = build(name, d, options.chunk_size, options.device, self.dtype)
+        self.call = torch.compile(self.layers, dynamic=False) if compiled else self.layers
 
     def work(self, kind: str, x: torch.Tensor) -> None:
         """One pass over ``x`` (b, n, d)."""
         if kind == "forward":
             with torch.no_grad():
-                self.layers(x)
+                self.call(x)
             return
         x.grad = None
         self.layers.zero_grad(set_to_none=True)
-        out = self.layers(x)
-        out.backward(x.detach())
+        self.call(x).backward(x.detach())
+
+    def check(self, x: torch.Tensor) -> None:
+        """Refuses compiled layers that give another result than they do eagerly, or no finite gradient.
+
+        Raises:
+            RuntimeError: they do.
+        """
+        found = self.call(x)
+        with torch.no_grad():
+            refuse_unequal(f"{self.name}, compiled,", found.detach(), self.layers(x))
+        found.backward(x.detach())
+        if not all(p.grad.isfinite().all() for p in self.layers.parameters() if p.grad is not None):
+            raise RuntimeError(f"{self.name} has a gradient that is not finite")
 
     def row(self, kind: str, b: int, n: int) -> dict:
         """The columns that are known beforehand."""
@@ -120,11 +134,14 @@ def measure(
         rows.append(row)
         try:
             with memory.limited():
-                for _ in range(3):  # compiles, and warms up
-                    turn.work(kind, x)
+                turn.check(x)
+                turn.work(kind, x)
                 row["peak_memory"] = memory.peak_of(lambda turn=turn: turn.work(kind, x))
         except (MemoryError, torch.OutOfMemoryError):
             row["status"] = "out of memory"
+            continue
+        except ValueError as error:  # an implementation that does not run compiled, or here
+            row["status"] = str(error)
             continue
         fitting.append((turn, row, []))
     for _, (turn, _, times) in product(range(options.rounds), fitting):
@@ -214,6 +231,7 @@ def contenders(d: int, options: argparse.Namespace) -> list[Turn]:
 def main(arguments: list[str]) -> None:
     """Runs the command line."""
     options = parse(arguments)
+    logging.getLogger().setLevel(logging.WARNING)  # fairseq's imports leave it at DEBUG
     common = {
         "commit": commit(),
         "date": date.today().isoformat(),

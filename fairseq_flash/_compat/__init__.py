@@ -3,9 +3,15 @@
 ``versions``
     names and defaults that have changed since;
 ``checkpoints``
-    why no checkpoint runs code, and that a kill leaves a whole one;
+    why no checkpoint runs code or takes the memory, with ``dry_run``, which looks at its file;
+``saving``
+    one training a folder, and no cut file in it;
+``training``
+    where it begins, goes on and ends;
 ``data``
-    rows that fairseq would drop or refuse;
+    rows that fairseq would drop, garble or refuse;
+``generation``
+    options that fail for some models or batches;
 ``messages``
     what a user reads.
 
@@ -17,7 +23,7 @@ Two things happen before ``--user-dir`` is read and so cannot be healed from her
 tensorboardX" (hence tensorboardX is a dependency of this package) and warnings about fairseq's own syntax.
 """
 
-from fairseq_flash._compat import checkpoints, data, messages, versions
+from fairseq_flash._compat import checkpoints, data, generation, messages, saving, training, versions
 
 __all__ = ["prepare_host"]
 
@@ -29,5 +35,5 @@ def prepare_host() -> None:
     registered.
     """
     # Messages first: the others import the modules whose noise is to be hidden.
-    for kind in (messages, versions, checkpoints, data):
+    for kind in (messages, versions, checkpoints, saving, training, data, generation):
         kind.prepare()

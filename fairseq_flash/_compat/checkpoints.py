@@ -1,4 +1,4 @@
-"""Why no checkpoint runs code, and why a kill leaves a whole one.
+"""Why no checkpoint runs code or takes the memory, and why a damaged one is not read.
 
 A checkpoint is a pickle in a zip archive, and a pickle is a program. Four doors lead from it to the machine:
 
@@ -15,14 +15,17 @@ A checkpoint is a pickle in a zip archive, and a pickle is a program. Four doors
    turns into nodes anyway: omegaconf's and hydra's read the environment, the clock and the configuration,
    and none of them runs code.
 
+A fifth door is the memory: a few bytes may ask for gigabytes, as a class of torch's own list does that takes
+a size, a storage that claims more numbers than the file has, a container that is used a million times. So
+every file is first read without making anything of it (``dry_run``), which finds a flipped bit as well.
+
 What is refused is refused by the file's name, without torch's advice to turn the check off.
 """
 
 import argparse
 import ast
 import collections
-import functools
-import os
+import logging
 import pickle
 import re
 import sys
@@ -34,9 +37,12 @@ import numpy
 import omegaconf
 import torch
 
+from fairseq_flash._compat.dry_run import examine
 from fairseq_flash._compat.healing import wrap
 
 __all__ = ["prepare"]
+
+logger = logging.getLogger(__name__)
 
 _LARGEST_REPEAT = 10_000  # items; `[(512, 3)] * 20` is ordinary, `[0] * 10**9` is an attack on the memory
 
@@ -53,10 +59,8 @@ _MODULES_WITH_EVAL = (
 def prepare() -> None:
     """Applies every healing of this file."""
     _allow_harmless_classes()
-    _explain_refused_checkpoints()
+    _refuse_unfit_checkpoints()
     _read_config_strings_as_values()
-    _copy_checkpoints_atomically()
-    _keep_arrays_out_of_checkpoints()
 
 
 class _NumberType:
@@ -100,32 +104,85 @@ def _allow_harmless_classes() -> None:
     )
 
 
-def _explain_refused_checkpoints() -> None:
-    """Says which file torch >= 2.6 refuses, and why; torch's own text advises to turn the check off."""
+def _refuse_unfit_checkpoints() -> None:
+    """Looks at each file before torch reads it, and says which one is refused, and why; any version.
+
+    torch's own text is of many lines and advises to turn the check off. It looks at no checksum: a flipped
+    bit would be a weight like any other (the cost is stated at ``examine``).
+    """
     from fairseq import checkpoint_utils
     from fairseq.distributed import utils as distributed_utils
 
     for name in ("load_checkpoint_to_cpu", "load_ema_from_checkpoint"):
-        wrap(checkpoint_utils, name, functools.partial(_refuse_clearly, source="checkpoint {!r}"))
-    source = "what another process sent"
-    wrap(distributed_utils, "_broadcast_object_slow", functools.partial(_refuse_clearly, source=source))
+        wrap(checkpoint_utils, name, _read_examined)
+    wrap(distributed_utils, "_broadcast_object_slow", _refuse_clearly)
 
 
-def _refuse_clearly(load: Callable, source: str) -> Callable:
-    def healed(subject: Any, *args: Any, **kwargs: Any) -> Any:
+def _read_examined(load: Callable) -> Callable:
+    def healed(path: Any, *args: Any, **kwargs: Any) -> Any:
+        from fairseq.file_io import PathManager
+
         try:
-            return load(subject, *args, **kwargs)
+            _check_parts(examine(PathManager.get_local_path(path)))
+            state = load(path, *args, **kwargs)
         except pickle.UnpicklingError as error:
-            found = re.search(r"GLOBAL (\S+)", str(error))
-            what = f"code, or a class that is not allowed: {found[1]}" if found else "what is not plain data"
-            raise pickle.UnpicklingError(
-                f"{source.format(subject)} was refused and nothing in it was executed: it holds {what}. "
-                "Allowed are tensors, plain values and the containers that fairseq writes. Do not use a file "
-                "that you did not expect to hold code; if the class is your own and harmless, list it with "
-                "torch.serialization.add_safe_globals in your --user-dir."
-            ) from None
+            raise _refusal(f"checkpoint {path!r}", error) from None
+        except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
+            said = str(error).partition("\n")[0]
+            said = f"it lacks {said}" if isinstance(error, KeyError) else said
+            raise ValueError(f"checkpoint {path!r} cannot be read: {said}") from None
+        _check_weights(state["model"], path)
+        return state
 
     return healed
+
+
+def _check_parts(content: Any) -> None:
+    """Raises ValueError where what fairseq takes for granted is missing."""
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}, not what fairseq-train saves")
+    if not isinstance(content.get("model"), dict):
+        raise ValueError(f"it holds no weights ('model') but {sorted(map(str, content))[:8]}")
+    if content.get("args") is None and not isinstance(content.get("cfg"), dict):
+        raise ValueError("it holds weights but no configuration ('cfg' or 'args'), so no model can be built")
+
+
+def _check_weights(weights: dict[str, Any], path: str) -> None:
+    """Raises ValueError for a weight that is NaN, and warns of an infinite one, which may be a mask."""
+    for name, weight in weights.items():
+        if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+            continue
+        # The sum needs no memory and is finite as a rule; of half precision it may overflow.
+        if weight.sum().isfinite():
+            continue
+        if weight.isnan().any():
+            raise ValueError(
+                f"checkpoint {path!r} holds NaN in {name}: its training has diverged, and nothing can be "
+                "computed with it; allowed: an earlier checkpoint of the run"
+            )
+        if weight.isinf().any():
+            logger.warning(f"checkpoint {path!r} holds infinite numbers in {name}")
+
+
+def _refuse_clearly(load: Callable) -> Callable:
+    def healed(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return load(*args, **kwargs)
+        except pickle.UnpicklingError as error:
+            raise _refusal("what another process sent", error) from None
+
+    return healed
+
+
+def _refusal(source: str, error: pickle.UnpicklingError) -> pickle.UnpicklingError:
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    what = f"code, or a class that is not allowed: {found[1]}" if found else "what is not plain data"
+    return pickle.UnpicklingError(
+        f"{source} was refused and nothing in it was executed: it holds {what}. "
+        "Allowed are tensors, plain values and the containers that fairseq writes. Do not use a file "
+        "that you did not expect to hold code; if the class is your own and harmless, list it with "
+        "torch.serialization.add_safe_globals in your --user-dir."
+    )
 
 
 def _read_config_strings_as_values() -> None:
@@ -168,51 +225,3 @@ def _node_value(node: ast.expr) -> Any:
     if length * times > _LARGEST_REPEAT:
         raise ValueError(f"{length} items, repeated {times} times")
     return left * right
-
-
-def _copy_checkpoints_atomically() -> None:
-    """Copies ``checkpoint_last.pt`` and its like beside the target and renames; any version.
-
-    ``PathManager.copy`` writes into the target itself: a kill in between leaves a truncated file and a run
-    that can not be resumed. (fairseq already renames the first file it writes.
-    ``--write-checkpoints-asynchronously`` makes no copies, and its one file is not atomic.)
-    """
-    from fairseq.file_io import PathManager
-
-    def heal(copy: Callable) -> Callable:
-        def healed(src_path: str, dst_path: str, overwrite: bool = False) -> Any:
-            refused = os.path.exists(dst_path) and not overwrite
-            if refused or PathManager.path_requires_pathmanager(dst_path):
-                return copy(src_path, dst_path, overwrite)
-            done = copy(src_path, dst_path + ".tmp", True)
-            os.replace(dst_path + ".tmp", dst_path)
-            return done and dst_path
-
-        return healed
-
-    wrap(PathManager, "copy", heal)
-
-
-def _keep_arrays_out_of_checkpoints() -> None:
-    """Writes the counts of ``--eval-bleu`` as tensors: as numpy arrays, torch >= 2.6 refuses to read them.
-
-    So nothing more needs to be allowed in a checkpoint; a meter that is restored counts on with arrays.
-    """
-    from fairseq.logging.meters import AverageMeter
-
-    def write(state_dict: Callable) -> Callable:
-        def healed(self) -> dict[str, Any]:
-            state = state_dict(self).items()
-            return {k: torch.from_numpy(v) if isinstance(v, numpy.ndarray) else v for k, v in state}
-
-        return healed
-
-    def read(load_state_dict: Callable) -> Callable:
-        def healed(self, state: dict[str, Any]) -> None:
-            arrays = {k: v.numpy() for k, v in state.items() if isinstance(v, torch.Tensor) and v.dim()}
-            load_state_dict(self, {**state, **arrays})
-
-        return healed
-
-    wrap(AverageMeter, "state_dict", write)
-    wrap(AverageMeter, "load_state_dict", read)

@@ -1,6 +1,5 @@
-"""Data that fairseq leaves out, refuses without a word or garbles, between the files and the models."""
+"""Data that fairseq leaves out, garbles or refuses without a word, between the files and the models."""
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +14,9 @@ def prepare() -> None:
     """Applies every healing of this file."""
     _keep_every_batch()
     _name_unusable_splits()
-    _accept_blank_prompts()
-    _join_byte_pieces()
+    _look_at_indexed_data()
+    _write_large_indexes()
+    _keep_long_sizes()
 
 
 def _keep_every_batch() -> None:
@@ -78,53 +78,64 @@ def _name_unusable_splits() -> None:
     wrap(LanguageModelingTask, "load_dataset", heal)
 
 
-def _accept_blank_prompts() -> None:
-    """Lets a language model continue a blank line; fairseq 0.12 fails with ``assert step < max_len``.
+def _look_at_indexed_data() -> None:
+    """Refuses an index that does not fit its data, and an id that is not in the dictionary; any version.
 
-    With ``--prefix-size`` the prefix of a blank line is the end of the sentence, forced as the first token:
-    one hypothesis of the beam ends there, the others score minus infinity and never end. An empty prompt
-    forces nothing.
+    fairseq believes both files: a negative size leaves out what follows it, a pointer beyond the end kills
+    the process, and an id beyond the dictionary is an IndexError in the embedding, without a file or a row.
+    The index is looked at once, when the split is loaded; ids row by row, as they are read.
     """
-    from fairseq.tasks.language_modeling import LanguageModelingTask
+    from fairseq.data import indexed_dataset
 
-    def heal(step: Callable) -> Callable:
-        def healed(self, generator, models, sample, prefix_tokens=None, constraints=None):
-            if prefix_tokens is not None and prefix_tokens.size(1) > 0:
-                blank = prefix_tokens[:, :1].eq(self.source_dictionary.eos())
-                prefix_tokens = prefix_tokens.masked_fill(blank, self.source_dictionary.pad())
-            return step(self, generator, models, sample, prefix_tokens, constraints)
+    from fairseq_flash._compat.indexed_rows import CheckedRows, problem_of_index
+
+    def heal(make: Callable) -> Callable:
+        def healed(path: str, impl: str, fix_lua_indexing: bool = False, dictionary: Any = None) -> Any:
+            if impl == "mmap" and indexed_dataset.MMapIndexedDataset.exists(path):
+                problem = problem_of_index(path)
+                if problem:
+                    raise ValueError(f"{path}.idx is damaged, or not the index of {path}.bin: {problem}")
+            rows = make(path, impl, fix_lua_indexing, dictionary)
+            of_ids = rows is not None and dictionary is not None and impl in ("mmap", "lazy", "cached")
+            return CheckedRows(rows, path, dictionary) if of_ids else rows
 
         return healed
 
-    wrap(LanguageModelingTask, "inference_step", heal)
+    wrap(indexed_dataset, "make_dataset", heal)
 
 
-def _join_byte_pieces() -> None:
-    """Shows characters that sentencepiece wrote as bytes, ``<0xC3> <0xA9>``, as the characters they are.
+def _write_large_indexes() -> None:
+    """Counts bytes in Python's integers where ``fairseq-preprocess --workers`` merges its parts.
 
-    Wherever fairseq turns pieces into text: ``--bpe sentencepiece`` and ``--remove-bpe sentencepiece``.
+    With numpy >= 2 the sum of the parts' 32 bit sizes stays of 32 bits and overflows: data of more than 2 GB
+    gets an index with wrong places.
     """
-    from fairseq.data import data_utils
-    from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE
+    from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
 
-    def healed_decode(decode: Callable) -> Callable:
-        return lambda self, pieces: decode(self, _without_byte_pieces(pieces))
-
-    def healed_post_process(post_process: Callable) -> Callable:
-        def healed(sentence: str, symbol: str) -> str:
-            if symbol == "sentencepiece":
-                sentence = _without_byte_pieces(sentence)
-            return post_process(sentence, symbol)
+    def heal(finalize: Callable) -> Callable:
+        def healed(self, index_file: str) -> None:
+            self._sizes = [int(size) for size in self._sizes]
+            finalize(self, index_file)
 
         return healed
 
-    wrap(SentencepieceBPE, "decode", healed_decode)
-    wrap(data_utils, "post_process", healed_post_process)
+    wrap(MMapIndexedDatasetBuilder, "finalize", heal)
 
 
-def _without_byte_pieces(pieces: str) -> str:
-    def joined(found: re.Match) -> str:
-        # Only a whole piece is a byte: a text's own "<0x41>" is split into others.
-        return bytes.fromhex(re.sub(r"<0x|>| ", "", found[0])).decode(errors="replace")
+def _keep_long_sizes() -> None:
+    """Keeps the length of blocks of more than 65535 tokens, of which fairseq 0.12 keeps the last 16 bits.
 
-    return re.sub(r"(?<![^ ])<0x[0-9A-F]{2}>(?: <0x[0-9A-F]{2}>)*(?![^ ])", joined, pieces)
+    Lines and documents may be longer than ``--tokens-per-sample`` (``--sample-break-mode eos`` and others);
+    with a wrong length they came into batches beyond ``--max-tokens``.
+    """
+    from fairseq.data import TokenBlockDataset
+
+    def heal(build: Callable) -> Callable:
+        def healed(*args: Any, **kwargs: Any) -> tuple:
+            sizes, blocks, slices = build(*args, **kwargs)
+            lengths = slices[:, 1].astype(numpy.int64) - slices[:, 0].astype(numpy.int64)
+            return (sizes if (sizes == lengths).all() else lengths.astype(numpy.uint32)), blocks, slices
+
+        return healed
+
+    wrap(TokenBlockDataset, "_build_slice_indices", heal)

@@ -13,8 +13,9 @@ def wrap(owner: Any, name: str, heal: Callable[[Callable], Callable]) -> None:
     raw = inspect.getattr_static(owner, name)
     kind = type(raw) if isinstance(raw, (staticmethod, classmethod)) else None
     original = raw.__func__ if kind else raw
-    if getattr(original, "_healed_by_fairseq_flash", False):
+    known = getattr(original, "_healed_by_fairseq_flash", ())
+    if heal.__qualname__ in known:
         return
     healed = functools.wraps(original)(heal(original))
-    healed._healed_by_fairseq_flash = True
+    healed._healed_by_fairseq_flash = (*known, heal.__qualname__)
     setattr(owner, name, kind(healed) if kind else healed)

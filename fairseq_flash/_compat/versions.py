@@ -16,6 +16,7 @@ __all__ = ["prepare"]
 def prepare() -> None:
     """Applies every healing of this file."""
     _restore_numpy_compat()
+    _restore_buckets()
     _keep_bf16_off_tpu()
 
 
@@ -26,6 +27,21 @@ def _restore_numpy_compat() -> None:
     """
     if not hasattr(numpy, "compat"):
         numpy.compat = types.SimpleNamespace(long=int)
+
+
+def _restore_buckets() -> None:
+    """Gives ``--num-batch-buckets`` its lengths: numpy >= 2.4 has renamed an argument of ``percentile``."""
+    from fairseq.data import bucket_pad_length_dataset, data_utils
+
+    def heal(buckets: Callable) -> Callable:
+        def healed(sizes: Any, num_buckets: int) -> numpy.ndarray:
+            shares = numpy.linspace(0, 100, num_buckets + 1)
+            return numpy.unique(numpy.percentile(sizes, shares, method="lower")[1:])
+
+        return healed
+
+    for module in (data_utils, bucket_pad_length_dataset):
+        wrap(module, "get_buckets", heal)
 
 
 def _keep_bf16_off_tpu() -> None:

@@ -21,7 +21,14 @@ from fairseq_flash.modules import (
     TransformerBlock,
 )
 
-__all__ = ["adopt_n_ref", "build_stack", "compile_objections", "resolve_n_ref"]
+__all__ = [
+    "adopt_n_ref",
+    "build_stack",
+    "compile_objections",
+    "compiled_layer",
+    "resolve_n_ref",
+    "whole_rows",
+]
 
 #: Graphs of one layer's code before PyTorch gives up: two stacks, with and without gradient and padding,
 #: batches of one row, rows of one token and rows below a chunk come to fewer.
@@ -149,7 +156,7 @@ def _forward(
         if tensor is not None:
             _mark_dynamic(tensor, *axes)
     # What no layer needs would be guarded on, and compiled anew.
-    return _compiled()(layer, x, rows._replace(given_mask=None, shift=None), source)
+    return compiled_layer()(layer, x, rows._replace(given_mask=None, shift=None), source)
 
 
 def _mark_dynamic(tensor: torch.Tensor, *axes: int) -> None:
@@ -157,12 +164,14 @@ def _mark_dynamic(tensor: torch.Tensor, *axes: int) -> None:
         torch._dynamo.maybe_mark_dynamic(tensor, axis)
 
 
-@functools.lru_cache(maxsize=1)
-def _compiled() -> Any:
-    return torch.compile(_whole_rows, fullgraph=True)
+@functools.cache
+def compiled_layer() -> Any:
+    """:func:`whole_rows` for this machine."""
+    return torch.compile(whole_rows, fullgraph=True)
 
 
-def _whole_rows(layer: nn.Module, x: torch.Tensor, rows: Rows, source: dict) -> tuple[torch.Tensor, None]:
+def whole_rows(layer: nn.Module, x: torch.Tensor, rows: Rows, source: dict) -> tuple[torch.Tensor, None]:
+    """A layer on aligned rows, without a state: what is one graph, shared by all layers of a kind."""
     return type(layer).forward(layer, x, rows=rows, **source)
 
 

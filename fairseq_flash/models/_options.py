@@ -83,6 +83,13 @@ class UnitConfig(FairseqDataclass):
         default=False,
         metadata={"help": "as --checkpoint-activations, with the layers' inputs kept in CPU memory"},
     )
+    change_trained_options: bool = field(
+        default=False,
+        metadata={
+            "help": "take a checkpoint that was trained with other options, such as another --chunk-size, "
+            "where its weights fit: a warning in place of an error"
+        },
+    )
     compile: bool = field(
         default=False,
         metadata={"help": "torch.compile for each layer, one graph; decoding stays as it is"},

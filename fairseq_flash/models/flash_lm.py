@@ -12,6 +12,7 @@ from fairseq_flash.models._embedding import build_adaptive_softmax, build_input
 from fairseq_flash.models._layers import adopt_n_ref, build_stack, resolve_n_ref
 from fairseq_flash.models._options import NO_MAXIMUM, FlashLanguageModelConfig, check_sizes
 from fairseq_flash.models._presets import LANGUAGE_MODELS, register
+from fairseq_flash.models._trained import RememberingModel
 from fairseq_flash.modules import DecodingState, RowMemory
 
 __all__ = ["PRESETS", "FlashDecoder", "FlashLanguageModel", "FlashLanguageModelConfig", "normalized_probs"]
@@ -164,7 +165,7 @@ class FlashDecoder(FairseqIncrementalDecoder):
 
 
 @register_model("flash_lm", dataclass=FlashLanguageModelConfig)
-class FlashLanguageModel(FairseqLanguageModel):
+class FlashLanguageModel(RememberingModel, FairseqLanguageModel):
     """FLASH as a language model: trains in linear time, generates at constant cost per token.
 
     Source: Hua et al. 2022, section 4.
@@ -180,6 +181,7 @@ class FlashLanguageModel(FairseqLanguageModel):
         check_sizes(cfg)
         embed_tokens = build_input(cfg, task.source_dictionary)
         model = cls(FlashDecoder(cfg, task.target_dictionary, embed_tokens, resolve_n_ref(cfg, task)))
+        model.remember(cfg, FlashLanguageModelConfig, task.target_dictionary)
         watch_layers(model, model.decoder.stack.blocks, cfg.diagnostics_interval)
         return model
 

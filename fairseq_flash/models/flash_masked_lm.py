@@ -16,6 +16,7 @@ from fairseq_flash.models._hub import FlashHubInterface, find_sentencepiece
 from fairseq_flash.models._layers import resolve_n_ref
 from fairseq_flash.models._options import FlashMaskedLMConfig, check_masked_lm, check_sizes
 from fairseq_flash.models._presets import MASKED_LMS, register
+from fairseq_flash.models._trained import RememberingModel
 from fairseq_flash.models.flash_lm import normalized_probs
 from fairseq_flash.modules import build_norm
 
@@ -59,7 +60,7 @@ class MaskedLMHead(nn.Module):
 
 
 @register_model("flash_masked_lm", dataclass=FlashMaskedLMConfig)
-class FlashMaskedLM(FairseqEncoderModel):
+class FlashMaskedLM(RememberingModel, FairseqEncoderModel):
     """FLASH as RoBERTa: learns to fill in masked words, then to classify rows of any length.
 
     Source: Hua et al. 2022, section 4 (masked language modeling); Liu et al. 2019 (RoBERTa) for the heads.
@@ -87,6 +88,7 @@ class FlashMaskedLM(FairseqEncoderModel):
         dictionary = task.source_dictionary
         embed_tokens = build_embedding(cfg, dictionary)
         model = cls(cfg, FlashEncoder(cfg, dictionary, embed_tokens, resolve_n_ref(cfg, task)))
+        model.remember(cfg, FlashMaskedLMConfig, dictionary)
         watch_layers(model, model.encoder.stack.blocks, cfg.diagnostics_interval)
         return model
 

@@ -11,6 +11,7 @@ from fairseq_flash.models._layers import resolve_n_ref
 from fairseq_flash.models._options import FlashSeq2SeqConfig, check_sizes, stack_options
 from fairseq_flash.models._presets import SEQ2SEQ_PAIRS as PAIRS
 from fairseq_flash.models._presets import SEQ2SEQS, register
+from fairseq_flash.models._trained import RememberingModel
 from fairseq_flash.models.flash_lm import FlashDecoder
 
 __all__ = ["PAIRS", "PRESETS", "FlashEncoder", "FlashSeq2Seq", "FlashSeq2SeqConfig", "FlashSeq2SeqDecoder"]
@@ -71,7 +72,7 @@ class FlashSeq2SeqDecoder(FlashDecoder):
 
 
 @register_model("flash_seq2seq", dataclass=FlashSeq2SeqConfig)
-class FlashSeq2Seq(FairseqEncoderDecoderModel):
+class FlashSeq2Seq(RememberingModel, FairseqEncoderDecoderModel):
     """FLASH as an encoder-decoder: rows of any length on both sides, at linear cost but for the reading.
 
     Source: Hua et al. 2022 for the units; the cross-attention is the unit of section 3.1, whose values and
@@ -104,7 +105,9 @@ class FlashSeq2Seq(FairseqEncoderDecoderModel):
         options = stack_options(cfg, cfg.decoder_layers)
         shared = encoder.stack.embed_tokens if cfg.share_all_embeddings else None
         embed_tokens = shared or build_embedding(options, targets)
-        return cls(encoder, FlashSeq2SeqDecoder(options, targets, embed_tokens, n_ref))
+        model = cls(encoder, FlashSeq2SeqDecoder(options, targets, embed_tokens, n_ref))
+        model.remember(cfg, FlashSeq2SeqConfig, sources, targets)
+        return model
 
     def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> None:
         """Refuses a checkpoint of other dictionaries.
