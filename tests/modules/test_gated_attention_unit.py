@@ -174,6 +174,10 @@ def test_the_state_has_the_promised_size_at_any_position(attention):
         (dict(relative_bias="alibi"), "relative_bias='alibi' is unknown; allowed: toeplitz, rotary"),
         (dict(dropout=1.0), "dropout=1.0 is not allowed; allowed: 0 to below 1"),
         (dict(attention="quadratic"), "n_ref=None is not allowed"),
+        (
+            dict(attention="quadratic", n_ref=4, backend="recomputed"),
+            "backend='recomputed' is unknown; allowed: auto, reference",
+        ),
         (dict(backend="cuda"), "backend='cuda' is unknown; allowed: auto, .*reference"),
     ],
 )
