@@ -78,9 +78,10 @@ else:
                 assert ours is None or relative(ours, theirs) <= TOLERANCE
 
     @torch.no_grad()
-    def test_many_rows_take_wider_slices_and_give_the_same():
+    @pytest.mark.parametrize("b", [5, 33])
+    def test_many_rows_take_wider_slices_and_give_the_same(b):
         torch.set_default_dtype(torch.float32)
-        options, b = ops.Options(C, True), 9
+        options = ops.Options(C, True)
         state = ops.ChunkState.empty(torch.zeros(b, 0), C, S, E)
         token = projected_of("mixed", b, state.position, torch.float32)._replace(bias=torch.randn(C))
         want, _ = module("reference").run(token, options, state.map(torch.clone))

@@ -17,8 +17,11 @@ from fairseq_flash.ops.mixed_chunk.state import ChunkState
 
 __all__ = ["objections", "run"]
 
-#: Keys that are read at a time, and slices of e for few rows and for many.
-KEYS, NARROW, WIDE = 64, 32, 256
+#: Keys that are read at a time.
+KEYS = 64
+#: Slices of e by the number of rows up to which they are taken: enough of them to fill a card, and no more,
+#: as each slice reads all keys.
+SLICES = {4: 32, 32: 64, 2**31: 256}
 
 _INTERPRETED = triton.knobs.runtime.interpret
 
@@ -59,7 +62,7 @@ def run(projected: Projected, options: Options, state: ChunkState) -> tuple[torc
     keys = (uvz, gamma, beta, cos, sin, *states[1:3], state.position)
     angles = s // 2 if len(cos) == b else 0
     sizes = dict(E=e, C=options.chunk_size, S=s, QUAD=quad, LIN=lin, ANGLES=angles)
-    slice_of_e = NARROW if b <= 8 else WIDE
+    slice_of_e = next(slice_of_e for rows, slice_of_e in SLICES.items() if b <= rows)
     _attend[(b, triton.cdiv(e, slice_of_e))](
         *(uvz, gamma, beta, cos, sin, bias if quad else out),
         *(*states, out),
@@ -165,8 +168,8 @@ def _attend(
             products = tl.load(at).to(tl.float32) * lin1[None, :]
             products += tl.load(at + S // 2).to(tl.float32) * lin2[None, :]
             weights = tl.where(j > slot, tl.sum(products, axis=1), weights)
-        cells = rings + j[:, None] * E + columns[None, :]
-        values = tl.load(cells, mask=inside[None, :], other=0).to(tl.float32)
+        ring = rings + j[:, None] * E + columns[None, :]
+        values = tl.load(ring, mask=inside[None, :], other=0).to(tl.float32)
         total += tl.sum(weights[:, None] * values, axis=0)
     # Every thread has read the slot before one overwrites it.
     tl.debug_barrier()
