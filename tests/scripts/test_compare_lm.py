@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import compare_lm
-from runs import plan, schedule
+from runs import lm_comparison, process, schedule
 from support import tools
 
 #: Stands for fairseq's tools: the loss depends on the rate alone, and lies lowest at 2e-3.
@@ -69,8 +69,8 @@ def compare(data, tmp_path, monkeypatch):
         return [sys.executable, str(fake), tool, *map(str, words)]
 
     monkeypatch.setattr(schedule, "fairseq_command", command)
-    monkeypatch.setattr(plan, "fairseq_command", command)
-    monkeypatch.setattr(compare_lm.signal, "signal", lambda *args: None)
+    monkeypatch.setattr(lm_comparison, "fairseq_command", command)
+    monkeypatch.setattr(process.signal, "signal", lambda *args: None)
 
     def run(*words, extra=()):
         compare_lm.main(arguments(data, tmp_path, *words, extra=extra))
@@ -169,9 +169,9 @@ def test_a_kill_loses_nothing_and_leaves_nothing(compare, data, tmp_path, victim
     command += ["--lr", "flash_lm=2e-3,transformer_lm=2e-3"]
     code = f"""
 import sys; sys.path[:0] = [{str(tools.REPOSITORY / "scripts")!r}, {str(tools.REPOSITORY)!r}]
-import compare_lm; from runs import plan, schedule
+import compare_lm; from runs import lm_comparison, process, schedule
 fake = lambda tool, *words: [sys.executable, {str(tmp_path / "fake.py")!r}, tool, *map(str, words)]
-schedule.fairseq_command = plan.fairseq_command = fake
+schedule.fairseq_command = lm_comparison.fairseq_command = fake
 compare_lm.main({command!r})
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL) as process:

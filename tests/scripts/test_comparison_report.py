@@ -78,7 +78,7 @@ def test_the_table_tells_who_is_better_than_the_baseline(comparison, tmp_path):
 def test_failures_rates_and_commands_are_there(comparison, tmp_path):
     comparison_report.write(tmp_path / "report.md", comparison)
     text = (tmp_path / "report.md").read_text()
-    assert lines_of(text, "Runs that failed")["flash_lm"][2] == "error: status 1: out \\| of <memory> |"
+    assert lines_of(text, "Runs that failed")["flash_lm"][2] == "error: status 1: out \\| of &lt;memory&gt; |"
     assert lines_of(text, "Learning rates that were tried")["flash_lm"] == [
         *("4.9", "**4.8**", "at the edge of what was tried |")
     ]

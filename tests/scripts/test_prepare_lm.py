@@ -210,9 +210,7 @@ def test_folders_named_after_splits_are_the_splits(tmp_path):
         name = {"valid": "val"}.get(split, split)
         assert [line for line in lines if line.startswith("Part")] == [f"Part {name}."] * 2
         assert lines[151] == ""  # fairseq's mark between two documents
-    message = run(
-        "--text", tmp_path / "books", "--output", tmp_path / "x", "--valid-fraction", 0.1, expect=2
-    )
+    message = run("--text", tmp_path / "books", "--output", tmp_path / "x", "--valid-fraction", 0.1, expect=2)
     assert "--valid-fraction 0.1" in message
 
 
