@@ -10,6 +10,7 @@ is outside.
 """
 
 import copy
+import dataclasses
 import logging
 import statistics
 import sys
@@ -130,6 +131,8 @@ def only(block: nn.Module, branch: str) -> nn.Module:
     """A copy of a mixed chunk layer with one branch alone, "quad" or "lin"."""
     alone = copy.deepcopy(block)
     alone.branches = (branch,)
+    options = block.attend.options._replace(branches=alone.branches)
+    alone.attend = dataclasses.replace(block.attend, options=options)
     if isinstance(block, GatedAttentionUnit):
         begin = 2 * block.branches.index(branch)
         for name, copies in block.offset_scale.named_parameters():

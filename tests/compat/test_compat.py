@@ -23,7 +23,7 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq.file_io import PathManager
 from omegaconf import OmegaConf
 
-from fairseq_flash import _compat
+from fairseq_flash._compat import checkpoints, messages, prepare_host
 from support import tools
 from support.tiny_fairseq import USER_DIR, run, write_data_bin
 
@@ -47,7 +47,7 @@ class Payload:
 
 @pytest.fixture(scope="module", autouse=True)
 def _ready_host():
-    _compat.prepare_host()
+    prepare_host()
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +228,7 @@ def test_every_module_of_fairseq_that_evaluates_strings_is_healed():
         calls = [node.func for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
         if any(isinstance(function, ast.Name) and function.id == "eval" for function in calls):
             module = importlib.import_module("fairseq." + ".".join(relative.parts))
-            if vars(module).get("eval") is not _compat._plain_value:
+            if vars(module).get("eval") is not checkpoints._plain_value:
                 left.append(module.__name__)
     assert left == []
 
@@ -241,7 +241,7 @@ def test_every_module_of_fairseq_that_evaluates_strings_is_healed():
     ],
 )
 def test_a_plain_value_reads_as_eval_reads_it(text):
-    assert _compat._plain_value(text) == eval(text.strip())
+    assert checkpoints._plain_value(text) == eval(text.strip())
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_a_plain_value_reads_as_eval_reads_it(text):
 )
 def test_anything_else_is_refused(text):
     with pytest.raises(ValueError, match="was not executed"):
-        _compat._plain_value(text)
+        checkpoints._plain_value(text)
 
 
 def test_fairseq_still_reads_its_lists_and_booleans():
@@ -324,7 +324,7 @@ def test_only_the_known_warnings_are_hidden():
     with warnings.catch_warnings(record=True) as seen:
         warnings.resetwarnings()
         warnings.filterwarnings("default", category=DeprecationWarning)
-        _compat._silence_noise()
+        messages._silence_noise()
         warnings.warn_explicit(known, UserWarning, "file", 1, module="torch.utils.data.dataloader")
         assert seen == []
         warnings.warn_explicit(known, UserWarning, "file", 2, module="users.own")
@@ -396,10 +396,10 @@ def test_characters_written_as_bytes_are_read_as_characters(tmp_path, text):
 
 def test_preparing_twice_changes_nothing():
     def healed():
-        filters = [logging.getLogger(name).filters for name in _compat._CONFIG_LOGGERS]
+        filters = [logging.getLogger(name).filters for name in messages._CONFIG_LOGGERS]
         functions = [checkpoint_utils.load_checkpoint_to_cpu, options.parse_args_and_arch, PathManager.copy]
         return functions, [list(entries) for entries in filters], len(torch.serialization.get_safe_globals())
 
     before = healed()
-    _compat.prepare_host()
+    prepare_host()
     assert healed() == before

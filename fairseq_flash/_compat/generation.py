@@ -1,0 +1,125 @@
+"""Generation: options that fail for some models or batches, and text that is not what was meant."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fairseq_flash._compat.healing import wrap
+
+__all__ = ["prepare"]
+
+
+def prepare() -> None:
+    """Applies every healing of this file."""
+    _accept_blank_prompts()
+    _diversify_every_batch()
+    _refuse_constraints_by_name()
+    _join_byte_pieces()
+
+
+def _accept_blank_prompts() -> None:
+    """Lets a language model continue a blank line; fairseq 0.12 fails with ``assert step < max_len``.
+
+    With ``--prefix-size`` the prefix of a blank line is the end of the sentence, forced as the first token:
+    one hypothesis of the beam ends there, the others score minus infinity and never end. An empty prompt
+    forces nothing.
+    """
+    from fairseq.tasks.language_modeling import LanguageModelingTask
+
+    def heal(step: Callable) -> Callable:
+        def healed(self, generator, models, sample, prefix_tokens=None, constraints=None):
+            if prefix_tokens is not None and prefix_tokens.size(1) > 0:
+                blank = prefix_tokens[:, :1].eq(self.source_dictionary.eos())
+                prefix_tokens = prefix_tokens.masked_fill(blank, self.source_dictionary.pad())
+            return step(self, generator, models, sample, prefix_tokens, constraints)
+
+        return healed
+
+    wrap(LanguageModelingTask, "inference_step", heal)
+
+
+def _diversify_every_batch() -> None:
+    """Lets ``--diverse-beam-groups`` see more than one batch; fairseq 0.12 fails with an IndexError.
+
+    The overlap of its groups is kept by place in the batch, and looked up by the sentence's number in the
+    data.
+    """
+    from fairseq.search import DiverseBeamSearch
+
+    def heal(step: Callable) -> Callable:
+        def healed(self, number, lprobs, scores, prev_output_tokens=None, original_batch_idxs=None):
+            if number == 0:
+                self._numbers = original_batch_idxs
+            if original_batch_idxs is not None:
+                # Sentences that have ended are gone; the others keep their order.
+                original_batch_idxs = torch.isin(self._numbers, original_batch_idxs).nonzero().squeeze(1)
+            return step(self, number, lprobs, scores, prev_output_tokens, original_batch_idxs)
+
+        return healed
+
+    wrap(DiverseBeamSearch, "step", heal)
+
+
+def _refuse_constraints_by_name() -> None:
+    """Says where ``--constraints`` cannot be used: fairseq 0.12 fails with a TypeError without its name."""
+    from fairseq.search import LexicallyConstrainedBeamSearch
+    from fairseq.tasks import FairseqTask
+    from fairseq.tasks.language_modeling import LanguageModelingTask
+
+    def heal_build(build: Callable) -> Callable:
+        def healed(self, models: Any, args: Any, *others: Any, **kwargs: Any) -> Any:
+            if isinstance(self, LanguageModelingTask) and getattr(args, "constraints", None):
+                raise ValueError(
+                    f"--constraints {args.constraints} is not allowed with a language model; allowed: with "
+                    "fairseq-interactive and --task translation"
+                )
+            return build(self, models, args, *others, **kwargs)
+
+        return healed
+
+    def heal_init(init: Callable) -> Callable:
+        def healed(self, batch_constraints: Any, beam_size: int) -> None:
+            if batch_constraints is None:
+                raise ValueError(
+                    "--constraints is not allowed with fairseq-generate, whose data have none; allowed: with "
+                    "fairseq-interactive, where they follow each sentence"
+                )
+            init(self, batch_constraints, beam_size)
+
+        return healed
+
+    wrap(FairseqTask, "build_generator", heal_build)
+    wrap(LexicallyConstrainedBeamSearch, "init_constraints", heal_init)
+
+
+def _join_byte_pieces() -> None:
+    """Shows characters that sentencepiece wrote as bytes, ``<0xC3> <0xA9>``, as the characters they are.
+
+    Wherever fairseq turns pieces into text: ``--bpe sentencepiece`` and ``--remove-bpe sentencepiece``.
+    """
+    from fairseq.data import data_utils
+    from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE
+
+    def healed_decode(decode: Callable) -> Callable:
+        return lambda self, pieces: decode(self, _without_byte_pieces(pieces))
+
+    def healed_post_process(post_process: Callable) -> Callable:
+        def healed(sentence: str, symbol: str) -> str:
+            if symbol == "sentencepiece":
+                sentence = _without_byte_pieces(sentence)
+            return post_process(sentence, symbol)
+
+        return healed
+
+    wrap(SentencepieceBPE, "decode", healed_decode)
+    wrap(data_utils, "post_process", healed_post_process)
+
+
+def _without_byte_pieces(pieces: str) -> str:
+    def joined(found: re.Match) -> str:
+        # Only a whole piece is a byte: a text's own "<0x41>" is split into others.
+        return bytes.fromhex(re.sub(r"<0x|>| ", "", found[0])).decode(errors="replace")
+
+    return re.sub(r"(?<![^ ])<0x[0-9A-F]{2}>(?: <0x[0-9A-F]{2}>)*(?![^ ])", joined, pieces)

@@ -1,0 +1,112 @@
+"""What a user reads: no noise that they can do nothing about, and errors that say the cause."""
+
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import omegaconf
+import torch
+
+from fairseq_flash._compat.healing import wrap
+
+__all__ = ["prepare"]
+
+# (message, category, module): what fairseq does not do right and a user can do nothing about.
+_NOISE = (
+    (r"hydra\.experimental\.(initialize|compose)\(\) is no longer experimental", UserWarning, r"hydra\."),
+    (r"\s*The version_base parameter is not specified", UserWarning, r"hydra\."),
+    (r"In 'config': Usage of deprecated keyword in package header", UserWarning, r"hydra\."),
+    (r"\s*'config' is validated against ConfigStore schema with the same name", UserWarning, r""),
+    (r"\s*The strict flag in the compose API is deprecated", UserWarning, r"hydra\."),
+    (r"'pin_memory' argument is set as true but no accelerator is found", UserWarning, r"torch\.utils\.data"),
+    (r"`torch\.cuda\.amp\.autocast\(args\.\.\.\)` is deprecated", FutureWarning, r"fairseq\."),
+    (r"amp_C fused kernels unavailable", UserWarning, r"fairseq\."),
+    # Of the targets before the last word, which no model here is trained on.
+    (r"overflow encountered in scalar subtract", RuntimeWarning, r"fairseq\.data\.token_block_dataset"),
+    (r"Support for mismatched key_padding_mask and attn_mask is deprecated", UserWarning, r"torch\.nn"),
+)
+
+# What logs its whole configuration: the tools, and from_pretrained().
+_CONFIG_LOGGERS = (
+    *(f"fairseq_cli.{tool}" for tool in ("train", "validate", "generate", "eval_lm", "interactive")),
+    "fairseq.models.fairseq_model",
+)
+
+
+def prepare() -> None:
+    """Applies every healing of this file."""
+    _silence_noise()
+    _shorten_config_dump()
+    _explain_fp16_without_gpu()
+    _explain_unfit_checkpoints()
+
+
+def _silence_noise() -> None:
+    """Hides the exact warnings of ``_NOISE``: hydra >= 1.1, torch >= 2.4.
+
+    Appended, so that ``-W`` or ``PYTHONWARNINGS`` still win. The logged line appears only where tensorboardX
+    is missing and this package is imported before fairseq.
+    """
+    for message, category, module in _NOISE:
+        warnings.filterwarnings("ignore", message=message, category=category, module=module, append=True)
+    logging.getLogger("fairseq.tasks.text_to_speech").addFilter(_is_not_tensorboard_advice)
+
+
+def _is_not_tensorboard_advice(record: logging.LogRecord) -> bool:
+    return "install tensorboardX" not in record.getMessage()
+
+
+def _shorten_config_dump() -> None:
+    """Logs one line in place of 8 KB of configuration; ``LOGLEVEL=DEBUG`` keeps it, checkpoints hold it."""
+    for name in _CONFIG_LOGGERS:
+        logging.getLogger(name).addFilter(_shorten_config)
+
+
+def _shorten_config(record: logging.LogRecord) -> bool:
+    if isinstance(record.msg, omegaconf.DictConfig) and os.environ.get("LOGLEVEL", "").upper() != "DEBUG":
+        # Only training has read the model's options by then.
+        train = record.name == "fairseq_cli.train"
+        names = ("task", "model", "criterion", "optimizer") if train else ("task",)
+        parts = [(name, record.msg.get(name)) for name in names]
+        names = ", ".join(f"{name} {getattr(part, '_name', part)}" for name, part in parts)
+        record.msg, record.args = f"{names} (LOGLEVEL=DEBUG logs the whole configuration)", None
+    return True
+
+
+def _explain_fp16_without_gpu() -> None:
+    """Turns the CUDA error of ``--fp16`` on a machine without a GPU into advice; any version."""
+    from fairseq.optim import fp16_optimizer
+
+    def heal(build: Callable) -> Callable:
+        def healed(cls: type, args: Any, params: Any, flatten: bool = True) -> Any:
+            if flatten and not torch.cuda.is_available():
+                raise ValueError(
+                    "--fp16 needs a GPU and there is none: leave it out, or train with --bf16, or (slow) "
+                    "with --fp16 --fp16-no-flatten-grads"
+                )
+            return build(cls, args, params, flatten)
+
+        return healed
+
+    wrap(fp16_optimizer._FP16OptimizerMixin, "build_fp32_params", heal)
+
+
+def _explain_unfit_checkpoints() -> None:
+    """Says why a model refuses a checkpoint; fairseq 0.12 only asks that "the architectures match"."""
+    from fairseq.trainer import Trainer
+
+    def heal(load: Callable) -> Callable:
+        def healed(self, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return load(self, *args, **kwargs)
+            except Exception as error:
+                what, cause = str(error).partition(";")[0], error.__context__
+                if what.startswith("Cannot load model parameters") and isinstance(cause, ValueError):
+                    raise ValueError(f"{what}: {cause}") from cause
+                raise
+
+        return healed
+
+    wrap(Trainer, "load_checkpoint", heal)

@@ -1,0 +1,155 @@
+"""Training begins only where something is left to do, goes on as if it had not stopped, and ends cleanly."""
+
+import contextlib
+import logging
+import math
+import queue
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, Optional
+
+from fairseq_flash._compat.healing import wrap
+
+__all__ = ["prepare"]
+
+logger = logging.getLogger(__name__)
+
+
+def prepare() -> None:
+    """Applies every healing of this file."""
+    _know_before_training_that_it_is_complete()
+    _begin_an_average_at_any_time()
+    _stop_loading_at_the_end()
+
+
+def _know_before_training_that_it_is_complete() -> None:
+    """Asks before the first update what fairseq 0.12 asks only after it: is the training at its end?
+
+    Without it a training that is complete makes one update more each time that it is started again, beyond
+    the end of its schedule. How long it has waited for a better validation (``--patience``) is saved for it.
+    """
+    from fairseq import checkpoint_utils
+    from fairseq.trainer import Trainer
+
+    def heal_save(save: Callable) -> Callable:
+        def healed(self, filename: str, extra_state: dict[str, Any]) -> Any:
+            waited = [dict(vars(stop)) for stop in _early_stops() if vars(stop)]
+            return save(self, filename, {**extra_state, "patience": waited[0]} if waited else extra_state)
+
+        return healed
+
+    def heal_load(load: Callable) -> Callable:
+        def healed(cfg: Any, trainer: Any, **kwargs: Any) -> Any:
+            extra_state, epochs = load(cfg, trainer, **kwargs)
+            goes_on = extra_state is not None and trainer.get_num_updates() > 0
+            waited = extra_state.get("patience") if goes_on and not cfg.reset_meters else None
+            for stop in _early_stops():
+                # What another training of this process has left is nothing to this one.
+                vars(stop).clear()
+                vars(stop).update(waited or {})
+            reason = _complete(cfg, trainer, waited or {}) if goes_on else None
+            if reason:
+                logger.info(f"training is complete, nothing is left to do: {reason}")
+            return extra_state, _NoEpochs(epochs) if reason else epochs
+
+        return healed
+
+    wrap(Trainer, "save_checkpoint", heal_save)
+    wrap(checkpoint_utils, "load_checkpoint", heal_load)
+
+
+def _early_stops() -> list[Callable]:
+    """The function of fairseq-train that counts, in its own attributes, for ``--patience``."""
+    modules = map(sys.modules.get, ("fairseq_cli.train", "__main__"))
+    return [module.should_stop_early for module in modules if hasattr(module, "should_stop_early")]
+
+
+def _complete(cfg: Any, trainer: Any, waited: dict[str, Any]) -> Optional[str]:
+    """Why there is nothing to be done; None if there is."""
+    limits, updates, runs = trainer.cfg.optimization, trainer.get_num_updates(), waited.get("num_runs", 0)
+    hours = trainer.cumulative_training_time() / 3600
+    if limits.max_update and updates >= limits.max_update:
+        return f"{updates} updates of --max-update {limits.max_update}"
+    if 0 < limits.stop_time_hours < hours:
+        return f"{hours:.2f} hours of --stop-time-hours {limits.stop_time_hours}"
+    if 0 < cfg.patience <= runs:
+        return f"{runs} validations without a better one, with --patience {cfg.patience}"
+    return None
+
+
+class _NoEpochs:
+    """Stands for the epochs of a training that is complete."""
+
+    #: fairseq trains while this is at most the last epoch, or infinity; NaN is at most nothing.
+    next_epoch_idx = math.nan
+
+    def __init__(self, epochs: Any) -> None:
+        self._epochs = epochs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._epochs, name)
+
+
+def _begin_an_average_at_any_time() -> None:
+    """Lets ``--store-ema`` be added to a run, or to fine-tuning: the average begins with the weights read.
+
+    fairseq 0.12 means to do so, but has dropped the weights by then: KeyError 'model'.
+    """
+    from fairseq.trainer import Trainer
+
+    def heal(load: Callable) -> Callable:
+        def healed(self, filename: str, *args: Any, **kwargs: Any) -> Any:
+            options = self.cfg.ema
+            if not options.store_ema:
+                return load(self, filename, *args, **kwargs)
+            options.store_ema = False
+            try:
+                extra_state = load(self, filename, *args, **kwargs)
+            finally:
+                options.store_ema = True
+            if extra_state is not None:
+                self.ema.restore(_average(filename, extra_state, self.get_model()))
+                if options.ema_fp32:
+                    self.ema.build_fp32_params(extra_state.get("ema_fp32_params"))
+            return extra_state
+
+        return healed
+
+    wrap(Trainer, "load_checkpoint", heal)
+
+
+def _average(filename: str, extra_state: dict[str, Any], model: Any) -> dict[str, Any]:
+    if "ema" in extra_state:
+        return extra_state["ema"]
+    logger.warning(f"checkpoint {filename!r} holds no average: --store-ema begins with its weights")
+    return model.state_dict()
+
+
+def _stop_loading_at_the_end() -> None:
+    """Stops and joins the thread that loads batches, where nobody takes them any more; any version.
+
+    A training that reaches ``--max-update`` within an epoch leaves fairseq's thread at work. Where the
+    interpreter ends while the thread is inside torch, the process aborts with status 134, "terminate called
+    without an active exception", after all is saved.
+    """
+    from fairseq.data.iterators import BufferedIterator
+
+    def heal(create: Callable) -> Callable:
+        def healed(self) -> None:
+            create(self)
+            # Called when the iterator is dropped, and for those that are left before the interpreter ends.
+            weakref.finalize(self, _stop, self._consumer, self._queue)
+
+        return healed
+
+    wrap(BufferedIterator, "_create_consumer", heal)
+
+
+def _stop(consumer: Any, batches: queue.Queue) -> None:
+    consumer._max_len = 0  # it ends after the batch at hand
+    while consumer.is_alive() and consumer is not threading.current_thread():
+        with contextlib.suppress(queue.Empty):
+            batches.get_nowait()
+        consumer.join(0.01)
