@@ -161,6 +161,25 @@ def test_a_system_whose_rates_all_failed_is_a_row_too(compare):
     assert [row["status"][:5] for row in rows if row["stage"] == "final"] == ["error", "ok"]
 
 
+def test_a_training_that_had_ended_is_only_measured(compare, monkeypatch, capsys):
+    words = ("--systems", "flash_lm", "--lr", "flash_lm=2e-3")
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lm_comparison, "evaluated", killed)
+        with pytest.raises(SystemExit):
+            compare(*words)
+    assert len(compare.calls()) == 1
+    (row,) = compare(*words)
+    assert (row["status"], row["updates"]) == ("ok", "10")
+    assert int(row["peak_memory"]) > 0
+    assert len(compare.calls()) == 1, "trained again, by an update too many"
+    assert compare(*words) == [row]
+    assert "1 of 1 runs are done already" in capsys.readouterr().out
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="children die with their parent on Linux alone")
 @pytest.mark.parametrize("victim", ["training", "comparison", "interrupt"])
 def test_a_kill_loses_nothing_and_leaves_nothing(compare, data, tmp_path, victim):

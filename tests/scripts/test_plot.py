@@ -180,3 +180,21 @@ def test_plotting_needs_neither_torch_nor_fairseq(results):
     code += f"plot.main(['quality', '--results', {str(results)!r}]); "
     code += "sys.exit(any(name in sys.modules for name in ('torch', 'fairseq')))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_help_needs_nothing_that_is_not_installed_and_drawing_says_what_is_missing(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "report.figures", None)
+    with pytest.raises(SystemExit) as stopped:
+        plot.main(["--help"])
+    assert stopped.value.code == 0
+    with pytest.raises(SystemExit) as stopped:
+        plot.main(["quality"])
+    assert stopped.value.code == 2
+    assert 'pip install -e ".[plot]"' in capsys.readouterr().err
+
+
+def test_committed_figures_are_small(results):
+    sizes = {path.name: path.stat().st_size for path in (plot.RESULTS / "figures").iterdir()}
+    assert len(sizes) == 7
+    assert {name.rpartition(".")[2] for name in sizes} == {"png"}
+    assert max(sizes.values()) < 250_000, sizes
