@@ -22,7 +22,6 @@ import logging
 import sys
 import tempfile
 from collections.abc import Callable
-from datetime import date
 from itertools import product
 from pathlib import Path
 
@@ -30,7 +29,8 @@ import torch
 
 from bench.clock import Memory, clock, summary
 from bench.layers import CONTENDERS, build, multiply_adds, refuse_unequal
-from runs.provenance import ROOT, commit, device_name
+from runs.command_line import command_line, require
+from runs.provenance import ROOT, provenance
 from runs.table import Table
 
 RESULTS = ROOT / "scripts" / "results" / "ops.csv"
@@ -169,13 +169,7 @@ def finish(row: dict, times: list[float], tokens: int, rates: Rates) -> None:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Reads the command line."""
-    about, details = __doc__.split("\n\n", 1)
-    parser = argparse.ArgumentParser(
-        "benchmark_ops.py",
-        description=about,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line(__doc__, "benchmark_ops.py")
     cuda = torch.cuda.is_available()
     add = parser.add_argument
     add("--systems", nargs="+", default=list(CONTENDERS), metavar="NAME", help=f"({', '.join(CONTENDERS)})")
@@ -204,14 +198,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     unknown = [name for name in options.systems if name not in CONTENDERS]
     if unknown:
         parser.error(f"--systems {unknown[0]} is unknown; allowed: {', '.join(CONTENDERS)}")
-    for name in ("dims", "lengths"):
-        if min(getattr(options, name)) < 1:
-            parser.error(f"--{name} {min(getattr(options, name))} is not allowed; allowed: 1 or more")
-    for name in ("tokens", "chunk_size", "rounds"):
-        if getattr(options, name) < 1:
-            parser.error(
-                f"--{name.replace('_', '-')} {getattr(options, name)} is not allowed; allowed: 1 or more"
-            )
+    require(parser, options, 1, "dims", "lengths", "tokens", "chunk_size", "rounds")
     quick = Path(tempfile.gettempdir()) / "ops_quick.csv"
     options.output = options.output or (quick if options.quick else RESULTS)
     return options
@@ -232,14 +219,7 @@ def main(arguments: list[str]) -> None:
     """Runs the command line."""
     options = parse(arguments)
     logging.getLogger().setLevel(logging.WARNING)  # fairseq's imports leave it at DEBUG
-    common = {
-        "commit": commit(),
-        "date": date.today().isoformat(),
-        "device": device_name(options.device),
-        "torch": torch.__version__,
-        "dtype": options.dtype,
-        "threads": torch.get_num_threads(),
-    }
+    common = {**provenance(options.device, options.dtype), "threads": torch.get_num_threads()}
     try:
         table = Table(options.output, COLUMNS, KEY, SHOWN, common)
     except ValueError as error:

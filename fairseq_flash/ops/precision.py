@@ -32,4 +32,4 @@ def without_autocast(function: _Function) -> _Function:
         with torch.autocast(device_type=device, enabled=False):
             return function(*args, **kwargs)
 
-    return wrapped
+    return wrapped  # type: ignore[return-value]

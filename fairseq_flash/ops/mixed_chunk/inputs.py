@@ -64,4 +64,4 @@ class Carry(NamedTuple):
     """
 
     kv_sum: torch.Tensor
-    count: torch.Tensor
+    count: torch.Tensor  # type: ignore[assignment]  # a tuple has a method of that name
