@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Union
@@ -11,10 +12,13 @@ import torch
 
 from fairseq_flash.modules.attention import LayerState
 from fairseq_flash.modules.checks import require
+from fairseq_flash.ops import NEVER
 
 __all__ = ["DecodingState", "check_state"]
 
 FORMAT, OLD_FORMAT = "fairseq_flash decoding state 2", "fairseq_flash decoding state 1"
+#: Positions that have angles of their own.
+POSITIONS = 2**33
 
 
 class DecodingState(NamedTuple):
@@ -69,7 +73,9 @@ class DecodingState(NamedTuple):
         """
         path = Path(path)
         new = path.with_name(path.name + ".new")
-        layers = [dict(_fields(layer.map(lambda x: x.detach().cpu()))) for layer in self.layers]
+        # A copy, as torch would save all of a tensor of which this one is a view.
+        copies = (layer.map(lambda x: x.detach().cpu().contiguous().clone()) for layer in self.layers)
+        layers = [dict(_fields(layer)) for layer in copies]
         torch.save({"format": FORMAT, "layers": layers, "beside": beside}, new)
         os.replace(new, path)
 
@@ -79,36 +85,28 @@ class DecodingState(NamedTuple):
 
         Args:
             path: The file.
-            like: An empty state of the stack that goes on, which tells kinds, sizes, dtypes and device.
+            like: An empty state of the stack that goes on, which tells rows, kinds, sizes, dtypes and device.
 
         Returns:
             The state, and what was saved beside it.
 
         Raises:
-            ValueError: the file is missing, something else, or does not fit the stack.
+            ValueError: the file is missing, something else, or does not fit the stack, or holds numbers that
+                no stack leaves behind.
         """
-        if not Path(path).exists():
-            raise ValueError(f"{path} does not exist; allowed: a file that a decoding state was saved to")
-        try:
-            content = torch.load(path, map_location=like.position.device, weights_only=True)
-        except Exception as error:  # torch raises many kinds
-            raise ValueError(f"{path} cannot be read as a decoding state: {error}") from None
-        beside = content.get("beside") if isinstance(content, dict) else None
-        if beside is not None and content.get("format") == FORMAT:
-            stored = content["layers"]
-        elif isinstance(content, dict) and content.get("format") == OLD_FORMAT:
-            stored, beside = content["layers"], {name: content[name] for name in ("model", "pending")}
-        else:
-            raise ValueError(f"{path} holds something else; allowed: {FORMAT!r} or {OLD_FORMAT!r}")
+        path = Path(path)
+        stored, beside = _content(path, like.position.device)
         if len(stored) != len(like.layers):
             raise ValueError(f"{path} holds {len(stored)} layers; allowed: {len(like.layers)}, as the stack")
         pairs = enumerate(zip(like.layers, stored, strict=True))
         state = cls(tuple(_filled(f"{path}, layer {index}", *pair) for index, pair in pairs))
         try:
-            check_state(state, like, state.position)
+            check_state(state, like, like.position)
+            _check_numbers(state, path.stat().st_size)
         except ValueError as error:
             raise ValueError(f"{path} does not fit this stack: {error}") from None
-        return state, beside
+        # What is written in place must not share memory, which the file may ask for.
+        return cls(tuple(layer.map(torch.Tensor.clone) for layer in state.layers)), beside
 
 
 def check_state(state: DecodingState, expected: DecodingState, like: torch.Tensor) -> None:
@@ -146,11 +144,32 @@ def _fields(layer: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + name, x
 
 
-def _filled(where: str, layer: Any, stored: dict[str, Any]) -> Any:
+def _content(path: Path, device: torch.device) -> tuple[list, dict[str, Any]]:
+    """Layers as they were stored, and what was saved beside them."""
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; allowed: a file that a decoding state was saved to")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises many kinds, and advises to turn the check off
+        why = (
+            "code, or a class" if isinstance(error, pickle.UnpicklingError) else str(error).partition("\n")[0]
+        )
+        raise ValueError(f"{path} cannot be read as a decoding state: it holds {why}") from None
+    content = content if isinstance(content, dict) else {}
+    kind, stored, beside = (content.get(name) for name in ("format", "layers", "beside"))
+    if kind == OLD_FORMAT:
+        beside = {name: content.get(name) for name in ("model", "pending")}
+    if kind not in (FORMAT, OLD_FORMAT) or not isinstance(stored, list) or not isinstance(beside, dict):
+        raise ValueError(f"{path} holds something else; allowed: {FORMAT!r} or {OLD_FORMAT!r}")
+    return stored, beside
+
+
+def _filled(where: str, layer: Any, stored: Any) -> Any:
     """A state like ``layer`` with the fields that were ``stored``."""
     wanted = dict(_fields(layer))
-    if stored.keys() != wanted.keys():
-        raise ValueError(f"{where} has {', '.join(stored)}; allowed: {', '.join(wanted)}")
+    if not isinstance(stored, dict) or stored.keys() != wanted.keys():
+        found = ", ".join(map(str, stored)) if isinstance(stored, dict) else f"a {type(stored).__name__}"
+        raise ValueError(f"{where} has {found}; allowed: {', '.join(wanted)}")
 
     def filled(layer: Any, prefix: str) -> Any:
         held = {name: x for name, x in layer._asdict().items() if x is not None}
@@ -166,8 +185,10 @@ def _check_fields(where: str, found: dict, wanted: dict, like: torch.Tensor) -> 
     if found.keys() != wanted.keys():
         raise ValueError(f"{where} has {', '.join(found)}; allowed: {', '.join(wanted)}")
     for name, expected in wanted.items():
-        x = found[name]
-        if not isinstance(expected, torch.Tensor):
+        x, kind = found[name], torch.Tensor if isinstance(expected, torch.Tensor) else int
+        if not isinstance(x, kind) or isinstance(x, bool):
+            raise ValueError(f"{where}: {name} is a {type(x).__name__}; allowed: {kind.__name__}")
+        if kind is int:
             continue
         sizes = (like.shape[0], *expected.shape[1:])
         if x.dim() != len(sizes) or any(a not in (0, b) for a, b in zip(sizes, x.shape, strict=True)):
@@ -176,3 +197,41 @@ def _check_fields(where: str, found: dict, wanted: dict, like: torch.Tensor) -> 
         for kind, a, b in (("dtype", x.dtype, expected.dtype), ("device", x.device, like.device)):
             if a != b:
                 raise ValueError(f"{where}: {name} has {kind} {a}; allowed: {b}")
+
+
+def _check_numbers(state: DecodingState, available: int) -> None:
+    """Refuses numbers that no stack leaves behind; ``available`` bytes were read."""
+    for index, layer in enumerate(state.layers):
+        fields, where = dict(_fields(layer)), f"layer {index}"
+        for name, x in fields.items():
+            if not isinstance(x, torch.Tensor):
+                continue
+            if x.layout != torch.strided or x.nbytes > available:
+                raise ValueError(f"{where}: {name} is not stored number by number; allowed: a dense tensor")
+            if x.is_floating_point() and not x.isfinite().all():
+                raise ValueError(f"{where}: {name} holds NaN or infinity; allowed: finite numbers")
+        position = layer.position
+        if ((position < 0) | (position >= POSITIONS)).any():
+            raise ValueError(f"{where}: position {position.tolist()}; allowed: 0 to {POSITIONS - 1}")
+        if not torch.equal(position, state.position):
+            found, wanted = position.tolist(), state.position.tolist()
+            raise ValueError(f"{where}: position {found}; allowed: {wanted}, as in layer 0")
+        _check_columns(where, fields, position)
+
+
+def _check_columns(where: str, fields: dict[str, Any], position: torch.Tensor) -> None:
+    """Refuses a cache with more columns in use than it has, or with tokens that are still to come."""
+    prefix = next((name.removesuffix("columns") for name in fields if name.endswith("columns")), None)
+    if prefix is not None:
+        columns = fields[f"{prefix}columns"]
+        rooms = {fields[prefix + name].shape[1] for name in ("k", "v", "key_positions")}
+        if len(rooms) > 1 or not 0 <= columns <= min(rooms):
+            raise ValueError(f"{where}: columns {columns}; allowed: 0 to {min(rooms)}, as many as it holds")
+        used = fields[f"{prefix}key_positions"][:, :columns]
+        seen = (used >= 0) & (used < position.unsqueeze(1))
+        if not torch.equal(seen.sum(1), position) or not (seen | (used == NEVER)).all():
+            raise ValueError(f"{where}: key_positions are not those of {position.tolist()} tokens")
+    if "source.valid" in fields:
+        valid, room = fields["source.valid"], fields["source.k"].shape[1]
+        if fields["source.v"].shape[1] != room or ((valid < 0) | (valid > room)).any():
+            raise ValueError(f"{where}: source.valid {valid.tolist()}; allowed: 0 to {room}")
