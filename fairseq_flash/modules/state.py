@@ -181,14 +181,15 @@ def _filled(where: str, layer: Any, stored: Any) -> Any:
     return filled(layer, "")
 
 
-def _check_fields(where: str, found: dict, wanted: dict, like: torch.Tensor) -> None:
+def _check_fields(where: str, found: dict[str, Any], wanted: dict[str, Any], like: torch.Tensor) -> None:
     if found.keys() != wanted.keys():
         raise ValueError(f"{where} has {', '.join(found)}; allowed: {', '.join(wanted)}")
     for name, expected in wanted.items():
-        x, kind = found[name], torch.Tensor if isinstance(expected, torch.Tensor) else int
-        if not isinstance(x, kind) or isinstance(x, bool):
-            raise ValueError(f"{where}: {name} is a {type(x).__name__}; allowed: {kind.__name__}")
-        if kind is int:
+        x: Any = found[name]
+        wanted_type = torch.Tensor if isinstance(expected, torch.Tensor) else int
+        if not isinstance(x, wanted_type) or isinstance(x, bool):
+            raise ValueError(f"{where}: {name} is a {type(x).__name__}; allowed: {wanted_type.__name__}")
+        if wanted_type is int:
             continue
         sizes = (like.shape[0], *expected.shape[1:])
         if x.dim() != len(sizes) or any(a not in (0, b) for a, b in zip(sizes, x.shape, strict=True)):
