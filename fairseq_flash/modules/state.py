@@ -185,10 +185,10 @@ def _check_fields(where: str, found: dict[str, Any], wanted: dict[str, Any], lik
     if found.keys() != wanted.keys():
         raise ValueError(f"{where} has {', '.join(found)}; allowed: {', '.join(wanted)}")
     for name, expected in wanted.items():
-        x, whole = found[name], not isinstance(expected, torch.Tensor)
-        if isinstance(x, bool) or not isinstance(x, int if whole else torch.Tensor):
+        x = found[name]
+        if type(x) is not type(expected):
             raise ValueError(f"{where}: {name} is a {type(x).__name__}; allowed: {type(expected).__name__}")
-        if whole:
+        if isinstance(x, int):
             continue
         sizes = (like.shape[0], *expected.shape[1:])
         if x.dim() != len(sizes) or any(a not in (0, b) for a, b in zip(sizes, x.shape, strict=True)):
