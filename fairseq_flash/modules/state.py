@@ -186,9 +186,9 @@ def _check_fields(where: str, found: dict[str, Any], wanted: dict[str, Any], lik
         raise ValueError(f"{where} has {', '.join(found)}; allowed: {', '.join(wanted)}")
     for name, expected in wanted.items():
         x = found[name]
-        if type(x) is not type(expected):
+        if isinstance(x, torch.Tensor) != isinstance(expected, torch.Tensor) or isinstance(x, bool):
             raise ValueError(f"{where}: {name} is a {type(x).__name__}; allowed: {type(expected).__name__}")
-        if isinstance(x, int):
+        if not isinstance(expected, torch.Tensor):
             continue
         sizes = (like.shape[0], *expected.shape[1:])
         if x.dim() != len(sizes) or any(a not in (0, b) for a, b in zip(sizes, x.shape, strict=True)):
