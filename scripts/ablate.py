@@ -9,19 +9,23 @@ winner, the systems at their best rates for more tokens; their checkpoints stay 
 """
 
 import argparse
-import csv
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator
-from datetime import date
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple, Optional
 
 import torch
 
-from runs.provenance import ROOT, commit, data_name, device_name, precision
-from runs.schedule import CURVE_COLUMNS, MEASURED, Finished, TrainingRun, carry_out
+from report import markdown
+from runs.command_line import command_line, require
+from runs.log import CURVE_COLUMNS, MEASURED
+from runs.plan import as_words, lowest, recipe, succeeded
+from runs.process import stoppable
+from runs.provenance import ROOT, data_name, provenance
+from runs.schedule import Finished, TrainingRun, carry_out
 from runs.systems import PRE_NORM, architecture
 from runs.table import Table
 
@@ -188,17 +192,15 @@ class Plan:
         row = {"name": name, **{key: "" for key in KEY}, **row, "data": self.data, "budget": budget}
         row["n"] = self.options.tokens_per_sample
         plugin = "scripts/ablation" if words["--arch"] == "flash_ablation_lm" else "fairseq_flash"
-        recipe = {
+        options = {
             **{"--user-dir": ROOT / plugin, "--task": "language_modeling", "--tokens-per-sample": row["n"]},
             **{"--max-tokens": TOKENS_PER_UPDATE, "--share-decoder-input-output-embed": "", "--dropout": 0},
-            **{"--optimizer": "adam", "--adam-betas": "(0.9, 0.98)", "--weight-decay": 0.01},
-            **{"--clip-norm": 1.0, "--lr": row["lr"], "--lr-scheduler": "polynomial_decay"},
-            **{"--warmup-updates": max(1, updates // 10), "--total-num-update": updates},
+            **recipe(row["lr"], updates, row["seed"]),
             "--no-epoch-checkpoints" if row.get("stage") == "winner" else "--no-save": "",
-            **{"--num-workers": 0, "--seed": row["seed"], **words},
+            **{"--num-workers": 0, **words},
             "--cpu": None if self.options.device.startswith("cuda") else "",
         }
-        arguments = (str(self.options.data), *as_words(recipe))
+        arguments = (str(self.options.data), *as_words(options))
         return TrainingRun(arguments, updates, row, weight=budget, measure=self._after(row))
 
     def _after(self, row: dict) -> Optional[Callable[[Finished], dict]]:
@@ -263,22 +265,16 @@ class Plan:
         Raises:
             ValueError: none has been measured.
         """
-        rows = [row for row in self.rows("learning rate") if row["name"] == name]
-        if not rows:
+        best = lowest(self.rows("learning rate", name=name))
+        if best is None:
             raise ValueError(
                 f"--output {self.options.output} has no learning rate of {name}; run that stage first"
             )
-        return float(min(rows, key=lambda row: row["loss"])["lr"])
+        return float(best["lr"])
 
-    def rows(self, *stages: str) -> list[dict]:
-        """Successful rows of stages, each with its ``loss``; one that is not finite counts as infinite."""
-        with self.options.output.open(newline="") as stream:
-            rows = [row for row in csv.DictReader(stream) if row["stage"] in stages and row["status"] == "ok"]
-        rows = [row for row in rows if row["data"] == self.data]
-        for row in rows:
-            loss = float(row["valid_loss"])
-            row["loss"] = loss if math.isfinite(loss) else math.inf
-        return rows
+    def rows(self, *stages: str, **cells: str) -> list[dict]:
+        """Successful rows of stages, each with its ``loss``."""
+        return succeeded(self.options.output, data=self.data, stage=set(stages), **cells)
 
 
 def system_options(name: str) -> dict:
@@ -292,39 +288,29 @@ def system_options(name: str) -> dict:
     return {**options, **changes}
 
 
-def as_words(options: dict) -> Iterator[str]:
-    """Options as the command line has them."""
-    for option, value in options.items():
-        if value is not None:
-            yield option
-            if value != "":
-                yield str(value)
-
-
 def tables(rows: list[dict]) -> Iterator[str]:
     """The results as Markdown: losses by rate, and by choice with the difference from the base."""
-    rates = sorted({float(row["lr"]) for row in rows if row["stage"] == "learning rate"})
-    yield f"| system | {' | '.join(f'{rate:g}' for rate in rates)} |"
-    yield "| --- |" + " --- |" * len(rates)
-    found = {(row["name"], float(row["lr"])): row["loss"] for row in rows if row["stage"] == "learning rate"}
-    for name in dict.fromkeys(name for name, _ in found):
-        cells = [f"{found[name, rate]:.3f}" if (name, rate) in found else "" for rate in rates]
-        yield f"| {name} | {' | '.join(cells)} |"
+    tried = [row for row in rows if row["stage"] == "learning rate"]
+    rates = sorted({float(row["lr"]) for row in tried})
+    found = {(row["name"], float(row["lr"])): f"{row['loss']:.3f}" for row in tried}
+    names = dict.fromkeys(row["name"] for row in tried)
+    lines = [[name, *(found.get((name, rate), "") for rate in rates)] for name in names]
+    yield markdown.table(["system", *(f"{rate:g}" for rate in rates)], lines)
     losses: dict[tuple, dict] = {}
     for row in rows:
         if row["stage"] == "factor":
             losses.setdefault((row["base"], row["factor"], row["value"]), {})[row["seed"]] = row["loss"]
     for base in dict.fromkeys(base for base, _, _ in losses):
         own = losses[base, "", ""]
-        yield f"\n| {base} | value | loss by seed | against the base, same seeds |\n| --- | --- | --- | --- |"
-        yield f"| | | {_numbers(own)} | |"
+        lines = [["", "", _numbers(own), ""]]
         for (other, factor, value), by_seed in sorted(losses.items()):
             if other == base and factor:
                 difference = mean(by_seed[seed] - own[seed] for seed in by_seed if seed in own)
-                yield f"| {factor} | {value} | {_numbers(by_seed)} | {difference:+.3f} |"
-    yield "\n| system, more tokens | rate | loss |\n| --- | --- | --- |"
-    for row in sorted((row for row in rows if row["stage"] == "winner"), key=lambda row: row["loss"]):
-        yield f"| {row['name']} | {row['lr']} | {row['loss']:.3f} |"
+                lines.append([factor, value, _numbers(by_seed), f"{difference:+.3f}"])
+        yield markdown.table([base, "value", "loss by seed", "against the base, same seeds"], lines)
+    longer = sorted((row for row in rows if row["stage"] == "winner"), key=lambda row: row["loss"])
+    lines = [[row["name"], row["lr"], f"{row['loss']:.3f}"] for row in longer]
+    yield markdown.table(["system, more tokens", "rate", "loss"], lines)
 
 
 def _numbers(by_seed: dict) -> str:
@@ -341,10 +327,7 @@ STAGES = {
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Reads the command line."""
-    about, details = __doc__.split("\n\n", 1)
-    parser = argparse.ArgumentParser(
-        "ablate.py", description=about, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__, "ablate.py")
     add = parser.add_argument
     results = ROOT / "scripts" / "results"
     add("--data", type=Path, required=True, help="folder that prepare_lm.py wrote")
@@ -361,10 +344,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--jobs", type=int, default=1, help="runs at a time; their speeds cannot be compared if more than 1")
     options = parser.parse_args(arguments)
-    for name in ("tokens", "winner_tokens", "tokens_per_sample", "jobs"):
-        if getattr(options, name) < 1:
-            option = f"--{name.replace('_', '-')}"
-            parser.error(f"{option} {getattr(options, name)} is not allowed; allowed: 1 or more")
+    require(parser, options, 1, "tokens", "winner_tokens", "tokens_per_sample", "jobs")
     if not (options.data / "dict.txt").exists():
         parser.error(f"--data {options.data} has no dict.txt; allowed: a folder that prepare_lm.py wrote")
     options.data = options.data.resolve()
@@ -376,22 +356,16 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command line."""
     options = parse(arguments)
     if options.table:
-        print("\n".join(tables(Plan(options).rows(*STAGES))))
+        print(re.sub(" {2,}", " ", "\n\n".join(tables(Plan(options).rows(*STAGES)))))
         return
-    common = dict(
-        commit=commit(),
-        date=date.today().isoformat(),
-        device=device_name(options.device),
-        torch=torch.__version__,
-        dtype=precision("float32", options.device),
-        jobs=options.jobs,
-    )
-    table = Table(options.output, COLUMNS, KEY, SHOWN, common)
-    curves = Table(options.curves, CURVES, (*KEY, *CURVE_COLUMNS), (), {})
-    for stage in options.stages:
-        runs = list(STAGES[stage](Plan(options)))
-        points = max(1, min(run.updates for run in runs) // 10)
-        carry_out(runs, table, options.folder, curves=curves, jobs=options.jobs, log_interval=points)
+    common = {**provenance(options.device), "jobs": options.jobs}
+    with stoppable("ablate.py"):
+        table = Table(options.output, COLUMNS, KEY, SHOWN, common)
+        curves = Table(options.curves, CURVES, (*KEY, *CURVE_COLUMNS), (), {})
+        for stage in options.stages:
+            runs = list(STAGES[stage](Plan(options)))
+            points = max(1, min(run.updates for run in runs) // 10)
+            carry_out(runs, table, options.folder, curves=curves, jobs=options.jobs, log_interval=points)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable
-from datetime import date
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,8 @@ import torch
 
 from bench.clock import Memory, clock, summary
 from bench.contender import Contender, columns_of
-from runs.provenance import ROOT, commit, device_name
+from runs.command_line import command_line
+from runs.provenance import ROOT, provenance
 from runs.table import Table
 
 RESULTS = ROOT / "scripts" / "results" / "generation.csv"
@@ -139,10 +139,7 @@ def step_through(contender: Contender, tokens: torch.Tensor) -> None:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Reads the command line."""
-    about, details = __doc__.split("\n\n", 1)
-    parser = argparse.ArgumentParser(
-        description=about, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__, "benchmark_generation.py")
     add = parser.add_argument
     add("--systems", nargs="+", default=SYSTEMS, metavar="ARCH")
     add("--positions", nargs="*", type=int, default=[256, 1024, 4096, 16384, 65536], metavar="N")
@@ -178,27 +175,17 @@ def main(arguments: list[str]) -> None:
     """Runs the command line."""
     options = parse(arguments)
     dtype = getattr(torch, options.dtype)
+    common = {**provenance(options.device, options.dtype), "threads": torch.get_num_threads()}
     try:
         contenders = [
             Contender(name, options.vocabulary, options.device, dtype, options.overrides)
             for name in options.systems
         ]
+        table = Table(options.output, COLUMNS, KEY, SHOWN, common)
     except ValueError as error:
         sys.exit(f"benchmark_generation.py: {error}")
     for contender in contenders:
         contender.check()
-    common = {
-        "commit": commit(),
-        "date": date.today().isoformat(),
-        "device": device_name(options.device),
-        "torch": torch.__version__,
-        "dtype": options.dtype,
-        "threads": torch.get_num_threads(),
-    }
-    try:
-        table = Table(options.output, COLUMNS, KEY, SHOWN, common)
-    except ValueError as error:
-        sys.exit(f"benchmark_generation.py: {error}")
     memory = Memory(options.device)
     for n, b, beam in product(options.positions, options.batches, options.beams):
         cell = {"pass": "step", "b": b, "beam": beam, "n": n}

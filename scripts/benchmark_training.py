@@ -24,7 +24,6 @@ import math
 import sys
 import tempfile
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,8 @@ from torch import nn
 
 from bench.clock import Memory, clock, summary
 from bench.models import build
-from runs.provenance import ROOT, commit, device_name
+from runs.command_line import command_line, require
+from runs.provenance import ROOT, provenance
 from runs.systems import BASELINE, SIZES, architecture
 from runs.table import Table
 
@@ -157,7 +157,7 @@ def describe(contender: Contender) -> dict:
 
 def measure(contenders: list[Contender], memory: Memory, n: int, options: argparse.Namespace) -> list[dict]:
     """Rows for ``n`` tokens a row."""
-    b = rows_of(n, options)
+    b = batch_size(n, options)
     found, fitting = [], []
     tokens = torch.randint(4, options.vocabulary, (b, n + 1), device=options.device)
     for contender in contenders:
@@ -180,7 +180,7 @@ def measure(contenders: list[Contender], memory: Memory, n: int, options: argpar
     return found
 
 
-def rows_of(n: int, options: argparse.Namespace) -> int:
+def batch_size(n: int, options: argparse.Namespace) -> int:
     """Rows of ``n`` tokens that make a batch, at least one."""
     return max(1, options.tokens // n)
 
@@ -231,13 +231,7 @@ def add_ratios(rows: list[dict]) -> None:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Reads the command line."""
-    about, details = __doc__.split("\n\n", 1)
-    parser = argparse.ArgumentParser(
-        "benchmark_training.py",
-        description=about,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line(__doc__, "benchmark_training.py")
     add = parser.add_argument
     add("--systems", nargs="+", metavar="NAME", help=f"({' '.join(SYSTEMS)} and, if installed, {PEER})")
     add("--size", choices=SIZES, default="tiny", help="of the models (tiny)")
@@ -252,11 +246,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if "--quick" in arguments:
         parser.set_defaults(lengths=[256, 512], tokens=512, rounds=2, vocabulary=500)
     options = parser.parse_args(arguments)
-    for name, least in (("tokens", 1), ("rounds", 1), ("vocabulary", 5)):
-        if getattr(options, name) < least:
-            parser.error(f"--{name} {getattr(options, name)} is not allowed; allowed: {least} or more")
-    if min(options.lengths) < 1:
-        parser.error(f"--lengths {min(options.lengths)} is not allowed; allowed: 1 or more")
+    require(parser, options, 1, "tokens", "rounds", "lengths")
+    require(parser, options, 5, "vocabulary")
     installed = importlib.util.find_spec("flash_pytorch") is not None
     options.systems = options.systems or [*SYSTEMS, *([PEER] if installed else [])]
     quick = Path(tempfile.gettempdir()) / "training_quick.csv"
@@ -268,15 +259,8 @@ def main(arguments: list[str]) -> None:
     """Runs the command line."""
     options = parse(arguments)
     logging.getLogger("hydra").setLevel(logging.INFO)
-    common = {
-        "commit": commit(),
-        "date": date.today().isoformat(),
-        "device": device_name(options.device),
-        "torch": torch.__version__,
-        "size": options.size,
-        "dtype": options.dtype,
-        "threads": torch.get_num_threads(),
-    }
+    common = {**provenance(options.device, options.dtype), "size": options.size}
+    common["threads"] = torch.get_num_threads()
     try:
         contenders = [Contender(system, options) for system in options.systems]
         table = Table(options.output, COLUMNS, KEY, SHOWN, common)
@@ -284,7 +268,7 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"benchmark_training.py: {error}")
     memory = Memory(options.device)
     for n in options.lengths:
-        if not table.has(options.systems, **{"pass": STEP, "b": rows_of(n, options), "n": n}):
+        if not table.has(options.systems, **{"pass": STEP, "b": batch_size(n, options), "n": n}):
             table.add(measure(contenders, memory, n, options))
     print(f"written to {options.output}")
 

@@ -23,28 +23,24 @@ killed is tried again, one that failed only with --retry.
 """
 
 import argparse
-import csv
 import json
-import os
-import platform
 import shlex
-import signal
 import sys
 from collections.abc import Callable
-from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Optional
 
 import torch
 
-from report import comparison as comparison_report
-from runs.plan import EVALUATED, Budget, Plan, rows_of
-from runs.process import locked
-from runs.provenance import ROOT, commit, data_name, device_name, precision
-from runs.schedule import CURVE_COLUMNS, MEASURED, TrainingRun, carry_out, environment, progress_bar, readable
+from report import comparison
+from runs import process
+from runs.command_line import command_line, require, split_off
+from runs.lm_comparison import EVALUATED, Budget, Plan
+from runs.log import CURVE_COLUMNS, MEASURED
+from runs.provenance import ROOT, data_name, provenance
+from runs.schedule import TrainingRun, carry_out, environment, progress_bar, readable
 from runs.systems import SIZES, check_systems
-from runs.table import Table, drop_torn_line
+from runs.table import Table, read
 
 RESULTS = ROOT / "scripts" / "results"
 #: Options of fairseq-train that tell a run, so that only the plan may set them.
@@ -63,24 +59,6 @@ CURVES = ("jobs", "name", *SHARED, *RUN, *CURVE_COLUMNS)
 SHOWN = ("name", "stage", "n", "seed", "lr", "tokens_per_second", "valid_loss", "bits_per_byte", "status")
 SYSTEMS = "transformer_lm,transformer_pp_lm,flash_quad_lm,flash_lm"
 GRID = "1e-3,2e-3,4e-3,8e-3"
-
-
-def forget_failed(path: Path, every: bool) -> None:
-    """Drops rows of runs that were killed, or of all that failed, so that they are tried again."""
-    if not path.exists():
-        return
-    drop_torn_line(path)
-    with path.open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    again = "error:" if every else "error: status -"
-    kept = [row for row in rows if not (row["status"] or "").startswith(again)]
-    if len(kept) < len(rows):
-        new = path.with_name(f"{path.name}.new")
-        with new.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, COLUMNS)
-            writer.writeheader()
-            writer.writerows(kept)
-        os.replace(new, path)
 
 
 def word_counts(data: Path) -> Optional[dict]:
@@ -107,18 +85,10 @@ def rates(text: str) -> dict[str, float]:
     return {name: float(rate) for name, rate in (part.split("=") for part in text.split(","))}
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """Reads the command line."""
-    own, extra = arguments, []
-    if "--" in arguments:
-        own, extra = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
-    about, details = __doc__.split("\n\n", 1)
-    parser = argparse.ArgumentParser(
-        "compare_lm.py",
-        description=about,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, Plan]:
+    """Reads the command line: where and how to carry out, and what."""
+    own, extra = split_off(arguments)
+    parser = command_line(__doc__, "compare_lm.py")
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder that prepare_lm.py or fairseq-preprocess wrote")
     add("--systems", default=SYSTEMS, metavar="A,B", help=f"({SYSTEMS})")
@@ -141,155 +111,136 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--keep", action="store_true", help="keep the checkpoints of finished runs")
     add("--retry", action="store_true", help="try failed runs again")
     add("--report", type=Path, help="write a report to this .html or .md file")
-    return check(parser, parser.parse_args(own), extra)
-
-
-def check(
-    parser: argparse.ArgumentParser, options: argparse.Namespace, extra: list[str]
-) -> argparse.Namespace:
-    """Completes the options, and refuses what cannot be carried out."""
+    options = parser.parse_args(own)
+    require(parser, options, 1, "jobs", "eval_shards")
     try:
-        options.systems = options.systems.split(",")
-        check_systems(options.systems, options.size)
-        options.budget = Budget.parse(options.budget)
-        quarter = Budget(options.budget.amount / 4, options.budget.unit)
-        options.lr_budget = Budget.parse(options.lr_budget or str(quarter))
-        if options.lr_budget.unit != options.budget.unit:
-            raise ValueError(
-                f"--lr-budget {options.lr_budget} is not allowed; allowed: {options.budget.unit}, as --budget"
-            )
-        comparison_report.check_path(options.report)
+        return options, check(options, extra)
     except ValueError as error:
         parser.error(str(error))
+
+
+def check(options: argparse.Namespace, extra: list[str]) -> Plan:
+    """What the command line asks for.
+
+    Raises:
+        ValueError: it cannot be carried out.
+    """
+    systems, budget = options.systems.split(","), Budget.parse(options.budget)
+    check_systems(systems, options.size)
+    rate_budget = Budget.parse(options.lr_budget or str(Budget(budget.amount / 4, budget.unit)))
+    if rate_budget.unit != budget.unit:
+        raise ValueError(f"--lr-budget {rate_budget} is not allowed; allowed: {budget.unit}, as --budget")
+    comparison.check_path(options.report)
     missing = [name for name in ("dict.txt", "train.idx", "valid.idx") if not (options.data / name).exists()]
     if missing:
-        parser.error(
+        raise ValueError(
             f"--data {options.data} has no {', '.join(missing)}; allowed: a folder that prepare_lm.py or "
             "fairseq-preprocess wrote, with the splits train and valid"
         )
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda is not allowed: there is no GPU; allowed: cpu")
-    if options.jobs > 1 and options.budget.unit == "minutes":
-        parser.error(f"--jobs {options.jobs} is not allowed with --budget {options.budget}; allowed: 1")
+        raise ValueError("--device cuda is not allowed: there is no GPU; allowed: cpu")
+    if options.jobs > 1 and budget.unit == "minutes":
+        raise ValueError(f"--jobs {options.jobs} is not allowed with --budget {budget}; allowed: 1")
     planned = sorted({word.partition("=")[0] for word in extra} & PLANNED)
     if planned:
-        parser.error(f"{planned[0]} is not allowed behind --: the plan sets it, and its row would not tell")
-    unknown = sorted(set(options.lr) - set(options.systems))
+        raise ValueError(f"{planned[0]} is not allowed behind --: the plan sets it, no row would tell")
+    unknown = sorted(set(options.lr) - set(systems))
     if unknown:
-        parser.error(f"--lr names {', '.join(unknown)}; allowed: {', '.join(options.systems)}")
-    options.max_tokens = options.max_tokens or options.tokens_per_update
+        raise ValueError(f"--lr names {', '.join(unknown)}; allowed: {', '.join(systems)}")
+    whole = options.tokens_per_update
+    part = options.max_tokens or whole
     for n in options.tokens_per_sample:
-        if options.max_tokens < n or options.max_tokens % n or options.tokens_per_update % options.max_tokens:
-            parser.error(
-                f"--tokens-per-update {options.tokens_per_update} with --max-tokens {options.max_tokens} is "
-                f"not allowed for rows of {n} tokens; allowed: multiples, so that all train on as many tokens"
+        if part < n or part % n or whole % part:
+            raise ValueError(
+                f"--tokens-per-update {whole} with --max-tokens {part} is not allowed for rows of {n} "
+                "tokens; allowed: multiples, so that all train on as many tokens"
             )
-    for name in ("jobs", "eval_shards"):
-        if getattr(options, name) < 1:
-            parser.error(
-                f"--{name.replace('_', '-')} {getattr(options, name)} is not allowed; allowed: 1 or more"
-            )
-    options.given_data, options.data, options.extra = options.data, options.data.resolve(), extra
-    options.folder, options.output = options.folder.resolve(), options.output.resolve()
-    options.curves = options.curves or options.output.with_name(f"{options.output.stem}_curves.csv")
-    options.counts = word_counts(options.data)
-    options.shared = {
-        "size": options.size,
-        "data": data_name(options.data),
-        "device": device_name(options.device),
-        "dtype": precision(options.dtype, options.device),
-        "tokens_per_update": options.tokens_per_update,
-        "options": shlex.join(extra),
-    }
-    return options
-
-
-def stop(number: int, frame: object) -> None:
-    """Ends the plan as Ctrl-C does, so that its trainings are ended as well."""
-    raise KeyboardInterrupt
+    origin, data = provenance(options.device, options.dtype), options.data.resolve()
+    shared = {"size": options.size, "data": data_name(data), "device": origin["device"]}
+    shared |= {"dtype": origin["dtype"], "tokens_per_update": whole, "options": shlex.join(extra)}
+    return Plan(
+        data=data,
+        output=options.output.resolve(),
+        shared=shared,
+        systems=systems,
+        size=options.size,
+        lengths=options.tokens_per_sample,
+        seeds=options.seeds,
+        budget=budget,
+        rate_budget=rate_budget,
+        rates=options.lr,
+        grid=options.lr_grid,
+        tokens_per_update=whole,
+        max_tokens=part,
+        half=options.dtype == "bfloat16",
+        on_gpu=options.device == "cuda",
+        eval_shards=options.eval_shards,
+        counts=word_counts(options.data),
+        extra=extra,
+    )
 
 
 def main(arguments: list[str]) -> None:
     """Runs the command line."""
-    options = parse(arguments)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
-    if options.counts is None:
+    options, plan = parse(arguments)
+    if plan.counts is None:
         print(f"{options.data} has no prepare.json: perplexities per byte and per word are left empty")
-    common = {
-        "commit": commit(),
-        "date": date.today().isoformat(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "fairseq": fairseq_version(),
-        "threads": environment(options.jobs, 0)["OMP_NUM_THREADS"],
-        "jobs": options.jobs,
-        **options.shared,
-    }
-    plan = Plan(options)
-    try:
-        with locked(options.folder):
-            forget_failed(options.output, every=options.retry)
-        table = Table(options.output, COLUMNS, (*SHARED, *RUN), SHOWN, common)
-        curves = Table(
-            options.curves, CURVES, CURVES[1:], (), {name: common[name] for name in ("jobs", *SHARED)}
-        )
-        unit = "s" if options.budget.unit == "minutes" else "token"
+    common = {**provenance(options.device, options.dtype), "jobs": options.jobs, **plan.shared}
+    common["threads"] = environment(options.jobs, 0)["OMP_NUM_THREADS"]
+    folder = options.folder.resolve()
+    curves_path = options.curves or plan.output.with_name(f"{plan.output.stem}_curves.csv")
+    again = "error:" if options.retry else "error: status -"
+    with process.stoppable("compare_lm.py"):
+        table = Table(plan.output, COLUMNS, (*SHARED, *RUN), SHOWN, common)
+        with process.locked(folder):
+            table.forget(lambda row: (row["status"] or "").startswith(again))
+        curves = Table(curves_path, CURVES, CURVES[1:], (), common)
+        unit = "s" if plan.budget.unit == "minutes" else "token"
         with progress_bar(plan.weight(), unit) as bar:
-            how = dict(curves=curves, jobs=options.jobs, keep=options.keep, progress=bar)
             for runs in plan.stages():
-                carry_out(runs, table, options.folder, **how)
-    except ValueError as error:
-        sys.exit(f"compare_lm.py: {error}")
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on where this one ended", file=sys.stderr)
-        sys.exit(130)
-    print(f"written to {options.output} and {options.curves}")
+                how = dict(curves=curves, jobs=options.jobs, keep=options.keep, progress=bar)
+                carry_out(runs, table, folder, **how)
+    print(f"written to {plan.output} and {curves_path}")
     if options.report:
-        write_report(plan, runs, arguments)
+        told = tell(plan, runs, read(curves_path), options.data, arguments)
+        for path in comparison.write(options.report, told):
+            print(f"written to {path}")
 
 
-def fairseq_version() -> str:
-    """Of the distribution that is installed."""
-    for name in ("ve-fairseq", "fairseq"):
-        try:
-            return f"{name} {version(name)}"
-        except PackageNotFoundError:
-            continue
-    return "unknown"
-
-
-def write_report(plan: Plan, runs: list[TrainingRun], arguments: list[str]) -> None:
-    """The report on this command's runs.
+def tell(
+    plan: Plan, runs: list[TrainingRun], curves: list[dict], data: Path, arguments: list[str]
+) -> comparison.Comparison:
+    """What the report on this command's runs tells.
 
     Args:
         plan: What was carried out.
         runs: Its last stage.
+        curves: Loss curves, those of other runs among them.
+        data: Folder of the data, as it was given.
         arguments: The command line.
     """
-    options, rows = plan.options, rows_of(plan.options, plan.options.output)
-    names = [(run.row["name"], str(run.row["n"]), str(run.row["seed"]), str(run.row["lr"])) for run in runs]
+    names = [tuple(str(run.row[name]) for name in ("name", *RUN)) for run in runs]
+    shared = {name: str(value) for name, value in plan.shared.items()}
 
-    def chosen(rows: list[dict], stage: str) -> list[dict]:
-        budget = str(plan.budgets[stage])
-        rows = [row for row in rows if (row["stage"], row["budget"]) == (stage, budget)]
-        if stage == "rate":
-            return [row for row in rows if row["name"] in options.systems and row["name"] not in options.lr]
-        return [row for row in rows if (row["name"], row["n"], row["seed"], row["lr"]) in names]
+    def chosen(rows: list[dict]) -> list[dict]:
+        rows = [row for row in rows if shared.items() <= row.items()]
+        return [row for row in rows if tuple(row[name] for name in ("name", *RUN)) in names]
 
-    final = chosen(rows, "final")
-    told = ("date", "commit", "fairseq", "torch", "python", "threads", "jobs")
-    settings = {**options.shared, "data": options.given_data, "budget": options.budget}
-    settings |= {name: ", ".join(sorted({row[name] for row in final})) for name in told}
+    rows = read(plan.output)
+    rates = [row for row in rows if shared.items() <= row.items() and row["name"] in plan.tuned]
+    rates = [row for row in rates if (row["stage"], row["budget"]) == ("rate", str(plan.rate_budget))]
+    final = chosen(rows)
+    part = "the whole split" if plan.eval_shards == 1 else f"one block in {plan.eval_shards} of the split"
+    settings = {**plan.shared, "data": data, "budget": plan.budget, "evaluated": f"{part} valid"}
+    for name in ("date", "commit", "fairseq", "torch", "python", "threads", "jobs"):
+        settings[name] = ", ".join(sorted({row[name] for row in final}))
     commands = [shlex.join(["python", "scripts/compare_lm.py", *arguments]), ""]
     for run in runs:
         evaluation = plan.evaluation_command(run.row["n"], Path("CHECKPOINTS/checkpoint_last.pt"))
         both = (run.command("CHECKPOINTS"), evaluation)
-        commands += [readable(["python", *words[1:]], {options.data: options.given_data}) for words in both]
-    curves = chosen(rows_of(options, options.curves), "final")
-    comparison = comparison_report.Comparison(settings, final, chosen(rows, "rate"), curves, commands)
-    for path in comparison_report.write(options.report, comparison):
-        print(f"written to {path}")
+        commands += [readable(["python", *words[1:]], {plan.data: data}) for words in both]
+    tokens = plan.counts["tokens"] if plan.counts else None
+    return comparison.Comparison(settings, final, rates, chosen(curves), commands, tokens)
 
 
 if __name__ == "__main__":

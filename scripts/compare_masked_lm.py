@@ -14,23 +14,25 @@ accuracy to compare is the one on test, with which nothing is chosen.
 """
 
 import argparse
-import csv
 import json
 import math
-import platform
 import re
 import shutil
 from collections.abc import Iterator
-from datetime import date
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
 import torch
 
-from runs.provenance import ROOT, commit, data_name, device_name
+from report import markdown
+from runs.command_line import command_line, require
+from runs.log import MEASURED
+from runs.plan import as_words, lowest, recipe, succeeded
+from runs.process import stoppable
+from runs.provenance import ROOT, data_name, provenance
 from runs.roberta_positions import with_more_positions
-from runs.schedule import MEASURED, Finished, TrainingRun, carry_out, readable
+from runs.schedule import Finished, TrainingRun, carry_out, readable
 from runs.table import Table
 
 KEY = ("data", "stage", "n", "lr", "seed", "pretraining", "epochs")
@@ -63,10 +65,6 @@ SYSTEMS = {
 }
 USUAL = [name for name in SYSTEMS if name != "flash_quad_masked_lm"]
 FINE_TUNED = ("flash", "roberta")
-OPTIMIZER = (
-    *("--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--weight-decay", "0.01", "--clip-norm", "1.0"),
-    *("--lr-scheduler", "polynomial_decay", "--num-workers", "0"),
-)
 
 
 class Plan:
@@ -85,13 +83,13 @@ class Plan:
         for name in self.options.systems:
             for rate in self.options.pretraining_rates or SYSTEMS[name].rates:
                 row = self._row("pretraining", name, self.options.row, rate, self.options.seeds[0])
-                words = (
-                    *(str(self.options.data), "--task", "masked_lm", "--criterion", "masked_lm"),
-                    *("--tokens-per-sample", self.options.row, "--max-tokens", self.options.max_tokens),
-                    *("--max-tokens-valid", 8 * self.options.max_tokens),
-                    *("--no-epoch-checkpoints", "--no-save-optimizer-state"),
-                    *self._common(name, rate, self.options.seeds[0], updates, 0),
-                )
+                options = {
+                    **{"--task": "masked_lm", "--criterion": "masked_lm"},
+                    **{"--tokens-per-sample": self.options.row, "--max-tokens": self.options.max_tokens},
+                    "--max-tokens-valid": 8 * self.options.max_tokens,
+                    **{"--no-epoch-checkpoints": "", "--no-save-optimizer-state": ""},
+                }
+                words = self._words(self.options.data, name, options, recipe(rate, updates, row["seed"]), 0)
                 yield self._run(words, updates, row, updates * self.options.max_tokens)
 
     def rates(self) -> Iterator[TrainingRun]:
@@ -106,8 +104,7 @@ class Plan:
         for kind in FINE_TUNED:
             name, _ = self.best_pretrained(kind)
             for n in (self.options.passage, self.options.row):
-                rows = [row for row in self.rows("fine-tuning") if (row["name"], row["n"]) == (name, str(n))]
-                rows = [row for row in rows if row["seed"] == str(self.options.seeds[0])]
+                rows = self.rows("fine-tuning", name=name, n=n, seed=self.options.seeds[0])
                 if not rows:
                     raise ValueError(f"no fine-tuning of {name} at {n} tokens succeeded; see its rows")
                 best = max(rows, key=lambda row: (float(row["valid_accuracy"]), -float(row["valid_loss"])))
@@ -120,24 +117,21 @@ class Plan:
         Raises:
             ValueError: none succeeded, or its checkpoint is gone.
         """
-        rows = [row for row in self.rows("pretraining") if SYSTEMS[row["name"]].kind == kind]
-        if not rows:
+        names = {name for name, system in SYSTEMS.items() if system.kind == kind}
+        best = lowest(self.rows("pretraining", name=names))
+        if best is None:
             raise ValueError(f"no pretraining of {kind} succeeded; see the rows of {self.options.output}")
-        best = min(rows, key=lambda row: float(row["valid_loss"]))
         path = self._kept(best)
         if not path.exists():
             raise ValueError(f"{path} is gone: delete its row in {self.options.output} to train it again")
         return best["name"], path
 
-    def rows(self, stage: str) -> list[dict]:
+    def rows(self, stage: str, **cells: object) -> list[dict]:
         """Successful rows of a stage at this amount of pretraining, with a finite loss."""
-        with self.options.output.open(newline="") as stream:
-            rows = [row for row in csv.DictReader(stream) if row["stage"] == stage and row["status"] == "ok"]
-        rows = [row for row in rows if row["pretraining"] == str(self.options.tokens)]
-        rows = [row for row in rows if row["data"] == self.data.get(stage)]
+        cells |= {"stage": stage, "data": self.data.get(stage), "pretraining": self.options.tokens}
         if stage == "fine-tuning":
-            rows = [row for row in rows if row["epochs"] == str(self.options.epochs)]
-        return [row for row in rows if math.isfinite(float(row["valid_loss"]))]
+            cells["epochs"] = self.options.epochs
+        return [row for row in succeeded(self.options.output, **cells) if row["loss"] < math.inf]
 
     def _fine_tuning(self, kind: str, n: int, rate: float, seed: int) -> TrainingRun:
         name, path = self.best_pretrained(kind)
@@ -145,27 +139,28 @@ class Plan:
             path = with_more_positions(path, self.options.row, n)
         examples, batch = count_examples(self.options.classes), self.options.batch_size
         updates = self.options.epochs * math.ceil(examples / batch)
-        words = (
-            *(str(self.options.classes), "--task", "sentence_prediction"),
-            *("--criterion", "sentence_prediction", "--num-classes", count_classes(self.options.classes)),
-            *("--init-token", 0, "--separator-token", 2, "--max-positions", n),
-            *("--shorten-method", "truncate", "--batch-size", batch, "--valid-subset", "valid,test"),
-            *("--restore-file", path, "--reset-optimizer", "--reset-dataloader", "--reset-meters"),
-            *("--no-save", "--validate-interval", self.options.epochs + 1),
-            *self._common(name, rate, seed, updates, self.options.dropout),
-        )
+        classes = self.options.classes
+        options = {
+            **{"--task": "sentence_prediction", "--criterion": "sentence_prediction"},
+            **{"--num-classes": count_classes(classes), "--init-token": 0, "--separator-token": 2},
+            **{"--max-positions": n, "--shorten-method": "truncate", "--batch-size": batch},
+            **{"--valid-subset": "valid,test", "--validate-interval": self.options.epochs + 1},
+            **{"--restore-file": path, "--reset-optimizer": "", "--reset-dataloader": ""},
+            **{"--reset-meters": "", "--no-save": ""},
+        }
+        words = self._words(classes, name, options, recipe(rate, updates, seed), self.options.dropout)
         row = self._row("fine-tuning", name, n, rate, seed, epochs=self.options.epochs)
         return self._run(words, updates, row, updates * batch * n)
 
-    def _common(self, name: str, rate: float, seed: int, updates: int, dropout: float) -> tuple:
+    def _words(self, data: Path, name: str, options: dict, training: dict, dropout: float) -> tuple:
         system = SYSTEMS[name]
-        return (
-            *("--user-dir", ROOT / "fairseq_flash", *system.words, *OPTIMIZER, "--lr", rate, "--seed", seed),
-            *("--warmup-updates", max(1, updates // 10), "--total-num-update", updates),
-            *(word for option in system.dropout for word in (option, dropout)),
-            *(("--max-valid-steps", self.options.valid_batches) if self.options.valid_batches else ()),
-            *(() if self.options.device.startswith("cuda") else ("--cpu",)),
-        )
+        common = {
+            **{"--num-workers": 0, "--max-valid-steps": self.options.valid_batches or None},
+            **dict.fromkeys(system.dropout, dropout),
+            "--cpu": None if self.options.device.startswith("cuda") else "",
+        }
+        plugin = ("--user-dir", str(ROOT / "fairseq_flash"))
+        return (str(data), *as_words(options), *plugin, *system.words, *as_words({**training, **common}))
 
     def _row(self, stage: str, name: str, n: int, rate: float, seed: int, epochs: object = "") -> dict:
         found = dict(name=name, stage=stage, n=n, lr=rate, seed=seed, epochs=epochs)
@@ -187,7 +182,7 @@ class Plan:
         folders = (self.options.data, self.options.classes, self.options.folder)
         names = {path: path.name for path in folders if path}
         row["command"] = readable(("fairseq-train", *words, "--max-update", updates), names)
-        return TrainingRun(tuple(map(str, words)), updates, row, weight=weight, measure=measure)
+        return TrainingRun(words, updates, row, weight=weight, measure=measure)
 
     def _kept(self, row: dict) -> Path:
         told = (row[name] for name in ("name", "data", "n", "lr", "seed", "pretraining"))
@@ -211,32 +206,27 @@ def count_examples(data: Path) -> int:
 
 def report(plan: Plan) -> str:
     """The result in Markdown: each system at its best rate, and the accuracies over the seeds."""
-    lines = ["", "| system | learning rate | parameters | masked perplexity on valid | tokens/s |"]
-    lines.append("| --- | --- | --- | --- | --- |")
-    rows = plan.rows("pretraining")
+    rows, lines = plan.rows("pretraining"), []
     for name in dict.fromkeys(row["name"] for row in rows):
-        best = min((row for row in rows if row["name"] == name), key=lambda row: float(row["valid_loss"]))
-        columns = (best[c] for c in ("lr", "parameters", "valid_perplexity", "tokens_per_second"))
-        lines.append(f"| `{name}` | {' | '.join(columns)} |")
-    lines += ["", "| fine-tuned | tokens | learning rate | accuracy on test, mean (each seed) | on valid |"]
-    lines.append("| --- | --- | --- | --- | --- |")
+        best = lowest([row for row in rows if row["name"] == name])
+        columns = ("lr", "parameters", "valid_perplexity", "tokens_per_second")
+        lines.append([f"`{name}`", *(best[column] for column in columns)])
+    header = ["system", "learning rate", "parameters", "masked perplexity on valid", "tokens/s"]
+    pretrained, lines = markdown.table(header, lines), []
     rows = plan.rows("fine-tuning")
     for key in dict.fromkeys((row["name"], row["n"], row["lr"]) for row in rows):
         own = [row for row in rows if (row["name"], row["n"], row["lr"]) == key]
         if len(own) == len(plan.options.seeds):
             test, valid = ([float(row[f"{s}_accuracy"]) for row in own] for s in ("test", "valid"))
-            each = ", ".join(f"{value:g}" for value in test)
-            cells = f"{key[1]} | {key[2]} | {mean(test):.1f} ({each}) | {mean(valid):.1f}"
-            lines.append(f"| `{key[0]}` | {cells} |")
-    return "\n".join(lines)
+            each = f"{mean(test):.1f} ({', '.join(f'{value:g}' for value in test)})"
+            lines.append([f"`{key[0]}`", *key[1:], each, f"{mean(valid):.1f}"])
+    header = ["fine-tuned", "tokens", "learning rate", "accuracy on test, mean (each seed)", "on valid"]
+    return f"\n{pretrained}\n\n{markdown.table(header, lines)}"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Reads the command line."""
-    about, details = __doc__.split("\n\n", 1)
-    parser = argparse.ArgumentParser(
-        description=about, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__, "compare_masked_lm.py")
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder that prepare_lm.py wrote")
     add("--classes", type=Path, help="folder of prepare_classification.py; without, pretraining alone")
@@ -257,10 +247,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--jobs", type=int, default=1, help="runs at a time; their speeds cannot be compared if more than 1")
     options = parser.parse_args(arguments)
-    for name in ("tokens", "max_tokens", "row", "passage", "epochs", "batch_size", "jobs"):
-        if getattr(options, name) < 1:
-            option = f"--{name.replace('_', '-')}"
-            parser.error(f"{option} {getattr(options, name)} is not allowed; allowed: 1 or more")
+    counted = ("tokens", "max_tokens", "row", "passage", "epochs", "batch_size", "jobs")
+    require(parser, options, 1, *counted)
     if options.max_tokens < options.row:
         parser.error(f"--max-tokens {options.max_tokens} is not allowed; allowed: {options.row} or more")
     if not (options.data / "dict.txt").exists():
@@ -278,21 +266,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line."""
     options = parse(arguments)
-    common = dict(
-        commit=commit(),
-        date=date.today().isoformat(),
-        device=device_name(options.device),
-        python=platform.python_version(),
-        torch=torch.__version__,
-        jobs=options.jobs,
-    )
-    table = Table(options.output, COLUMNS, KEY, SHOWN, common)
-    plan = Plan(options)
-    stages = (plan.pretraining, plan.rates, plan.seeds) if options.classes else (plan.pretraining,)
-    for stage in stages:
-        runs = list(stage())
-        print(f"{stage.__name__}: {len(runs)} runs, {options.jobs} at a time", flush=True)
-        carry_out(runs, table, options.folder, jobs=options.jobs)
+    common = {**provenance(options.device), "jobs": options.jobs}
+    with stoppable("compare_masked_lm.py"):
+        table = Table(options.output, COLUMNS, KEY, SHOWN, common)
+        plan = Plan(options)
+        for stage in (plan.pretraining, plan.rates, plan.seeds) if options.classes else (plan.pretraining,):
+            runs = list(stage())
+            print(f"{stage.__name__}: {len(runs)} runs, {options.jobs} at a time", flush=True)
+            carry_out(runs, table, options.folder, jobs=options.jobs)
     print(report(plan))
 
 

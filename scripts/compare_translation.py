@@ -10,23 +10,23 @@ themselves, unless --final-jobs says otherwise: seconds of runs with more than o
 """
 
 import argparse
-import csv
 import json
-import math
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import date
 from pathlib import Path
 
-import fairseq
 import sacrebleu
 import torch
 from sacrebleu.metrics import BLEU
+from tabulate import tabulate
 
-from runs.provenance import ROOT, commit, data_name, device_name
-from runs.schedule import MEASURED, Finished, TrainingRun, carry_out, fairseq_command, readable
+from runs.command_line import command_line, require
+from runs.log import MEASURED
+from runs.plan import as_words, lowest, recipe, succeeded
+from runs.process import stoppable
+from runs.provenance import ROOT, data_name, provenance
+from runs.schedule import Finished, TrainingRun, carry_out, fairseq_command, readable
 from runs.table import Table
 from text.folder import RECORD
 
@@ -89,18 +89,13 @@ class Plan:
 
     def best_rate(self, name: str) -> float | None:
         """The rate with the lowest validation loss; None if no run succeeded."""
-        found = self.rows("learning rate", name, self.options.tuning_epochs)
-        losses = {float(row["lr"]): float(row["valid_loss"] or "nan") for row in found}
-        finite = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
-        return min(finite, key=finite.get, default=None)
+        best = lowest(self.rows("learning rate", name, self.options.tuning_epochs))
+        return float(best["lr"]) if best else None
 
     def rows(self, stage: str, name: str, epochs: int) -> list[dict]:
         """Successful rows of this plan."""
-        wanted = {name: str(value) for name, value in self.shared.items()}
-        wanted |= dict(stage=stage, name=name, epochs=str(epochs), status="ok")
-        wanted["seed"] = str(self.options.seed)
-        with self.options.output.open(newline="") as stream:
-            return [row for row in csv.DictReader(stream) if wanted.items() <= row.items()]
+        wanted = {**self.shared, "seed": self.options.seed, "epochs": epochs}
+        return succeeded(self.options.output, **wanted, stage=stage, name=name)
 
     def _run(
         self,
@@ -111,22 +106,17 @@ class Plan:
         measure: Callable[[Finished], dict] | None = None,
     ) -> TrainingRun:
         updates = epochs * self.updates_per_epoch
-        recipe = {
+        options = {
             **{"--task": "translation", "--source-lang": self.source, "--target-lang": self.target},
             **{"--max-tokens": self.options.max_tokens, self.sharing: "", "--dropout": self.options.dropout},
             **{"--criterion": "label_smoothed_cross_entropy", "--label-smoothing": 0.1},
-            **{"--optimizer": "adam", "--adam-betas": "(0.9, 0.98)", "--weight-decay": 0.0001},
-            **{"--clip-norm": 1.0, "--lr": rate, "--lr-scheduler": "polynomial_decay"},
-            **{"--warmup-updates": max(1, updates // 10), "--total-num-update": updates},
-            **{"--no-epoch-checkpoints": "", "--num-workers": 0, "--seed": self.options.seed},
-            **SYSTEMS[name],
+            **recipe(rate, updates, self.options.seed, weight_decay=0.0001),
+            **{"--no-epoch-checkpoints": "", "--num-workers": 0, **SYSTEMS[name]},
+            "--cpu": "" if self.options.device == "cpu" else None,
         }
-        if self.options.device == "cpu":
-            recipe["--cpu"] = ""
-        words = [str(word) for option in recipe.items() for word in option if word != ""]
         row = {"name": name, **self.shared, "stage": stage, "lr": rate, "seed": self.options.seed}
         row["epochs"] = epochs
-        arguments = (str(self.options.data), "--user-dir", str(ROOT / "fairseq_flash"), *words)
+        arguments = (str(self.options.data), "--user-dir", str(ROOT / "fairseq_flash"), *as_words(options))
         shown = ("fairseq-train", *arguments, "--max-update", updates)
         row["command"] = readable(shown, {self.options.data: self.options.data.name})
         return TrainingRun(arguments, updates, row, weight=updates, measure=measure)
@@ -134,12 +124,13 @@ class Plan:
     def _score(self, finished: Finished) -> dict:
         """Translates the test split with the last checkpoint, and scores the text."""
         started = time.monotonic()
-        words = [self.options.data, "--user-dir", ROOT / "fairseq_flash", "--path", finished.checkpoint]
-        words += ["--task", "translation", "--source-lang", self.source, "--target-lang", self.target]
-        words += ["--gen-subset", "test", "--beam", 5, "--batch-size", 128, "--num-workers", 0]
-        words += ["--max-len-a", 1.2, "--max-len-b", 10]
-        words += ["--remove-bpe", "sentencepiece", *(["--cpu"] if self.options.device == "cpu" else [])]
-        output = finished.call(fairseq_command("generate", *words))
+        options = {
+            **{"--user-dir": ROOT / "fairseq_flash", "--path": finished.checkpoint, "--task": "translation"},
+            **{"--source-lang": self.source, "--target-lang": self.target, "--gen-subset": "test"},
+            **{"--beam": 5, "--batch-size": 128, "--num-workers": 0, "--max-len-a": 1.2, "--max-len-b": 10},
+            **{"--remove-bpe": "sentencepiece", "--cpu": "" if self.options.device == "cpu" else None},
+        }
+        output = finished.call(fairseq_command("generate", self.options.data, *as_words(options)))
         seconds = time.monotonic() - started
         bleu, signature = score(hypotheses(output), read_reference(self.reference))
         return dict(bleu=f"{bleu:.2f}", signature=signature, generate_seconds=f"{seconds:.1f}")
@@ -186,13 +177,7 @@ def score(translations: list[str], reference: list[str]) -> tuple[float, str]:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Reads the command line."""
-    about, details = __doc__.split("\n\n", 1)
-    parser = argparse.ArgumentParser(
-        "compare_translation.py",
-        description=about,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line(__doc__, "compare_translation.py")
     add = parser.add_argument
     results = ROOT / "scripts" / "results"
     add("--data", type=Path, required=True, help="folder that prepare_translation.py wrote")
@@ -211,10 +196,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--jobs", type=int, default=1, metavar="N", help="runs at a time in the first stage (1)")
     add("--final-jobs", type=int, default=1, metavar="N", help="final runs at a time (1)")
     options = parser.parse_args(arguments)
-    for name in ("tuning_epochs", "epochs", "max_tokens", "jobs", "final_jobs", "updates_per_epoch"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} {value} is not allowed; allowed: 1 or more")
+    counted = ("tuning_epochs", "epochs", "max_tokens", "jobs", "final_jobs", "updates_per_epoch")
+    require(parser, options, 1, *counted)
     if not (options.data / RECORD).is_file():
         parser.error(f"--data {options.data} has no {RECORD}; give a folder of prepare_translation.py")
     options.data = options.data.resolve()
@@ -223,30 +206,23 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def report(plan: Plan) -> None:
     """Prints the final rows."""
-    print(f"\n{'system':22} {'parameters':>10} {'lr':>7} {'valid loss':>10} {'BLEU':>6}")
-    for name in plan.options.systems:
-        for row in plan.rows("final", name, plan.options.epochs):
-            numbers = f"{row['parameters']:>10} {row['lr']:>7} {row['valid_loss']:>10} {row['bleu']:>6}"
-            print(f"{name:22} {numbers}")
+    names, epochs = plan.options.systems, plan.options.epochs
+    columns = {"name": "system", "parameters": "parameters", "lr": "lr", "valid_loss": "valid loss"}
+    rows = [row for name in names for row in plan.rows("final", name, epochs)]
+    lines = [[row[column] for column in (*columns, "bleu")] for row in rows]
+    print("\n" + tabulate(lines, [*columns.values(), "BLEU"], disable_numparse=True))
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line."""
     options = parse(arguments)
     plan = Plan(options)
-    common = dict(
-        commit=commit(),
-        date=date.today().isoformat(),
-        python=sys.version.split()[0],
-        torch=torch.__version__,
-        fairseq=fairseq.__version__,
-        sacrebleu=sacrebleu.__version__,
-        device=device_name(options.device),
-    )
+    common = {**provenance(options.device), "sacrebleu": sacrebleu.__version__}
     print(f"{plan.updates_per_epoch} updates an epoch; rows go to {options.output}", flush=True)
-    for stage, jobs in ((plan.tuning, options.jobs), (plan.final, options.final_jobs)):
-        table = Table(options.output, COLUMNS, KEY, SHOWN, {**common, "jobs": jobs})
-        carry_out(list(stage()), table, options.folder, jobs=jobs, keep=stage == plan.final)
+    with stoppable("compare_translation.py"):
+        for stage, jobs in ((plan.tuning, options.jobs), (plan.final, options.final_jobs)):
+            table = Table(options.output, COLUMNS, KEY, SHOWN, {**common, "jobs": jobs})
+            carry_out(list(stage()), table, options.folder, jobs=jobs, keep=stage == plan.final)
     report(plan)
 
 

@@ -8,11 +8,12 @@ products it asks for and the tensors it keeps, so that the largest model takes s
 PyTorch chooses between implementations (attention, dropout), it is the choice for a CPU.
 
 Multiply-adds are those of matrix products, two floating point operations each; all other work is small
-beside them. "Skipping the future" is what a perfect kernel of quadratic attention would do, which computes
-the scores on and below the diagonal alone; mixed chunk attention is always counted as it is computed. The
-crossover is the shortest row, in whole chunks, from which on a token costs at most what it costs in a
-Transformer of the same width, depth (two gated attention units for a layer) and, but for rounding, number of
-parameters. Activations are what the forward pass keeps for the backward pass, each memory block once.
+beside them, but takes time: where training steps of both were measured, the crossover in time stands there
+too. "Skipping the future" is what a perfect kernel of quadratic attention would do, which computes the scores
+on and below the diagonal alone; mixed chunk attention is always counted as it is computed. The crossover is
+the shortest row, in whole chunks, from which on a token costs at most what it costs in a Transformer of the
+same width, depth (two gated attention units for a layer) and, but for rounding, number of parameters.
+Activations are what the forward pass keeps for the backward pass, each memory block once.
 """
 
 import argparse
@@ -27,13 +28,19 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, bmm_flop, sdpa_flop_count
 
 from bench.models import build, bytes_of, language_models
 from fairseq_flash.modules import GatedAttentionUnit
+from runs.command_line import command_line, require
+from runs.provenance import ROOT
+from runs.systems import SIZES
+from runs.table import read
 
 #: No crossover is looked for beyond.
 LONGEST = 1 << 24
+#: Training steps, as benchmark_training.py measured them.
+MEASURED = ROOT / "scripts" / "results" / "training.csv"
 
 
 class NoNumbers(TorchFunctionMode):
@@ -160,6 +167,8 @@ class Sketch:
     def _count(self, n: int) -> float:
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         formulas = {fused: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
+        # PyTorch counts the product that makes a sum, but not the one that adds to it.
+        formulas[torch.ops.aten.baddbmm_] = lambda to, a, b, *_, **__: bmm_flop(a, b)
         self.model.eval()
         counter = FlopCounterMode(display=False, custom_mapping=formulas)
         with self._fake, NoNumbers(), counter:
@@ -232,12 +241,13 @@ def report(sketch: Sketch, n: int) -> Iterator[str]:
         skipping = sketch.multiply_adds(n, skip_future=True)
         yield f"                    {amount(skipping)} skipping the future"
     layers, output = sketch.activations(n)
-    yield f"activations         {size(layers)} per token in the layers, {size(output)} in the output and loss"
+    kept = f"{in_bytes(layers)} per token in the layers, {in_bytes(output)} in the output and loss"
+    yield f"activations         {kept}"
     first, second, last = (sketch.state_bytes(length) for length in (1, 2, n))
     growth = (
-        "whatever the length" if first == second == last else f"after {n} tokens, {size(first)} after one"
+        "whatever the length" if first == second == last else f"after {n} tokens, {in_bytes(first)} after one"
     )
-    yield f"state               {size(last)} per row {growth}"
+    yield f"state               {in_bytes(last)} per row {growth}"
     if not sketch.is_transformer:
         yield from crossovers(sketch)
 
@@ -247,7 +257,8 @@ def crossovers(sketch: Sketch) -> Iterator[str]:
     vocabulary, dtype = sketch.embedding.num_embeddings, sketch.embedding.weight.dtype
     for name, words in transformers(sketch).items():
         other = Sketch(words, vocabulary, dtype, sketch.batch)
-        yield f"crossover           against {name} of {amount(sum(other.parameters()))} parameters"
+        whole = amount(sum(other.parameters()))
+        yield f"crossover           in multiply-adds, against {name} of {whole} parameters"
         for skip_future, how in ((True, "both skipping the future"), (False, "both as computed")):
             try:
                 n = crossover(sketch, other, skip_future=skip_future)
@@ -255,6 +266,32 @@ def crossovers(sketch: Sketch) -> Iterator[str]:
             except ValueError:
                 found = "none: rows of this model end at its table"
             yield f"                    {found}, {how}"
+        for line in measured_crossovers(sketch.name, name):
+            yield f"                    {line}"
+
+
+def measured_crossovers(ours: str, theirs: str) -> Iterator[str]:
+    """The lines about training steps of both that were measured: from which length on ours take less time.
+
+    Args:
+        ours: An architecture.
+        theirs: A system, which is compared at the size of ``ours``.
+    """
+    size, ending = max(SIZES.items(), key=lambda each: ours.endswith(each[1]) * len(each[1]))
+    names = {ours.removesuffix(ending): 0, theirs: 1}
+    steps: dict[str, tuple[dict, dict]] = {}
+    for row in read(MEASURED):
+        if row["status"] == "ok" and row["size"] == size and row["name"] in names:
+            setting = f"{row['device']}, {row['dtype']}, {row['threads']} threads"
+            times = steps.setdefault(setting, ({}, {}))[names[row["name"]]]
+            times[int(row["n"])] = float(row["median_ms"])
+    for setting, times in steps.items():
+        both = sorted(set(times[0]) & set(times[1]))
+        slower = max((n for n in both if times[0][n] > times[1][n]), default=0)
+        found = next((f"from {n} tokens on" for n in both if n > slower), f"none up to {slower} tokens")
+        yield f"{found}, in the time of a training step on {setting}"
+    if not steps:
+        yield "in time: not measured at this size; scripts/benchmark_training.py does"
 
 
 def amount(number: float) -> str:
@@ -262,7 +299,7 @@ def amount(number: float) -> str:
     return f"{number / 1e6:.2f} M" if number >= 1e6 else f"{number / 1e3:.2f} k"
 
 
-def size(number: float) -> str:
+def in_bytes(number: float) -> str:
     """Bytes, in steps of 1024."""
     unit = min(3, max(0, int(math.log2(max(number, 1)) // 10)))
     return f"{number / 1024**unit:.{1 if unit else 0}f} {('B', 'KiB', 'MiB', 'GiB')[unit]}"
@@ -270,14 +307,7 @@ def size(number: float) -> str:
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Reads the command line: our options, and fairseq's."""
-    about, details = __doc__.split("\n\n", 1)
-    parser = argparse.ArgumentParser(
-        "describe.py",
-        description=about,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_line(__doc__, "describe.py", allow_abbrev=False)
     parser.add_argument("--arch", required=True, help="a language model")
     parser.add_argument("--tokens-per-sample", type=int, required=True, metavar="N", help="tokens a row")
     parser.add_argument("--vocabulary", type=int, default=8000, help="words of the dictionary (8000)")
@@ -286,10 +316,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     own, words = parser.parse_known_args(arguments)
     if own.arch not in language_models():
         parser.error(f"--arch {own.arch} is unknown; allowed: {', '.join(language_models())}")
-    for name, least in (("tokens_per_sample", 1), ("vocabulary", 5), ("batch", 1)):
-        if getattr(own, name) < least:
-            option = f"--{name.replace('_', '-')}"
-            parser.error(f"{option} {getattr(own, name)} is not allowed; allowed: {least} or more")
+    require(parser, own, 1, "tokens_per_sample", "batch")
+    require(parser, own, 5, "vocabulary")
     return own, ["--arch", own.arch, "--tokens-per-sample", str(own.tokens_per_sample), *words]
 
 

@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import math
 from collections.abc import Iterator
-from datetime import date
 from pathlib import Path
 
 import numpy
@@ -21,7 +20,8 @@ from fairseq.data import Dictionary, data_utils
 from torch import nn
 
 import fairseq_flash  # noqa: F401  (registers the models of the checkpoints)
-from runs.provenance import ROOT, commit, data_name, device_name
+from runs.command_line import command_line, require
+from runs.provenance import ROOT, data_name, provenance
 from runs.table import Table
 
 KEY = ("data", "split", "checkpoint", "n", "positions")
@@ -90,13 +90,7 @@ def measure(options: argparse.Namespace, path: Path, tokens: torch.Tensor, table
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Reads the command line."""
-    about, details = __doc__.split("\n\n", 1)
-    parser = argparse.ArgumentParser(
-        "extrapolate.py",
-        description=about,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line(__doc__, "extrapolate.py")
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder that prepare_lm.py wrote")
     add("--checkpoints", type=Path, nargs="+", required=True, help="a row's name is the file's")
@@ -105,8 +99,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--output", type=Path, default=ROOT / "scripts" / "results" / "extrapolation.csv")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
-    if min(options.lengths) < 1:
-        parser.error(f"--lengths {min(options.lengths)} is not allowed; allowed: 1 or more")
+    require(parser, options, 1, "lengths")
     for path in options.checkpoints:
         if not path.exists():
             parser.error(f"--checkpoints {path} does not exist")
@@ -116,15 +109,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line."""
     options = parse(arguments)
-    common = dict(
-        commit=commit(),
-        date=date.today().isoformat(),
-        device=device_name(options.device),
-        torch=torch.__version__,
-        data=data_name(options.data),
-        split=options.split,
-    )
-    table = Table(options.output, COLUMNS, KEY, SHOWN, common)
+    origin = dict(data=data_name(options.data), split=options.split)
+    table = Table(options.output, COLUMNS, KEY, SHOWN, {**provenance(options.device), **origin})
     tokens, _ = read_tokens(options.data, options.split)
     for path in options.checkpoints:
         measure(options, path, tokens, table)

@@ -9,8 +9,8 @@ translate one row into another. Outside the band, a warning; the exit status sta
 is outside.
 """
 
-import argparse
 import copy
+import dataclasses
 import logging
 import statistics
 import sys
@@ -22,6 +22,7 @@ from torch import nn
 
 from bench.models import build
 from fairseq_flash.modules import GatedAttentionUnit, GatedCrossAttention, Stack, TransformerBlock
+from runs.command_line import command_line
 
 #: Lowest and highest ratio of a healthy start.
 BANDS = {"branch/residual": (0.01, 1.0), "linear/quadratic": (0.1, 10.0), "gradient/median": (1e-3, 1e3)}
@@ -102,17 +103,17 @@ def layer_ratios(stack: Stack, tokens: torch.Tensor, **source: torch.Tensor) -> 
         x, y = seen[block]
         place = f"layer {name.removeprefix('blocks.').replace('.', ', ')}"
         if isinstance(block, GatedCrossAttention):
-            found.append(Measurement("branch/residual", place, size(y - x) / size(x)))
+            found.append(Measurement("branch/residual", place, rms(y - x) / rms(x)))
             continue
         branch = attended(block, x)
-        found.append(Measurement("branch/residual", place, size(branch) / size(x)))
+        found.append(Measurement("branch/residual", place, rms(branch) / rms(x)))
         if isinstance(block, TransformerBlock):
             x = x + branch
-            found.append(Measurement("branch/residual", f"{place}, feed-forward", size(y - x) / size(x)))
+            found.append(Measurement("branch/residual", f"{place}, feed-forward", rms(y - x) / rms(x)))
         if block.attention == "mixed_chunk":
             quadratic, linear = (attended(only(block, branch), seen[block][0]) for branch in block.branches)
             c = block.chunk_size
-            ratio = size(linear[:, c:]) / size(quadratic[:, c:])
+            ratio = rms(linear[:, c:]) / rms(quadratic[:, c:])
             found.append(Measurement("linear/quadratic", place, ratio))
     return found
 
@@ -130,6 +131,8 @@ def only(block: nn.Module, branch: str) -> nn.Module:
     """A copy of a mixed chunk layer with one branch alone, "quad" or "lin"."""
     alone = copy.deepcopy(block)
     alone.branches = (branch,)
+    options = block.attend.options._replace(branches=alone.branches)
+    alone.attend = dataclasses.replace(block.attend, options=options)
     if isinstance(block, GatedAttentionUnit):
         begin = 2 * block.branches.index(branch)
         for name, copies in block.offset_scale.named_parameters():
@@ -155,12 +158,12 @@ def gradient_ratios(model: nn.Module) -> list[Measurement]:
                 groups.setdefault(f"{name} ({kind} branch)", []).append(part)
         else:
             groups.setdefault("embeddings" if name.startswith("embed") else name, []).append(parameter.grad)
-    sizes = {name: size(torch.cat([grad.flatten() for grad in grads])) for name, grads in groups.items()}
+    sizes = {name: rms(torch.cat([grad.flatten() for grad in grads])) for name, grads in groups.items()}
     median = statistics.median(sizes.values())
     return [Measurement("gradient/median", name, value / median) for name, value in sizes.items()]
 
 
-def size(x: torch.Tensor) -> float:
+def rms(x: torch.Tensor) -> float:
     """Root mean square."""
     return x.square().mean().sqrt().item()
 
@@ -173,9 +176,7 @@ def zipf_tokens(vocabulary: int, b: int, n: int, first: int = 4) -> torch.Tensor
 
 def main() -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(
-        "health.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__, "health.py")
     parser.add_argument("--vocabulary", type=int, default=4000, help="words of the dictionary")
     parser.add_argument("--length", type=int, default=1024, help="tokens a row, of two rows")
     parser.add_argument("--seed", type=int, default=1)
@@ -186,8 +187,9 @@ def main() -> None:
     found = measure(model, zipf_tokens(own.vocabulary, 2, own.length))
     for ratio, place, value in found:
         lowest, highest = BANDS[ratio]
-        warning = "" if lowest <= value <= highest else f"   WARNING: outside {lowest:g} to {highest:g}"
-        print(f"{ratio:18} {place:36} {value:10.2e}{warning}")
+        band = f"{lowest:g} to {highest:g}"
+        said = f"   in {band}" if lowest <= value <= highest else f"   WARNING: outside {band}"
+        print(f"{ratio:18} {place:36} {value:10.2e}{said}")
     outside = sum(not measurement.healthy for measurement in found)
     print(f"{len(found) - outside} of {len(found)} in the band", file=sys.stderr)
 

@@ -20,10 +20,8 @@ bytes.
 
 import argparse
 import csv
-import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -31,7 +29,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from text.folder import RECORD, fingerprint, is_prepared, publish, work_folder
+from runs.command_line import command_line
+from text.folder import RECORD, add_shared, fingerprint, is_prepared, publish, run_prepare, work_folder
 from text.pieces import MODEL, encode, number_pieces
 from text.read import TextFile, find_text_files, read_documents
 from text.split import SPLITS
@@ -212,36 +211,21 @@ def _number(
 
 
 def _parser() -> argparse.ArgumentParser:
-    summary, _, details = __doc__.split("\n\n", 2)
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
+    add_shared(parser)
     add = parser.add_argument
     add("--text", type=Path, required=True, metavar="DIR", help="folder of the text")
     add("--table", type=Path, metavar="CSV", help="split, label and file of each file in DIR")
     add("--data", type=Path, required=True, metavar="DIR", help="data of the trained model: its vocabulary")
-    add("--output", type=Path, required=True, metavar="DIR", help="folder for the data")
     add("--passage", type=int, metavar="N", help="cut files into passages of N tokens (an example a line)")
     add("--skip", type=int, default=0, metavar="N", help="examples to leave out at the start of a file (0)")
     add("--balance", action="store_true", help="as many examples of each label as of the rarest in a split")
-    cores = min(os.cpu_count() or 1, 8)
-    add("--workers", type=int, default=cores, metavar="N", help=f"processes ({cores}); changes no result")
-    add("--overwrite", action="store_true", help="replace other data of this script in DIR")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; a mistake of the user ends it with one line and status 2."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    try:
-        new = prepare(options)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{Path(sys.argv[0]).name}: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "\ninterrupted; nothing was changed\n")
-    record = json.loads((options.output / RECORD).read_text())
-    print(f"{'prepared' if new else 'already prepared'}: {options.output}")
+    record = run_prepare(_parser(), prepare, arguments)
     for split, counts in record["splits"].items():
         labels = "  ".join(f"{label} {count}" for label, count in counts["labels"].items())
         print(f"  {split:5} {counts['examples']:>7,} examples, {counts['tokens']:>11,} tokens: {labels}")

@@ -16,12 +16,10 @@ with any number of workers.
 """
 
 import argparse
-import json
-import os
-import sys
 from pathlib import Path
 
-from text.folder import RECORD, fingerprint, is_prepared, publish, work_folder
+from runs.command_line import command_line
+from text.folder import RECORD, add_shared, fingerprint, is_prepared, publish, run_prepare, work_folder
 from text.pieces import MODEL, encode, learn_pieces, number_pieces
 from text.read import find_text_files
 from text.split import HELD_OUT, SPLITS, check_fractions, held_out_fractions, write_splits
@@ -81,39 +79,24 @@ def _recorded(options: argparse.Namespace) -> dict:
 
 
 def _parser() -> argparse.ArgumentParser:
-    summary, _, details = __doc__.split("\n\n", 2)
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
+    add_shared(parser)
     add = parser.add_argument
     text = "files or folders: plain text (UTF-8), .gz, .xz, .tar, .tar.gz, .tar.xz"
     add("--text", type=Path, nargs="+", required=True, metavar="PATH", help=text)
-    add("--output", type=Path, required=True, metavar="DIR", help="folder for the data")
     add("--vocab-size", type=int, default=8000, metavar="N", help="size of fairseq's dictionary (8000)")
     for split in ("valid", "test"):
         group = parser.add_mutually_exclusive_group()
         group.add_argument(f"--{split}", type=Path, metavar="PATH", help=f"text of the split {split!r}")
         part = f"part of the text to hold out for it ({HELD_OUT})"
         group.add_argument(f"--{split}-fraction", type=float, metavar="F", help=part)
-    cores = min(os.cpu_count() or 1, 8)
-    add("--workers", type=int, default=cores, metavar="N", help=f"processes ({cores}); changes no result")
     add("--seed", type=int, default=1, metavar="N", help="chooses the documents to hold out (1)")
-    add("--overwrite", action="store_true", help="replace other data of this script in DIR")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; a mistake of the user ends it with one line and status 2."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    try:
-        new = prepare(options)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{Path(sys.argv[0]).name}: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "\ninterrupted; nothing was changed\n")
-    record = json.loads((options.output / RECORD).read_text())
-    print(f"{'prepared' if new else 'already prepared'}: {options.output}")
+    record = run_prepare(_parser(), prepare, arguments)
     for split, counts in record["splits"].items():
         print(f"  {split:5} " + "  ".join(f"{count:>13,} {name}" for name, count in counts.items()))
 

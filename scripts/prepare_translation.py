@@ -17,16 +17,14 @@ written as bytes, so no text has an ``<unk>``. The same text and options give th
 """
 
 import argparse
-import json
-import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 
-from text.folder import RECORD, fingerprint, is_prepared, publish, work_folder
+from runs.command_line import command_line
+from text.folder import RECORD, add_shared, fingerprint, is_prepared, publish, run_prepare, work_folder
 from text.pieces import MODEL, encode, learn_pieces, number_pieces
 from text.read import TextFile, read_lines
 
@@ -180,38 +178,23 @@ def _encode(
 
 
 def _parser() -> argparse.ArgumentParser:
-    summary, details = __doc__.split("\n\n", 1)
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
+    add_shared(parser)
     add = parser.add_argument
     add("--source-lang", required=True, metavar="LANG", help="ending of the source's files, such as en")
     add("--target-lang", required=True, metavar="LANG", help="ending of the target's files, such as de")
     add("--train", type=Path, nargs="+", required=True, metavar="PREFIX", help="training text")
     for split in ("valid", "test"):
         add(f"--{split}", type=Path, nargs=1, required=True, metavar="PREFIX", help=f"text of {split!r}")
-    add("--output", type=Path, required=True, metavar="DIR", help="folder for the data")
     add("--vocab-size", type=int, default=8000, metavar="N", help="size of a dictionary (8000)")
     add("--separate", action="store_true", help="a vocabulary for each language")
-    cores = min(os.cpu_count() or 1, 8)
-    add("--workers", type=int, default=cores, metavar="N", help=f"processes ({cores}); changes no result")
     add("--seed", type=int, default=1, metavar="N", help="chooses what of a long text is learnt from (1)")
-    add("--overwrite", action="store_true", help="replace other data of this script in DIR")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; a mistake of the user ends it with one line and status 2."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    try:
-        new = prepare(options)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{Path(sys.argv[0]).name}: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "\ninterrupted; nothing was changed\n")
-    record = json.loads((options.output / RECORD).read_text())
-    print(f"{'prepared' if new else 'already prepared'}: {options.output}")
+    record = run_prepare(_parser(), prepare, arguments)
     for split, counts in record["splits"].items():
         print(f"  {split:5} {counts['pairs']:>11,} pairs  {counts['dropped']:>9,} dropped", end="")
         for language in record["options"]["languages"]:

@@ -12,18 +12,17 @@ checkpoint.
 import argparse
 import hashlib
 import json
-import os
 import pydoc_data.topics
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
-from runs.checkpoints import mend_checkpoints
-from runs.process import locked, train
+from runs import process
+from runs.command_line import command_line, split_off
+from runs.log import Log
 from text.read import find_text_files
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,9 +54,7 @@ class Run:
     def save(self, **changes) -> None:
         """Notes what has been done; a kill leaves the old note or the new one."""
         self.state.update(changes)
-        new = self.folder / f"{STATE}.new"
-        new.write_text(json.dumps(self.state, indent=2) + "\n")
-        os.replace(new, self.folder / STATE)
+        process.write_whole(self.folder / STATE, json.dumps(self.state, indent=2) + "\n")
 
 
 def command(name: str, *arguments) -> list[str]:
@@ -92,7 +89,7 @@ def identify(options: argparse.Namespace) -> str:
     return f"{re.sub(r'[^A-Za-z0-9_-]+', '-', stem) or 'text'}-{digest.hexdigest()[:8]}"
 
 
-def prepare(run: Run, options: argparse.Namespace) -> None:
+def prepare(run: Run, options: argparse.Namespace, lock: int) -> None:
     """Makes the data folder, unless it is there."""
     if run.data.exists():
         print(f"data: {run.data} (already prepared)")
@@ -101,9 +98,9 @@ def prepare(run: Run, options: argparse.Namespace) -> None:
     words = [sys.executable, str(ROOT / "scripts" / "prepare_lm.py"), "--text", *map(str, text)]
     words += ["--output", str(run.data), "--vocab-size", str(options.vocab_size)]
     print(f"\n$ {show(words)}", flush=True)
-    status = subprocess.run(words).returncode
-    if status:
-        sys.exit(status)
+    ended = process.run(words, keep_open=[lock])
+    if ended.status:
+        sys.exit(ended.status)
 
 
 def training_command(run: Run, minutes: float, extra: list[str]) -> list[str]:
@@ -118,7 +115,7 @@ def training_command(run: Run, minutes: float, extra: list[str]) -> list[str]:
     words += ["--save-dir", str(run.checkpoints), "--tensorboard-logdir", str(run.tensorboard)]
     words += ["--save-interval-updates", str(interval), "--keep-interval-updates", "1"]
     words += ["--no-epoch-checkpoints", "--max-valid-steps", "20", "--num-workers", "0"]
-    words += ["--log-format", "tqdm", "--log-interval", "5", "--seed", "1"]
+    words += ["--log-format", "json", "--log-interval", "5", "--seed", "1"]
     # fairseq counts the time of earlier runs as well, so this is a total
     return [*words, "--stop-time-hours", f"{minutes / 60:.6f}", *extra]
 
@@ -129,13 +126,25 @@ def train_up_to(run: Run, goal: float, extra: list[str], lock: int) -> None:
         print(f"training: {goal:.1f} minutes are done already; --more MINUTES goes on")
         return
     run.save(goal=goal)
-    mend_checkpoints(run.checkpoints)
     words = training_command(run, goal, extra)
     print(f"\n$ {show(words)}\n(the log goes to {run.log})", flush=True)
-    measured = train(words, run.log, lock)
-    if not run.best.exists():
-        sys.exit(f"the training left no checkpoint; see {run.log}")
-    run.save(trained=goal, **measured)
+    log = Log(run.log, offset=run.log.stat().st_size if run.log.exists() else 0)
+
+    def follow() -> None:
+        for kind, point in log.read():
+            shown = [name for name in ("loss", "ppl", "wps", "num_updates") if name in point]
+            told = "  ".join(f"{name} {point[name]:g}" for name in shown)
+            print(f"  {kind:12} {told}", flush=True)
+
+    ended = process.run(words, run.log, follow=follow, keep_open=[lock])
+    log.read()
+    if ended.status:
+        sys.exit(f"the training failed: {log.tail()}; see {run.log}")
+    if not log.epochs or not run.best.exists():
+        sys.exit(f"the training made no update: give more text or more --minutes; see {run.log}")
+    gpu = log.gpu_bytes()
+    kind = {"peak_mb": (gpu or ended.peak_bytes) / 2**20, "memory": "GPU memory" if gpu else "RAM"}
+    run.save(trained=goal, updates=log.updates, tokens_per_second=log.speed(), **kind)
 
 
 def evaluate(run: Run) -> None:
@@ -205,16 +214,8 @@ def print_table(run: Run, text: str, interactive: list[str]) -> None:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Reads the command line."""
-    own, extra = arguments, []
-    if "--" in arguments:
-        own, extra = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
-    summary, details = __doc__.split("\n\n", 1)
-    parser = argparse.ArgumentParser(
-        "quickstart.sh",
-        description=summary,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    own, extra = split_off(arguments)
+    parser = command_line(__doc__, "quickstart.sh")
     add = parser.add_argument
     add("--text", type=Path, nargs="+", metavar="PATH", help="files, folders or archives (see prepare_lm.py)")
     add("--minutes", type=float, metavar="M", help=f"train for so long in all ({MINUTES:.1f})")
@@ -232,21 +233,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def stop(number: int, frame) -> None:
-    """Ends the run as Ctrl-C does, so that the training is ended as well."""
-    raise KeyboardInterrupt
-
-
 def main(arguments: list[str]) -> None:
     """Runs the command line."""
     options = parse(arguments)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
-    try:
+    with process.stoppable("quickstart.sh"):
         folder = options.folder.resolve() / identify(options)
-        with locked(folder) as lock:
+        with process.locked(folder) as lock:
             run = Run(folder)
-            prepare(run, options)
+            prepare(run, options, lock)
             goal = options.minutes or run.state["goal"] or MINUTES
             if options.more:
                 # an interrupted --more has raised the goal already: the same command must not raise it again
@@ -254,12 +248,6 @@ def main(arguments: list[str]) -> None:
             train_up_to(run, goal, options.extra, lock)
             evaluate(run)
             print_table(run, *sample(run, options.prompt))
-    except ValueError as error:
-        print(f"quickstart.sh: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lints and tests in one command: scripts/test.sh [--all] [pytest's own arguments]
+# Lints, checks types and tests in one command: scripts/test.sh [--all] [pytest's own arguments]
 # --all adds the tests marked "long": an hour instead of a quarter of one, on two cores.
 set -euo pipefail
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
@@ -14,6 +14,8 @@ fi
 make_environment "$root" test
 cd -- "$root"
 "$python" -m ruff check
+"$python" -m ruff format --check --quiet
+"$python" -m mypy
 
 # One thread a process: the processes share the cores, and threads would only get in each other's way.
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1

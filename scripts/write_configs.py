@@ -1,18 +1,19 @@
-"""Writes fairseq_flash/configs/*.yaml: one hydra file for each architecture, every option in it.
+"""Writes fairseq_flash/configs: a hydra file for each architecture, and the recipe of each task.
 
     python scripts/write_configs.py
 
-fairseq's hydra ignores architecture names, so their options are written out; run it again after an option or
+fairseq's hydra ignores architecture names, so their options are written down; run it again after an option or
 an architecture changed (the tests compare the files with what ``--arch`` builds).
 """
 
+import argparse
 import dataclasses
 import enum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 from fairseq_flash.models import flash_lm, flash_masked_lm, flash_seq2seq
-from fairseq_flash.models._systems import MASKED_LM_SYSTEMS, SYSTEMS
+from fairseq_flash.models._presets import MASKED_LM_SYSTEMS, SYSTEMS
 
 CONFIGS = Path(__file__).resolve().parent.parent / "fairseq_flash" / "configs"
 
@@ -48,15 +49,6 @@ SEQ2SEQ_TRAINING = {
     "_wmt": (None, 4096, 8, 4000, 100000, 7e-4),
 }
 
-BLOCKS = """\
-  sample_break_mode: none
-  tokens_per_sample: {tokens_per_sample}"""
-SENTENCES = """\
-  source_lang: null
-  target_lang: null"""
-SMOOTHED = """label_smoothed_cross_entropy
-  label_smoothing: 0.1"""
-
 
 class Kind(NamedTuple):
     """What the architectures of one registered model have in common."""
@@ -81,17 +73,13 @@ KINDS = (
     ),
     Kind(
         *("flash_seq2seq", flash_seq2seq.FlashSeq2SeqConfig, flash_seq2seq.PRESETS, {"flash_seq2seq": {}}),
-        *(SEQ2SEQ_TRAINING, "translation", SMOOTHED),
+        *(SEQ2SEQ_TRAINING, "translation", "label_smoothed_cross_entropy\n  label_smoothing: 0.1"),
     ),
 )
 
-TEMPLATE = """\
-# {title}.
-#   fairseq-hydra-train --config-dir fairseq_flash/configs --config-name {name} \\
-#     task.data=/path/to/data-bin common.user_dir=/path/to/fairseq_flash
-# Both paths absolute: hydra runs in a folder of its own, outputs/<date>/<time>. The values under `model` are
-# those of --arch {name}; hydra ignores architecture names, so they are written out.
-
+RECIPE = """\
+# @package _global_
+# {command}
 common:
   log_format: simple
   log_interval: 100
@@ -119,36 +107,87 @@ lr_scheduler:
   warmup_init_lr: 1.0e-07
 optimization:
   max_update: {max_update}
-  lr: [{lr}]
+  lr: {lr}
   clip_norm: 1.0
-  update_freq: [{update_freq}]
+  update_freq: {update_freq}
+# Every option of the model; hydra ignores the names of architectures, so the presets say how they differ.
 model:
   _name: {model}
 {options}
 """
 
+PRESET = """\
+# {title}.
+#   fairseq-hydra-train --config-dir fairseq_flash/configs --config-name {name} \\
+#     task.data=/path/to/data-bin common.user_dir=/path/to/fairseq_flash
+# Both paths absolute: hydra runs in a folder of its own, outputs/<date>/<time>.
+defaults:
+  - _self_
+  - recipe/{task}
+"""
 
-def render(name: str, kind: Kind) -> str:
-    """The yaml of one architecture."""
-    system = max((s for s in kind.systems if name.startswith(s)), key=len)
-    ending = name.removeprefix(system)
-    tokens, batch, update_freq, warmup, updates, lr = kind.training[ending]
-    fields = [field for field in dataclasses.fields(kind.config) if field.name != "_name"]
-    values = {field.name: kind.presets[name].get(field.name, field.default) for field in fields}
-    return TEMPLATE.format(
-        title=_title(system, ending, values),
-        name=name,
+
+def recipe(kind: Kind) -> str:
+    """The yaml that all presets of a model begin with: the task, its training, and the model's defaults."""
+    rows = (
+        "  source_lang: null\n  target_lang: null"
+        if kind.task == "translation"
+        else "  sample_break_mode: none"
+    )
+    training = _training(kind.training[""])
+    if "tokens_per_sample" in training["task"]:
+        rows += f"\n  tokens_per_sample: {training['task']['tokens_per_sample']}"
+    numbers = {name: value for section in training.values() for name, value in section.items()}
+    return RECIPE.format(
+        command=f"What every preset of {kind.model} begins with; written by scripts/write_configs.py.",
         task=kind.task,
+        rows=rows,
         criterion=kind.criterion,
         model=kind.model,
-        rows=SENTENCES if tokens is None else BLOCKS.format(tokens_per_sample=tokens),
-        max_tokens=batch,
-        update_freq=update_freq,
-        warmup_updates=warmup,
-        max_update=updates,
-        lr=f"{lr:.10f}".rstrip("0"),
-        options="\n".join(f"  {option}: {_as_yaml(value)}" for option, value in values.items()),
+        options=_lines({field.name: field.default for field in _fields(kind)}),
+        **numbers,
     )
+
+
+def presets(name: str, kind: Kind) -> dict[str, str]:
+    """The yaml of one architecture, and beside it how it differs from the recipe: by their names."""
+    system = max((s for s in kind.systems if name.startswith(s)), key=len)
+    ending = name.removeprefix(system)
+    values = {field.name: kind.presets[name].get(field.name, field.default) for field in _fields(kind)}
+    usual = _training(kind.training[""])
+    sections = {
+        section: {option: value for option, value in training.items() if value != usual[section][option]}
+        for section, training in _training(kind.training[ending]).items()
+    }
+    sections["model"] = {
+        field.name: values[field.name] for field in _fields(kind) if values[field.name] != field.default
+    }
+    text = PRESET.format(title=_title(system, ending, values), name=name, task=kind.task)
+    changes = "".join(f"{section}:\n{_lines(found)}\n" for section, found in sections.items() if found)
+    if not changes:
+        return {name: text}
+    # Hydra fills the file that is named with fairseq's own defaults, so changes need a file of their own.
+    return {name: f"{text}  - preset/{name}\n", f"preset/{name}": f"# @package _global_\n{changes}"}
+
+
+def _fields(kind: Kind) -> list[dataclasses.Field]:
+    return [field for field in dataclasses.fields(kind.config) if field.name != "_name"]
+
+
+def _training(row: tuple) -> dict[str, dict]:
+    tokens, batch, update_freq, warmup, updates, lr = row
+    return {
+        "task": {} if tokens is None else dict(tokens_per_sample=tokens),
+        "dataset": dict(max_tokens=batch),
+        "lr_scheduler": dict(warmup_updates=warmup),
+        "optimization": dict(
+            max_update=updates, lr=f"[{f'{lr:.10f}'.rstrip('0')}]", update_freq=f"[{update_freq}]"
+        ),
+    }
+
+
+def _lines(values: dict) -> str:
+    return "\n".join(f"  {option}: {_as_yaml(value)}" for option, value in values.items())
 
 
 def _title(system: str, ending: str, values: dict) -> str:
@@ -167,12 +206,18 @@ def _as_yaml(value: Any) -> str:
     return str(value.value if isinstance(value, enum.Enum) else value)
 
 
-def main() -> None:
+def main(arguments: Optional[list[str]] = None) -> None:
     """Writes all of them."""
-    written = [(name, kind) for kind in KINDS for name in kind.presets]
-    for name, kind in written:
-        (CONFIGS / f"{name}.yaml").write_text(render(name, kind))
-    print(f"{len(written)} files written to {CONFIGS}")
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args(arguments)
+    texts = {f"recipe/{kind.task}": recipe(kind) for kind in KINDS}
+    for kind in KINDS:
+        for name in kind.presets:
+            texts.update(presets(name, kind))
+    for name, text in texts.items():
+        path = CONFIGS / f"{name}.yaml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    print(f"{len(texts)} files written to {CONFIGS}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from fairseq_flash.modules import (
     Stack,
     TransformerBlock,
 )
+from fairseq_flash.modules.step_graph import StepGraphs
+from fairseq_flash.ops import dispatch
 from support import tools
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -130,3 +132,107 @@ def test_a_decoder_reads_its_source_as_on_the_cpu():
         assert (torch.cat(pieces, dim=1) - out).abs().max() <= 1e-10
     for cpu, cuda in zip(results["cpu"], results["cuda"], strict=True):
         assert (cpu - cuda).abs().max() <= TOLERANCE * cpu.abs().max()
+
+
+def stepped(kind, dtype=torch.float32):
+    stack = build(kind).to("cuda", dtype)
+    return stack, batch()[0].cuda()
+
+
+def walk(step, stack, tokens, state):
+    """Features of every token behind the first 100."""
+    outs = []
+    for t in range(100, N):
+        out, state = step(tokens[:, t : t + 1], state)
+        outs.append(out.clone())
+    return torch.cat(outs, dim=1)
+
+
+CONSTANT = [kind for kind in EVERY_KIND if "quadratic" not in kind]
+
+
+@pytest.mark.parametrize("kind", CONSTANT)
+@torch.no_grad()
+def test_a_recorded_step_is_the_step(kind):
+    stack, tokens = stepped(kind)
+    graphs = StepGraphs()
+
+    def recorded(token, state):
+        assert not graphs.objections(stack, token, state)
+        return graphs(stack, token, state)
+
+    _, state = stack(tokens[:, :100], None, stack.empty_state(tokens))
+    want = walk(
+        lambda token, state: stack(token, None, state), stack, tokens, state.reorder(torch.arange(3).cuda())
+    )
+    found = walk(recorded, stack, tokens, state)
+    assert graphs._recordings
+    assert (found - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@torch.no_grad()
+def test_two_generations_in_turns_do_not_feel_each_other():
+    stack, tokens = stepped("mixed_chunk")
+    graphs, states, outs = StepGraphs(), {}, {1: [], 2: []}
+    rows = {1: tokens[:2], 2: tokens.flip(1)[:2]}
+    want = {name: stack(row)[0] for name, row in rows.items()}
+    states = {name: stack.empty_state(row) for name, row in rows.items()}
+    for t in range(40):
+        for name, row in rows.items():
+            out, states[name] = graphs(stack, row[:, t : t + 1], states[name])
+            outs[name].append(out.clone())
+    for name, found in outs.items():
+        assert (torch.cat(found, dim=1) - want[name][:, :40]).abs().max() <= 1e-5 * want[name].abs().max()
+
+
+@torch.no_grad()
+def test_beams_that_reorder_and_rows_that_leave_are_exact_when_recorded():
+    stack, tokens = stepped("mixed_chunk")
+    graphs, eager = StepGraphs(), stack.empty_state(tokens)
+    state = stack.empty_state(tokens)
+    orders = {20: [2, 0, 0], 30: [1, 2, 1], 45: [2, 0], 60: [1]}
+    for t in range(80):
+        if t in orders:
+            order = torch.tensor(orders[t], device="cuda")
+            state, eager, tokens = state.reorder(order), eager.reorder(order), tokens[order]
+        token = tokens[:, t : t + 1]
+        found, state = graphs(stack, token, state)
+        want, eager = stack(token, None, eager)
+        assert (found - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@torch.no_grad()
+def test_weights_that_have_moved_are_not_read_where_they_were():
+    stack, tokens = stepped("mixed_chunk")
+    graphs = StepGraphs()
+    for factor in (1.0, 2.0):
+        for weight in stack.parameters():
+            weight.data = weight.data * factor  # elsewhere in memory
+        want = stack(tokens[:, :20])[0]
+        state, outs = stack.empty_state(tokens), []
+        for t in range(20):
+            out, state = graphs(stack, tokens[:, t : t + 1], state)
+            outs.append(out.clone())
+        assert (torch.cat(outs, dim=1) - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["mixed_chunk", "local", "global"])
+@torch.no_grad()
+def test_the_kernels_of_a_step_are_as_near_to_float64_as_the_reference(kind, dtype):
+    worst = {}
+    exact = walk_of(kind, torch.float64, "reference")
+    for backend in ("triton", "reference"):
+        found = walk_of(kind, dtype, backend)
+        worst[backend] = float((found.double() - exact).abs().max() / exact.abs().max())
+    assert worst["triton"] <= 2 * worst["reference"] + 1e-6
+
+
+def walk_of(kind, dtype, backend):
+    """A stack's steps with one implementation of them."""
+    stack, tokens = stepped(kind, dtype)
+    steps = {backend: dispatch.STEPS[backend]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fairseq_flash.ops.mixed_chunk.step.STEPS", steps)
+        patch.setattr(dispatch, "BACKENDS", ("auto", *steps))
+        return walk(lambda token, state: stack(token, None, state), stack, tokens, stack.empty_state(tokens))

@@ -14,7 +14,7 @@ import struct
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, NamedTuple, Optional
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
@@ -254,7 +254,7 @@ def _check_growth(content: Any, size: int) -> None:
         raise ValueError(f"it would take {weight:,} bytes of memory, from a file of {size:,}")
 
 
-def _weight(value: Any, known: dict[int, Optional[int]], depth: int) -> int:
+def _weight(value: Any, known: dict[int, int], depth: int) -> int:
     if isinstance(value, _Tensor):
         return value.bytes
     if isinstance(value, (str, bytes)):
@@ -265,10 +265,9 @@ def _weight(value: Any, known: dict[int, Optional[int]], depth: int) -> int:
     if id(value) not in known:
         if depth == _DEPTH:
             raise ValueError(f"its containers are nested deeper than {_DEPTH}")
-        known[id(value)] = None
+        # A node of omegaconf, as a checkpoint that was loaded and saved again holds, knows its parent.
+        known[id(value)] = 0
         known[id(value)] = _NODE + sum(_weight(item, known, depth + 1) for item in items)
-    if known[id(value)] is None:
-        raise ValueError("a container of it holds itself")
     return known[id(value)]
 
 

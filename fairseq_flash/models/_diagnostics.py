@@ -164,7 +164,6 @@ def sparsity(layer: GatedAttentionUnit, z: torch.Tensor, rows: Rows) -> torch.Te
     real = torch.ones(b, n, dtype=torch.bool, device=q.device)
     if rows.padding_mask is not None:
         real = ~rows.padding_mask
-    denominator = denominator_of(layer, real)
     zeros = pairs = torch.zeros((), device=q.device)
     for begin in range(0, n, PIECE):
         i = slice(begin, begin + PIECE)
@@ -175,21 +174,7 @@ def sparsity(layer: GatedAttentionUnit, z: torch.Tensor, rows: Rows) -> torch.Te
             visible &= at.unsqueeze(2) >= to.unsqueeze(1)
         if not whole:
             visible &= (at // layer.chunk_size).unsqueeze(2) == (to // layer.chunk_size).unsqueeze(1)
-        scores = scores_of(q[:, i], k[:, j]) / denominator + layer.bias(at, to)
+        scores = layer.scores(q[:, i], k[:, j], (at, to), rows)
         zeros = zeros + (visible & (scores.relu().square() == 0)).sum()
         pairs = pairs + visible.sum()
     return zeros / pairs
-
-
-def scores_of(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """Products of queries and keys, in float32 or wider, not scaled."""
-    compute = torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(device_type=q.device.type, enabled=False):
-        return q.to(compute) @ k.to(compute).transpose(1, 2)
-
-
-def denominator_of(layer: GatedAttentionUnit, real: torch.Tensor) -> torch.Tensor:
-    """What the scores are divided by, broadcastable to (b, i, j)."""
-    if layer.attention != "quadratic":
-        return torch.tensor(float(layer.chunk_size), device=real.device)
-    return layer.n_ref.float() if layer.causal else real.sum(1).clamp(min=1).view(-1, 1, 1)

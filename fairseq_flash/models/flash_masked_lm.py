@@ -5,24 +5,62 @@ from typing import Any, Optional
 
 import torch
 from fairseq import hub_utils
-from fairseq.models import FairseqEncoderModel, register_model, register_model_architecture
+from fairseq.models import FairseqEncoderModel, register_model
 from fairseq.models.roberta.model import RobertaClassificationHead
 from torch import nn
 
-from fairseq_flash.models._config import fill_preset
 from fairseq_flash.models._diagnostics import watch_layers
-from fairseq_flash.models._masked_lm_encoder import FlashEncoder, FlashMaskedLMConfig
-from fairseq_flash.models._masked_lm_hub import FlashHubInterface, find_sentencepiece
-from fairseq_flash.models._systems import masked_lm_architectures
-from fairseq_flash.models.flash_lm import _resolve_n_ref, normalized_probs
+from fairseq_flash.models._embedding import build_embedding
+from fairseq_flash.models._encoder import FlashEncoder
+from fairseq_flash.models._hub import FlashHubInterface, find_sentencepiece
+from fairseq_flash.models._layers import resolve_n_ref
+from fairseq_flash.models._options import FlashMaskedLMConfig, check_masked_lm, check_sizes
+from fairseq_flash.models._presets import MASKED_LMS, register
+from fairseq_flash.models._trained import RememberingModel
+from fairseq_flash.models.flash_lm import normalized_probs
+from fairseq_flash.modules import build_norm
 
-__all__ = ["FlashEncoder", "FlashMaskedLM", "FlashMaskedLMConfig"]
+__all__ = ["PRESETS", "FlashMaskedLM", "FlashMaskedLMConfig", "MaskedLMHead"]
 
 logger = logging.getLogger(__name__)
 
 
+class MaskedLMHead(nn.Module):
+    r"""Logits of the words, :math:`W_o\, \mathrm{norm}(\mathrm{gelu}(x W)) + b_o`.
+
+    RoBERTa's; fairseq's own computes in float32 alone.
+
+    Args:
+        embed_dim: ``d``.
+        words: Size of the dictionary.
+        norm: ``"layernorm"``, ``"scalenorm"`` or ``"rmsnorm"``.
+        init: ``"fan_in"`` or ``"paper"``, all weights N(0, 0.02).
+        weight: Of the output, ``(words, d)``, to share with the embeddings; None for one of its own.
+    """
+
+    def __init__(
+        self, embed_dim: int, words: int, norm: str, init: str, weight: Optional[nn.Parameter]
+    ) -> None:
+        super().__init__()
+        self.dense = nn.Linear(embed_dim, embed_dim)
+        nn.init.normal_(self.dense.weight, std=0.02 if init == "paper" else embed_dim**-0.5)
+        nn.init.zeros_(self.dense.bias)
+        self.norm = build_norm(norm, embed_dim)
+        if weight is None:
+            weight = nn.Parameter(torch.empty(words, embed_dim).normal_(std=0.02))
+        self.weight = weight
+        self.bias = nn.Parameter(torch.zeros(words))
+
+    def forward(self, features: torch.Tensor, masked_tokens: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """Takes ``(b, n, d)``, gives ``(b, n, words)``, or ``(masked, words)`` of ``masked_tokens`` alone."""
+        if masked_tokens is not None:
+            features = features[masked_tokens]
+        hidden = self.norm(nn.functional.gelu(self.dense(features)))
+        return nn.functional.linear(hidden, self.weight, self.bias)
+
+
 @register_model("flash_masked_lm", dataclass=FlashMaskedLMConfig)
-class FlashMaskedLM(FairseqEncoderModel):
+class FlashMaskedLM(RememberingModel, FairseqEncoderModel):
     """FLASH as RoBERTa: learns to fill in masked words, then to classify rows of any length.
 
     Source: Hua et al. 2022, section 4 (masked language modeling); Liu et al. 2019 (RoBERTa) for the heads.
@@ -31,6 +69,11 @@ class FlashMaskedLM(FairseqEncoderModel):
     def __init__(self, cfg: FlashMaskedLMConfig, encoder: FlashEncoder) -> None:
         super().__init__(encoder)
         self.cfg = cfg
+        embed_tokens = encoder.stack.embed_tokens
+        weight = None if cfg.untie_weights_roberta else embed_tokens.weight
+        words = embed_tokens.num_embeddings
+        # Its weights are part of the encoder's, as in roberta.
+        encoder.lm_head = MaskedLMHead(cfg.embed_dim, words, str(cfg.norm), str(cfg.init), weight)
         self.classification_heads = nn.ModuleDict()
 
     @classmethod
@@ -40,7 +83,12 @@ class FlashMaskedLM(FairseqEncoderModel):
         Raises:
             ValueError: an option has a value that is not allowed, or would have no effect.
         """
-        model = cls(cfg, FlashEncoder(cfg, task.source_dictionary, _resolve_n_ref(cfg, task)))
+        check_sizes(cfg)
+        check_masked_lm(cfg)
+        dictionary = task.source_dictionary
+        embed_tokens = build_embedding(cfg, dictionary)
+        model = cls(cfg, FlashEncoder(cfg, dictionary, embed_tokens, resolve_n_ref(cfg, task)))
+        model.remember(cfg, FlashMaskedLMConfig, dictionary)
         watch_layers(model, model.encoder.stack.blocks, cfg.diagnostics_interval)
         return model
 
@@ -54,7 +102,7 @@ class FlashMaskedLM(FairseqEncoderModel):
         masked_tokens: Optional[torch.Tensor] = None,
         **unused: Any,
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """As :meth:`FlashEncoder.forward`, or the logits of a classification head.
+        """Predicts what stands at every position or at the masked ones, or the class of each row.
 
         Args:
             src_tokens: ``(b, n)``; padding leads or trails.
@@ -66,18 +114,26 @@ class FlashMaskedLM(FairseqEncoderModel):
             unused: What fairseq passes to every model, such as ``src_id``.
 
         Returns:
-            What the encoder returns, or with a head, logits ``(b, classes)``; and a dictionary.
+            Logits ``(b, n, vocabulary)`` or, in the order of ``masked_tokens``, ``(masked, vocabulary)``;
+            features ``(b, n, d)``, zero at padding; or with a head, logits ``(b, classes)``. And a
+            dictionary, for nothing yet.
 
         Raises:
-            ValueError: no head has that name, or as the encoder.
+            ValueError: no head has that name, padding in the middle of a row, or a row longer than a
+                Toeplitz table.
         """
         if return_all_hiddens:
             raise ValueError("return_all_hiddens=True is not allowed; allowed: False, the last layer's alone")
-        if classification_head_name is None:
-            return self.encoder(src_tokens, src_lengths, features_only, masked_tokens)
-        head = self.classification_head(classification_head_name)
-        features, extra = self.encoder(src_tokens, src_lengths, features_only=True)
-        return head(self.encoder.first_features(features, src_tokens)), extra
+        head = classification_head_name and self.classification_head(classification_head_name)
+        features = self.encoder.features(src_tokens)
+        if head is not None:
+            return head(self._first(features, src_tokens)), {}
+        return (features if features_only else self.encoder.lm_head(features, masked_tokens)), {}
+
+    def _first(self, features: torch.Tensor, src_tokens: torch.Tensor) -> torch.Tensor:
+        """Of each row's first real token, where ``<s>`` stands: (b, 1, d) of (b, n, d)."""
+        first = src_tokens.ne(self.encoder.padding_idx).int().argmax(dim=1)
+        return features[torch.arange(len(first), device=first.device), first].unsqueeze(1)
 
     def classification_head(self, name: str) -> nn.Module:
         """The head of that name.
@@ -179,6 +235,7 @@ class FlashMaskedLM(FairseqEncoderModel):
             ValueError: a head of the same name has another size, or the dictionaries differ.
         """
         super().upgrade_state_dict_named(state_dict, name)
+        self._check_dictionary(state_dict, name)
         prefix = f"{name}.classification_heads." if name else "classification_heads."
         stored = {key.removeprefix(prefix).split(".")[0] for key in state_dict if key.startswith(prefix)}
         for head in sorted(stored):
@@ -194,6 +251,16 @@ class FlashMaskedLM(FairseqEncoderModel):
         for key, value in self.classification_heads.state_dict().items():
             state_dict.setdefault(prefix + key, value)
 
+    def _check_dictionary(self, state_dict: dict[str, Any], name: str) -> None:
+        prefix = f"{name}." if name else ""
+        stored = state_dict.get(f"{prefix}encoder.stack.embed_tokens.weight")
+        words = len(self.encoder.dictionary)
+        if stored is not None and len(stored) != words:
+            raise ValueError(
+                f"the checkpoint's dictionary has {len(stored)} words, the data's {words}, "
+                "with <mask>; allowed: data prepared with the dict.txt that the checkpoint was trained with"
+            )
+
     def _check_head(self, name: str, classes: int, inner_dim: int) -> None:
         own = self.classification_heads[name].out_proj
         if (own.out_features, own.in_features) != (classes, inner_dim):
@@ -204,17 +271,4 @@ class FlashMaskedLM(FairseqEncoderModel):
             )
 
 
-#: Architectures by name, each with its difference from the model's defaults.
-PRESETS = masked_lm_architectures()
-
-
-def _register(name: str, preset: dict) -> None:
-    @register_model_architecture("flash_masked_lm", name)
-    def fill(args: Any) -> None:
-        fill_preset(args, FlashMaskedLMConfig, preset)
-
-
-for _name, _preset in PRESETS.items():
-    # The model's own name is an architecture already, of the defaults.
-    if _name != "flash_masked_lm":
-        _register(_name, _preset)
+PRESETS = register("flash_masked_lm", FlashMaskedLMConfig, MASKED_LMS)

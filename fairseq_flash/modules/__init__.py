@@ -1,9 +1,12 @@
 """FLASH as plain PyTorch modules, usable without fairseq; batch first throughout."""
 
+from fairseq_flash.modules.alignment import Rows, align_rows, restore_rows
+from fairseq_flash.modules.attention import ATTENTIONS, LayerState
 from fairseq_flash.modules.decoder_layer import DecoderLayer, DecoderLayerState
-from fairseq_flash.modules.gated_attention_unit import ATTENTIONS, INITS, GatedAttentionUnit
+from fairseq_flash.modules.gated_attention_unit import INITS, GatedAttentionUnit
 from fairseq_flash.modules.gated_cross_attention import GatedCrossAttention, SourceMemory
-from fairseq_flash.modules.normalization import NORMS, RMSNorm, ScaleNorm, build_norm
+from fairseq_flash.modules.layer import Layer
+from fairseq_flash.modules.normalization import NORMS, ScaleNorm, build_norm
 from fairseq_flash.modules.offset_scale import OffsetScale
 from fairseq_flash.modules.positions import (
     RELATIVE_BIASES,
@@ -12,9 +15,10 @@ from fairseq_flash.modules.positions import (
     ToeplitzBias,
     build_relative_bias,
 )
-from fairseq_flash.modules.rows import Rows, align_rows, restore_rows
+from fairseq_flash.modules.row_memory import RowMemory
 from fairseq_flash.modules.stack import Stack
-from fairseq_flash.modules.state import DecodingState, LayerState, RowMemory
+from fairseq_flash.modules.state import DecodingState
+from fairseq_flash.modules.step_graph import StepGraphs
 from fairseq_flash.modules.transformer_block import TransformerBlock
 from fairseq_flash.ops import BACKENDS, LINEAR_NORMS
 
@@ -30,9 +34,9 @@ __all__ = [
     "DecodingState",
     "GatedAttentionUnit",
     "GatedCrossAttention",
+    "Layer",
     "LayerState",
     "OffsetScale",
-    "RMSNorm",
     "RotaryBias",
     "RowMemory",
     "Rows",
@@ -40,6 +44,7 @@ __all__ = [
     "ScaledSin",
     "SourceMemory",
     "Stack",
+    "StepGraphs",
     "ToeplitzBias",
     "TransformerBlock",
     "align_rows",

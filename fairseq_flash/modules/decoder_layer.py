@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Optional
 
 import torch
-from torch import nn
 
+from fairseq_flash.modules.alignment import Rows
+from fairseq_flash.modules.attention import LayerState
 from fairseq_flash.modules.gated_attention_unit import GatedAttentionUnit
 from fairseq_flash.modules.gated_cross_attention import GatedCrossAttention, SourceMemory
-from fairseq_flash.modules.rows import Rows, align_rows, restore_rows
-from fairseq_flash.modules.state import LayerState
+from fairseq_flash.modules.layer import Layer
 
 __all__ = ["DecoderLayer", "DecoderLayerState"]
 
@@ -31,8 +32,26 @@ class DecoderLayerState(NamedTuple):
         """Valid tokens so far in each row, ``(b,)``."""
         return self.own.position
 
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> DecoderLayerState:
+        """Applies ``function`` to every tensor."""
+        return DecoderLayerState(self.own.map(function), SourceMemory(*map(function, self.source)))
 
-class DecoderLayer(nn.Module):
+    def reorder(self, order: torch.Tensor) -> DecoderLayerState:
+        """Picks rows ``order`` ``(b',)``; shares no memory with this state."""
+        return self.map(lambda x: x.index_select(0, order))
+
+    def start_anew(self, rows: torch.Tensor) -> DecoderLayerState:
+        """Refused: a new row would have another source.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "a DecoderLayerState cannot start anew: it belongs to a source; allowed: layers without"
+        )
+
+
+class DecoderLayer(Layer):
     """Self-attention, then cross-attention: called as a unit is, with a source beside the row.
 
     Args:
@@ -43,6 +62,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, self_attention: GatedAttentionUnit, cross_attention: GatedCrossAttention) -> None:
         super().__init__()
         self.self_attention, self.cross_attention = self_attention, cross_attention
+        self.attention_dim = self_attention.attention_dim
 
     def empty_state(
         self, like: torch.Tensor, source: torch.Tensor, source_padding_mask: Optional[torch.Tensor] = None
@@ -60,45 +80,41 @@ class DecoderLayer(nn.Module):
         own = self.self_attention.empty_state(like)
         return DecoderLayerState(own, self.cross_attention.read(source, source_padding_mask))
 
-    def forward(
+    def describe_state(self, like: torch.Tensor) -> DecoderLayerState:
+        """As :meth:`Layer.describe_state`, with a source of no tokens."""
+        b, cross = like.shape[0], self.cross_attention
+        k, v = (like.new_empty(b, 0, width) for width in (cross.attention_dim, cross.expanded_dim))
+        valid = like.new_empty(b, dtype=torch.long)
+        return DecoderLayerState(self.self_attention.empty_state(like), SourceMemory(k, v, valid))
+
+    def aligned(
         self,
         x: torch.Tensor,
-        padding_mask: Optional[torch.Tensor] = None,
-        state: Optional[DecoderLayerState] = None,
+        rows: Rows,
+        state: Optional[DecoderLayerState],
         *,
-        rows: Optional[Rows] = None,
         source: Optional[torch.Tensor] = None,
         source_padding_mask: Optional[torch.Tensor] = None,
     ) -> tuple[torch.Tensor, Optional[DecoderLayerState]]:
-        """Applies the layer.
+        """The layer itself, on rows whose padding trails.
 
         Args:
-            x: ``(b, n, d)``; anything, even NaN, at padding.
-            padding_mask: ``(b, n)``, True at padding, leading or trailing; None without padding.
-            state: What came before, with the source, from :meth:`empty_state` or an earlier call; None for
-                whole rows. Outside of autograd its tensors may be overwritten: use only what comes back.
-            rows: Geometry of rows that a stack has aligned already, in place of ``padding_mask``.
+            x: ``(b, n, d)``, finite.
+            rows: Their geometry.
+            state: What came before, with the source; None for whole rows.
             source: ``(b, m, d)``, in place of a state; anything, even NaN, at padding.
             source_padding_mask: ``(b, m)``, True at padding; None without padding.
 
         Returns:
-            ``(b, n, d)``, zero at padding (anything there if ``rows`` was given), and the state after each
-            row's last real token, None if none came in.
+            As :meth:`Layer.aligned`.
 
         Raises:
-            ValueError: neither or both of ``source`` and ``state`` are given, padding in the middle of a
-                row, or a row beyond the table of a Toeplitz bias.
+            ValueError: neither or both of ``source`` and ``state`` are given.
         """
         if (source is None) == (state is None):
             raise ValueError("source and state: allowed is one of them, as a state holds its source")
-        aligned = rows is not None
-        if not aligned:
-            start = None if state is None else state.position
-            x, rows = align_rows(x, padding_mask, start, self.self_attention.attention_dim, x.dtype)
-        own = None if state is None else state.own
-        x, own = self.self_attention(x, state=own, rows=rows)
-        memory = self.cross_attention.read(source, source_padding_mask) if state is None else state.source
-        x = self.cross_attention(x, memory)
-        if not aligned:
-            x = restore_rows(x, rows)
-        return x, None if state is None else DecoderLayerState(own, memory)
+        if state is None:
+            x, _ = self.self_attention(x, rows=rows)
+            return self.cross_attention(x, self.cross_attention.read(source, source_padding_mask)), None
+        x, own = self.self_attention(x, state=state.own, rows=rows)
+        return self.cross_attention(x, state.source), DecoderLayerState(own, state.source)

@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Optional
+import dataclasses
+from typing import Any, Optional
 
 import torch
 from torch import nn
 
+from fairseq_flash.modules.alignment import Rows
+from fairseq_flash.modules.attention import ATTENTIONS, LayerState, MixedChunk, Quadratic, is_step
+from fairseq_flash.modules.checks import check_backend, check_choice, check_even, check_rates, check_sizes
+from fairseq_flash.modules.layer import Layer
 from fairseq_flash.modules.normalization import build_norm
 from fairseq_flash.modules.offset_scale import OffsetScale
 from fairseq_flash.modules.positions import RotaryBias, ToeplitzBias, build_relative_bias
-from fairseq_flash.modules.rows import Rows, align_rows, restore_rows
-from fairseq_flash.modules.state import LayerState
 from fairseq_flash.ops import (
     LINEAR_NORMS,
-    ChunkState,
-    QuadraticState,
+    Options,
+    Pair,
     apply_rotary,
-    check_backend,
-    mixed_chunk_attention,
-    mixed_chunk_step,
-    quadratic_attention,
+    quadratic_scores,
+    split_silu,
+    widened,
 )
 
-__all__ = ["ATTENTIONS", "INITS", "GatedAttentionUnit", "check_choice"]
-
-#: Attention kinds, each with the branches it computes.
-ATTENTIONS = {"mixed_chunk": ("quad", "lin"), "quadratic": ("quad",), "local": ("quad",), "global": ("lin",)}
+__all__ = ["INITS", "GatedAttentionUnit"]
 
 #: Starts of the weights: all branches and gradients of a like size, or the paper's N(0, 0.02).
 INITS = ("fan_in", "paper")
 
 
-class GatedAttentionUnit(nn.Module):
+class GatedAttentionUnit(Layer):
     r"""One layer of FLASH, :math:`y = x + (u \odot \mathrm{attention}(q, k, v)) W_o`, with a residual.
 
     :math:`u, v, z = \mathrm{split}(\mathrm{silu}(\mathrm{norm}(x) W + \mathrm{bias}))`; queries and keys are
@@ -56,10 +54,13 @@ class GatedAttentionUnit(nn.Module):
             the life of the weights. Bidirectional scores are divided by the valid tokens of the row.
         init: ``"fan_in"``, under which all branches and gradients start at a like size, or ``"paper"``.
         dropout: Of the branch's output, 0 to below 1.
-        backend: ``"auto"``, ``"reference"`` or ``"triton"``.
+        backend: Implementation of mixed chunk attention over whole rows, ``"auto"`` for the fastest that can
+            run; of quadratic attention there is one, ``"reference"``.
+        adopt_n_ref: Whether weights that are loaded bring their own ``n_ref``, and the length of its table;
+            otherwise another one is an error.
 
     Raises:
-        ValueError: an argument has a value that is not allowed, or the backend cannot run.
+        ValueError: an argument has a value that is not allowed.
 
     Source: Hua et al. 2022, sections 3.1 and 3.2.
     """
@@ -80,27 +81,24 @@ class GatedAttentionUnit(nn.Module):
         init: str = "fan_in",
         dropout: float = 0.0,
         backend: str = "auto",
+        adopt_n_ref: bool = False,
     ) -> None:
         super().__init__()
         check_choice("attention", attention, ATTENTIONS)
         check_choice("linear_norm", linear_norm, LINEAR_NORMS)
         check_choice("init", init, INITS)
         check_backend(backend)
-        sizes = dict(
+        if attention == "quadratic":
+            check_choice("backend", backend, ("auto", "reference"))
+            check_sizes(n_ref=n_ref)
+        check_sizes(
             embed_dim=embed_dim,
             expansion_factor=expansion_factor,
             attention_dim=attention_dim,
             chunk_size=chunk_size,
         )
-        if attention == "quadratic":
-            sizes["n_ref"] = n_ref
-        for name, size in sizes.items():
-            if size is None or size < 1:
-                raise ValueError(f"{name}={size} is not allowed; allowed: 1 or more")
-        if attention_dim % 2:
-            raise ValueError(f"attention_dim={attention_dim} is odd; rotary positions need an even number")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout={dropout} is not allowed; allowed: 0 to below 1")
+        check_even("attention_dim", attention_dim)
+        check_rates(dropout=dropout)
         self.attention, self.causal, self.linear_norm, self.backend = attention, causal, linear_norm, backend
         self.branches = ATTENTIONS[attention]
         self.attention_dim, self.chunk_size = attention_dim, chunk_size
@@ -115,15 +113,25 @@ class GatedAttentionUnit(nn.Module):
             limit = n_ref if attention == "quadratic" else chunk_size
             self.bias = build_relative_bias(relative_bias or "rotary", limit, attention_dim)
         if attention == "quadratic":
-            self.register_buffer("n_ref", torch.tensor(0))
-            self.set_n_ref(n_ref)
+            self.attend = Quadratic(causal, n_ref)
+        else:
+            options = Options(chunk_size, causal, linear_norm, branches=self.branches)
+            self.attend = MixedChunk(options, backend, gated=True)
+        self.adopt_n_ref = adopt_n_ref
         self._reset_parameters(init)
 
+    @property
+    def n_ref(self) -> int:
+        """What the scores of causal quadratic attention are divided by; a table ends there."""
+        return self.attend.n_ref
+
     def set_n_ref(self, n_ref: int) -> None:
-        """Changes what causal scores are divided by, and where a table ends, before loading weights."""
-        self.n_ref.fill_(n_ref)
-        # Read once here: the buffer may lie on a device.
-        self._denominator = float(n_ref)
+        """Changes what causal scores are divided by, and where a table ends, before loading weights.
+
+        Raises:
+            ValueError: a table would change its length in several processes.
+        """
+        self.attend = dataclasses.replace(self.attend, n_ref=n_ref)
         if isinstance(self.bias, ToeplitzBias) and self.bias.limit != n_ref:
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 # Wrapped for several processes, the old table would go on being the one that is averaged.
@@ -141,54 +149,52 @@ class GatedAttentionUnit(nn.Module):
         """
         if not self.causal:
             raise ValueError("a bidirectional layer has no state; allowed: causal=True")
-        if self.attention == "quadratic":
-            return QuadraticState.empty(like, self.attention_dim, self.expanded_dim)
-        return ChunkState.empty(
-            like,
-            self.chunk_size,
-            self.attention_dim,
-            self.expanded_dim,
-            quadratic="quad" in self.branches,
-            linear="lin" in self.branches,
-        )
+        if self.attend.gated and self.bias is not None:
+            # So that the first step finds the table that all steps read.
+            self.bias.by_distance(self.chunk_size)
+        return self.attend.empty_state(like, self.attention_dim, self.expanded_dim)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        padding_mask: Optional[torch.Tensor] = None,
-        state: Optional[LayerState] = None,
-        *,
-        rows: Optional[Rows] = None,
+    def aligned(
+        self, x: torch.Tensor, rows: Rows, state: Optional[LayerState]
     ) -> tuple[torch.Tensor, Optional[LayerState]]:
-        """Applies the layer.
+        """As :meth:`Layer.aligned`."""
+        uvz = self.uvz(self.norm(x))
+        if state is None and self.attend.gated:
+            out = self.attend.whole(uvz, self.offset_scale, self.bias, rows)
+        elif self.attend.gated and is_step(uvz, rows, state, self.training):
+            out, state = self.attend.step(uvz, self.offset_scale, self.bias, rows, state)
+        else:
+            u, v, z = split_silu(uvz, [self.expanded_dim, self.expanded_dim, self.attention_dim])
+            out, state = self.attend(self.pairs(z, rows), v, self.bias, rows, state, self.training)
+            out = u * out
+        return x + self.dropout(self.out(out)), state
+
+    def copies(self, z: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """Queries and keys of each branch, from the base ``(b, n, s)``: ``(h, b, n, s)``, rotated."""
+        return apply_rotary(self.offset_scale(z), rows.cos, rows.sin)
+
+    def pairs(self, z: torch.Tensor, rows: Rows) -> tuple[Optional[Pair], Optional[Pair]]:
+        """The same for the quadratic and the linear branch; None for a branch that there is not."""
+        pairs = (Pair(q, k) for q, k in self.copies(z, rows).unflatten(0, (-1, 2)))
+        branches = dict(zip(self.branches, pairs, strict=True))
+        return branches.get("quad"), branches.get("lin")
+
+    def scores(
+        self, q: torch.Tensor, k: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor], rows: Rows
+    ) -> torch.Tensor:
+        """What the quadratic branch takes the squared ReLU of, before any masking, in float32 or wider.
 
         Args:
-            x: ``(b, n, d)``; anything, even NaN, at padding.
-            padding_mask: ``(b, n)``, True at padding, leading or trailing; None without padding.
-            state: What came before, from :meth:`empty_state` or an earlier call; None for whole rows.
-                Outside of autograd its tensors may be overwritten: use only the state that comes back.
-            rows: Geometry of rows that a stack has aligned already, in place of ``padding_mask``.
+            q: Queries, ``(b, i, s)``.
+            k: Keys, ``(b, j, s)``.
+            positions: Of the queries ``(b, i)``, and of the keys ``(b, j)``.
+            rows: The geometry of the whole rows.
 
         Returns:
-            ``(b, n, d)``, zero at padding (anything there if ``rows`` was given), and the state after each
-            row's last real token, None if none came in.
-
-        Raises:
-            ValueError: padding in the middle of a row, a state for a bidirectional layer, or a row beyond the
-                table of a Toeplitz bias.
+            ``(b, i, j)``.
         """
-        aligned = rows is not None
-        if not aligned:
-            start = None if state is None else state.position
-            x, rows = align_rows(x, padding_mask, start, self.attention_dim, x.dtype)
-        u, v, z = self._uvz(x)
-        copies = self.copies(z, rows)
-        if self.attention == "quadratic":
-            out, state = self._quadratic(copies, v, rows, state)
-        else:
-            out, state = self._chunked(copies, v, rows, state)
-        y = x + self.dropout(self.out(u * out))
-        return (y if aligned else restore_rows(y, rows)), state
+        bias = self.bias(*positions).to(widened(q.dtype)).unsqueeze(1)
+        return quadratic_scores(q.unsqueeze(1), k.unsqueeze(1), bias, self.attend.denominator(rows))
 
     def _reset_parameters(self, init: str) -> None:
         for linear in (self.uvz, self.out):
@@ -203,100 +209,33 @@ class GatedAttentionUnit(nn.Module):
             if isinstance(self.bias, RotaryBias):
                 self.bias.start_near()
 
-    def _uvz(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        sizes = [self.expanded_dim, self.expanded_dim, self.attention_dim]
-        return nn.functional.silu(self.uvz(self.norm(x))).split(sizes, dim=-1)
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.attention == "quadratic":
+            # Not a buffer, so that no cast touches it; floating, so that averages of weights can be taken.
+            destination[prefix + "n_ref"] = torch.tensor(self.n_ref, dtype=torch.float64)
 
-    def copies(self, z: torch.Tensor, rows: Rows) -> torch.Tensor:
-        """Queries and keys of each branch, from the base ``(b, n, s)``: ``(h, b, n, s)``, rotated."""
-        return apply_rotary(self.offset_scale(z), rows.cos, rows.sin)
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        key = prefix + "n_ref"
+        if self.attention == "quadratic":
+            stored = state_dict.pop(key, None)
+            if stored is None:
+                missing_keys = args[2]
+                missing_keys.append(key)
+            else:
+                self._take_over(stored)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _chunked(self, copies, v, rows, state):
-        pairs = dict(zip(self.branches, copies.unflatten(0, (-1, 2)), strict=True))
-        q_quad, k_quad = pairs.get("quad", (None, None))
-        q_lin, k_lin = pairs.get("lin", (None, None))
-        # The step overwrites the state, which activation checkpointing needs again for the backward pass.
-        if state is not None and v.shape[1] == 1 and rows.padding_mask is None and not self.training:
-            bias = None
-            if self.bias is not None:
-                slot = (state.position % self.chunk_size).unsqueeze(1)
-                bias = self.bias(slot, torch.arange(self.chunk_size, device=v.device))
-            options = dict(linear_norm=self.linear_norm, state=state, backend=self.backend)
-            return mixed_chunk_step(q_quad, k_quad, q_lin, k_lin, v, bias, **options)
-        length = self.chunk_size if state is not None else min(self.chunk_size, v.shape[1])
-        return mixed_chunk_attention(
-            q_quad,
-            k_quad,
-            q_lin,
-            k_lin,
-            v,
-            None if self.bias is None else self.bias.square(length),
-            causal=self.causal,
-            chunk_size=self.chunk_size,
-            linear_norm=self.linear_norm,
-            padding_mask=rows.padding_mask,
-            state=state,
-            backend=self.backend,
-        )
-
-    def _quadratic(self, copies, v, rows, state):
-        q, k = copies
-        if state is not None:
-            return self._quadratic_continued(q, k, v, rows, state)
-        denominator = self._denominator
-        if rows.padding_mask is not None:
-            v = v.masked_fill(rows.padding_mask.unsqueeze(-1), 0)
-        if not self.causal:
-            denominator = torch.full(v.shape[:1], float(v.shape[1]), device=v.device)
-            if rows.padding_mask is not None:
-                denominator = (~rows.padding_mask).sum(1).clamp(min=1)
-        out = quadratic_attention(
-            q.unsqueeze(1),
-            k.unsqueeze(1),
-            v.unsqueeze(1),
-            self.bias.square(v.shape[1]),
-            causal=self.causal,
-            denominator=denominator,
-            backend=self.backend,
-        )
-        return out.squeeze(1), None
-
-    def _quadratic_continued(self, q, k, v, rows, state):
-        if not self.causal:
-            raise ValueError("state is given to a bidirectional layer; allowed: causal=True")
-        state = state.extend(k, v, rows.positions, rows.padding_mask)
-        k, v, key_positions = state.used()
-        if self.bias.limit is not None and k.shape[1] > self.bias.limit:
-            # Columns count padding too; only the rows themselves must fit the table.
-            self.bias.check_length(int(state.position.max()))
-        hidden = ~state.visible(rows.positions)
-        bias = self.bias(rows.positions, key_positions).masked_fill(hidden, -torch.inf)
-        out = quadratic_attention(
-            q.unsqueeze(1),
-            k.unsqueeze(1),
-            v.unsqueeze(1),
-            bias.unsqueeze(1),
-            causal=False,
-            denominator=self._denominator,
-            backend=self.backend,
-        )
-        return out.squeeze(1), state
-
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        stored = state_dict.get(prefix + "n_ref")
-        if self.attention == "quadratic" and stored is not None and int(stored) != int(self.n_ref):
+    def _take_over(self, stored: torch.Tensor) -> None:
+        """Adopts the length that the weights were trained with, or refuses it."""
+        n_ref = round(float(stored))
+        # A moving average in float32 is off by some 1e-4.
+        averaged = stored.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        if n_ref == self.n_ref or (averaged and abs(float(stored) / self.n_ref - 1) < 1e-3):
+            return
+        if not self.adopt_n_ref:
             raise ValueError(
-                f"n_ref={int(self.n_ref)} differs from the checkpoint's; allowed: {int(stored)}, the length "
-                "that its scores were divided by in training"
+                f"n_ref={self.n_ref} differs from the checkpoint's; allowed: {n_ref}, the length that its "
+                "scores were divided by in training"
             )
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
-    """Refuses a ``value`` of the argument ``name`` that is not ``allowed``.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} is unknown; allowed: {', '.join(allowed)}")
+        self.set_n_ref(n_ref)

@@ -7,10 +7,11 @@ from typing import NamedTuple, Optional
 import torch
 from torch import nn
 
-from fairseq_flash.modules.gated_attention_unit import INITS, check_choice
+from fairseq_flash.modules.checks import check_backend, check_choice, check_rates, check_sizes
+from fairseq_flash.modules.gated_attention_unit import INITS
 from fairseq_flash.modules.normalization import build_norm
 from fairseq_flash.modules.offset_scale import OffsetScale
-from fairseq_flash.ops import check_backend, cross_attention
+from fairseq_flash.ops import cross_attention, split_silu
 
 __all__ = ["GatedCrossAttention", "SourceMemory"]
 
@@ -45,10 +46,10 @@ class GatedCrossAttention(nn.Module):
         init: ``"fan_in"``, under which the branch starts at the size of a self-attention's, or ``"paper"``,
             dense weights N(0, 0.02). Gammas start at one under both: no bias lifts the scores off zero.
         dropout: Of the branch's output, 0 to below 1.
-        backend: ``"auto"``, ``"reference"`` or ``"triton"``.
+        backend: Any that exists: this attention has one implementation.
 
     Raises:
-        ValueError: an argument has a value that is not allowed, or the backend cannot run.
+        ValueError: an argument has a value that is not allowed.
 
     Source: Hua et al. 2022, section 3.1, with the source in place of the row itself.
     """
@@ -67,13 +68,9 @@ class GatedCrossAttention(nn.Module):
         super().__init__()
         check_choice("init", init, INITS)
         check_backend(backend)
-        sizes = dict(embed_dim=embed_dim, expansion_factor=expansion_factor, attention_dim=attention_dim)
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name}={size} is not allowed; allowed: 1 or more")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout={dropout} is not allowed; allowed: 0 to below 1")
-        self.backend, self.attention_dim = backend, attention_dim
+        check_sizes(embed_dim=embed_dim, expansion_factor=expansion_factor, attention_dim=attention_dim)
+        check_rates(dropout=dropout)
+        self.attention_dim = attention_dim
         self.expanded_dim = expansion_factor * embed_dim
         self.norm = build_norm(norm, embed_dim)
         self.uz = nn.Linear(embed_dim, self.expanded_dim + attention_dim)
@@ -96,7 +93,7 @@ class GatedCrossAttention(nn.Module):
         b, m, _ = source.shape
         if padding_mask is not None:
             source = source.masked_fill(padding_mask.unsqueeze(-1), 0)
-        v, z = self._split(self.vz(source))
+        v, z = split_silu(self.vz(source), [self.expanded_dim, self.attention_dim])
         if padding_mask is None:
             valid = torch.full((b,), m, device=source.device)
         else:
@@ -113,12 +110,9 @@ class GatedCrossAttention(nn.Module):
         Returns:
             ``(b, n, d)``.
         """
-        u, z = self._split(self.uz(self.norm(x)))
-        out = cross_attention(self.q_scale(z)[0], *source, backend=self.backend)
+        u, z = split_silu(self.uz(self.norm(x)), [self.expanded_dim, self.attention_dim])
+        out = cross_attention(self.q_scale(z)[0], *source)
         return x + self.dropout(self.out(u * out))
-
-    def _split(self, projected: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return nn.functional.silu(projected).split([self.expanded_dim, self.attention_dim], dim=-1)
 
     def _reset_parameters(self, init: str) -> None:
         for linear in (self.uz, self.vz, self.out):

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-__all__ = ["NORMS", "RMSNorm", "ScaleNorm", "build_norm"]
+from fairseq_flash.modules.checks import check_choice
+from fairseq_flash.ops.precision import widened
+
+__all__ = ["NORMS", "ScaleNorm", "build_norm"]
 
 NORMS = ("layernorm", "scalenorm", "rmsnorm")
 
@@ -28,27 +31,9 @@ class ScaleNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Takes ``(..., d)``, gives the same shape and dtype."""
-        return (_normalized(x, self.eps) * self.scale).to(x.dtype)
-
-
-class RMSNorm(nn.Module):
-    r"""As :class:`ScaleNorm` with one scale a channel (Zhang and Sennrich 2019).
-
-    Computed in float32 or wider.
-
-    Args:
-        dim: ``d``.
-        eps: Added to the mean square.
-    """
-
-    def __init__(self, dim: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Takes ``(..., d)``, gives the same shape and dtype."""
-        return (_normalized(x, self.eps) * self.weight).to(x.dtype)
+        wide = x.to(widened(x.dtype))
+        normalized = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
+        return (normalized * self.scale).to(x.dtype)
 
 
 def build_norm(norm: str, dim: int) -> nn.Module:
@@ -64,13 +49,7 @@ def build_norm(norm: str, dim: int) -> nn.Module:
     Raises:
         ValueError: ``norm`` is unknown.
     """
-    if norm not in NORMS:
-        raise ValueError(f"norm={norm!r} is unknown; allowed: {', '.join(NORMS)}")
+    check_choice("norm", norm, NORMS)
     if norm == "layernorm":
         return nn.LayerNorm(dim)
-    return ScaleNorm() if norm == "scalenorm" else RMSNorm(dim)
-
-
-def _normalized(x: torch.Tensor, eps: float) -> torch.Tensor:
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    return ScaleNorm() if norm == "scalenorm" else nn.RMSNorm(dim, eps=1e-5)

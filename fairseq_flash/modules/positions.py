@@ -7,7 +7,14 @@ from typing import Optional
 import torch
 from torch import nn
 
-from fairseq_flash.ops import rotary_angles, rotary_bias, scaled_sin, toeplitz_bias
+from fairseq_flash.modules.checks import check_choice, check_even, require
+from fairseq_flash.ops import (
+    rotary_angles,
+    rotary_bias,
+    rotary_bias_by_distance,
+    scaled_sin,
+    toeplitz_bias,
+)
 
 __all__ = [
     "RELATIVE_BIASES",
@@ -34,8 +41,7 @@ class ScaledSin(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        if dim % 2:
-            raise ValueError(f"embed_dim={dim} is odd; sinusoidal positions need an even number")
+        check_even("embed_dim", dim)
         self.dim = dim
         self.alpha = nn.Parameter(torch.full((1,), dim**-0.5))
 
@@ -60,7 +66,7 @@ class ToeplitzBias(nn.Module):
 
     def start_near(self, height: float = 0.03) -> None:
         """Starts as :meth:`RotaryBias.start_near` does, with as many frequencies."""
-        distances = torch.arange(1 - self.limit, self.limit)
+        distances = torch.arange(1 - self.limit, self.limit).abs()
         cos, _ = rotary_angles(distances, 128)
         with torch.no_grad():
             self.table.copy_(height * cos.mean(dim=-1))
@@ -72,19 +78,52 @@ class ToeplitzBias(nn.Module):
             ValueError: it is.
         """
         if length > self.limit:
-            raise ValueError(
-                f"a row of {length} tokens is longer than the table of relative_bias='toeplitz', whose limit "
-                f"is {self.limit}; shorten the rows or train with relative_bias='rotary', which has none"
-            )
+            raise ValueError(self._too_long.format(length=length))
 
-    def square(self, length: int) -> torch.Tensor:
-        """The bias within a row of ``length`` tokens, ``(n, n)``.
+    def check_lengths(self, lengths: torch.Tensor) -> None:
+        """As :meth:`check_length` of rows ``(b,)``, without waiting for a GPU, which stops by itself.
+
+        Raises:
+            ValueError: one is longer than the table.
+        """
+        longest = lengths.max()
+        require(longest <= self.limit, self._too_long, length=longest)
+
+    @property
+    def _too_long(self) -> str:
+        return (
+            "a row of {length} tokens is longer than the table of relative_bias='toeplitz', whose limit is "
+            f"{self.limit}; shorten the rows or train with relative_bias='rotary', which has none"
+        )
+
+    def matrix(self, length: int, lengths: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """The bias within a row, as a matrix.
+
+        Args:
+            length: Columns of the row, ``n``.
+            lengths: Tokens in them, ``(b,)``; None for ``n``.
+
+        Returns:
+            ``(n, n)``.
 
         Raises:
             ValueError: the row is longer than the table.
         """
+        if lengths is None or length <= self.limit:
+            self.check_length(length)
+            return toeplitz_bias(self.table, length)
+        self.check_lengths(lengths)
+        positions = torch.arange(length, device=self.table.device)
+        return self(positions, positions)
+
+    def by_distance(self, length: int) -> torch.Tensor:
+        """The bias towards a key 0 to ``length - 1`` tokens back, ``(length,)``.
+
+        Raises:
+            ValueError: ``length`` is beyond the table.
+        """
         self.check_length(length)
-        return toeplitz_bias(self.table, length)
+        return self.table[self.limit - 1 : self.limit - 1 + length]
 
     def forward(self, query_positions: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:
         """Takes ``(..., i)`` and ``(..., j)``, gives ``(..., i, j)``; lengths are the caller's to check."""
@@ -117,10 +156,14 @@ class RotaryBias(nn.Module):
         for vector in (self.a, self.b):
             nn.init.constant_(vector, (height / vector.numel()) ** 0.5)
 
-    def square(self, length: int) -> torch.Tensor:
-        """The bias within a row of ``length`` tokens, ``(n, n)``."""
+    def matrix(self, length: int, lengths: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """The bias within a row of ``length`` columns as a matrix, ``(n, n)``, however many hold tokens."""
         positions = torch.arange(length, device=self.a.device)
         return self(positions, positions)
+
+    def by_distance(self, length: int) -> torch.Tensor:
+        """The bias towards a key 0 to ``length - 1`` tokens back, ``(length,)`` in float32 or wider."""
+        return rotary_bias_by_distance(self.a, self.b, length)
 
     def forward(self, query_positions: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:
         """Takes ``(..., i)`` and ``(..., j)``, gives ``(..., i, j)``."""
@@ -136,11 +179,10 @@ def build_relative_bias(relative_bias: str, limit: int, attention_dim: int) -> n
         attention_dim: ``s``; used by ``"rotary"``.
 
     Returns:
-        A module with ``square(length)`` and ``forward(query_positions, key_positions)``.
+        A module with ``matrix(length, lengths)`` and ``forward(query_positions, key_positions)``.
 
     Raises:
         ValueError: ``relative_bias`` is unknown.
     """
-    if relative_bias not in RELATIVE_BIASES:
-        raise ValueError(f"relative_bias={relative_bias!r} is unknown; allowed: {', '.join(RELATIVE_BIASES)}")
+    check_choice("relative_bias", relative_bias, RELATIVE_BIASES)
     return ToeplitzBias(limit) if relative_bias == "toeplitz" else RotaryBias(attention_dim)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Optional
 
 import torch
 from torch import nn
 
+from fairseq_flash.modules.alignment import align_rows, restore_rows
+from fairseq_flash.modules.checks import check_sizes
 from fairseq_flash.modules.normalization import build_norm
 from fairseq_flash.modules.positions import ScaledSin
-from fairseq_flash.modules.rows import align_rows, restore_rows
-from fairseq_flash.modules.state import DecodingState
+from fairseq_flash.modules.state import DecodingState, check_state
 
 __all__ = ["Stack"]
+
+#: Tokens of a prompt that are read at a time.
+PIECE = 4096
 
 
 class Stack(nn.Module):
@@ -54,6 +59,7 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.final_norm = build_norm(norm, embed_dim)
         self.attention_dim, self.embed_scale = attention_dim, embed_scale
+        self._description: Optional[tuple[torch.dtype, DecodingState]] = None
 
     def empty_state(self, like: torch.Tensor, **source: Optional[torch.Tensor]) -> DecodingState:
         """A state before the first token, for rows ``like`` ``(b, ...)`` in device, in the weights' dtype.
@@ -68,6 +74,7 @@ class Stack(nn.Module):
         Raises:
             ValueError: the blocks are bidirectional.
         """
+        self._described()
         rows = torch.empty(like.shape[0], 0, dtype=self._dtype(), device=like.device)
         return DecodingState(tuple(block.empty_state(rows, **source) for block in self.blocks))
 
@@ -93,8 +100,11 @@ class Stack(nn.Module):
             in.
 
         Raises:
-            ValueError: padding in the middle of a row, or a row beyond the table of a Toeplitz bias.
+            ValueError: padding in the middle of a row, a row beyond the table of a Toeplitz bias, or a state
+                that is not this stack's or not of these rows.
         """
+        if state is not None and not torch.compiler.is_compiling():
+            check_state(state, self._described(), tokens)
         start = None if state is None else state.position
         tokens, rows = align_rows(tokens, padding_mask, start, self.attention_dim, self._dtype())
         x = self.embed_tokens(tokens) * self.embed_scale
@@ -107,6 +117,45 @@ class Stack(nn.Module):
             layers.append(layer)
         x = restore_rows(self.final_norm(x), rows)
         return x, None if state is None else DecodingState(tuple(layers))
+
+    @torch.no_grad()
+    def read(
+        self,
+        tokens: torch.Tensor,
+        state: Optional[DecodingState] = None,
+        *,
+        piece: int = PIECE,
+        use: Callable[[torch.Tensor], None] = lambda features: None,
+    ) -> DecodingState:
+        """Reads tokens of any number, piece by piece: their number does not enter the memory.
+
+        Args:
+            tokens: Indices ``(b, n)``, without padding.
+            state: What came before; None for an empty one.
+            piece: Tokens that are read at a time.
+            use: Called with the features ``(b, m, d)`` of each piece, in order.
+
+        Returns:
+            The state after the tokens.
+
+        Raises:
+            ValueError: as :meth:`forward`, or ``piece`` is below 1.
+        """
+        check_sizes(piece=piece)
+        state = self.empty_state(tokens) if state is None else state
+        for part in tokens.split(piece, dim=1) if tokens.shape[1] else ():
+            features, state = self(part, None, state)
+            use(features)
+        return state
+
+    def _described(self) -> DecodingState:
+        """An empty state without numbers, made once for each dtype."""
+        dtype = self._dtype()
+        if self._description is None or self._description[0] != dtype:
+            like = torch.empty(1, 0, dtype=dtype, device="meta")
+            layers = tuple(block.describe_state(like) for block in self.blocks)
+            self._description = dtype, DecodingState(layers)
+        return self._description[1]
 
     def _dtype(self) -> torch.dtype:
         return next(self.final_norm.parameters()).dtype

@@ -5,48 +5,78 @@ j key position in a chunk, d model dimension, e expanded dimension, s query/key 
 h copies made by offset-scale, r size of one head where there are several.
 """
 
-from fairseq_flash.ops.backend import BACKENDS, check_backend
-from fairseq_flash.ops.chunk_state import ChunkState, mixed_chunk_step
 from fairseq_flash.ops.cross import cross_attention
-from fairseq_flash.ops.linear import (
+from fairseq_flash.ops.dispatch import BACKENDS, check_backend
+from fairseq_flash.ops.mixed_chunk import (
+    Carry,
+    ChunkState,
+    Inputs,
+    Options,
+    Pair,
+    Projected,
+    gated_mixed_chunk,
+    gated_mixed_chunk_step,
+    mixed_chunk_attention,
+    mixed_chunk_step,
+)
+from fairseq_flash.ops.mixed_chunk.linear import (
     LINEAR_NORMS,
     chunk_summaries,
     exclusive_sum,
     linear_attention,
     linear_denominator,
 )
-from fairseq_flash.ops.mixed_chunk import mixed_chunk_attention
 from fairseq_flash.ops.positions import (
     apply_rotary,
+    check_even,
     rotary,
     rotary_angles,
     rotary_bias,
+    rotary_bias_by_distance,
     scaled_sin,
     toeplitz_bias,
+    trailing_padding,
 )
-from fairseq_flash.ops.quadratic import NEVER, QuadraticState, quadratic_attention
+from fairseq_flash.ops.precision import widened
+from fairseq_flash.ops.projections import offset_scale, rotated_copies, split_silu
+from fairseq_flash.ops.quadratic import NEVER, KeyValueCache, quadratic_attention, quadratic_scores
 from fairseq_flash.ops.softmax import softmax_attention
 
 __all__ = [
     "BACKENDS",
     "LINEAR_NORMS",
     "NEVER",
+    "Carry",
     "ChunkState",
-    "QuadraticState",
+    "Inputs",
+    "KeyValueCache",
+    "Options",
+    "Pair",
+    "Projected",
     "apply_rotary",
     "check_backend",
+    "check_even",
     "chunk_summaries",
     "cross_attention",
     "exclusive_sum",
+    "gated_mixed_chunk",
+    "gated_mixed_chunk_step",
     "linear_attention",
     "linear_denominator",
     "mixed_chunk_attention",
     "mixed_chunk_step",
+    "offset_scale",
     "quadratic_attention",
+    "quadratic_scores",
     "rotary",
     "rotary_angles",
     "rotary_bias",
+    "rotary_bias_by_distance",
+    "rotated_copies",
     "scaled_sin",
     "softmax_attention",
+    "split_silu",
     "toeplitz_bias",
+    "trailing_padding",
+    "widened",
 ]

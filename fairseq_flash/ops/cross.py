@@ -9,9 +9,7 @@ from fairseq_flash.ops.quadratic import quadratic_attention
 __all__ = ["cross_attention"]
 
 
-def cross_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor, *, backend: str = "auto"
-) -> torch.Tensor:
+def cross_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     r"""Attends to every token of a source, by content alone.
 
     .. math:: \hat V = \mathrm{relu}^2\bigl(Q K^\top / \sqrt s\bigr)\, V / m
@@ -24,18 +22,14 @@ def cross_attention(
         k: Keys, ``(b, m, s)``; anything finite at padding.
         v: Values, ``(b, m, e)``; padding positions already zero.
         valid: Tokens of each source, ``(b,)``; 0 for a row of padding, which gives zeros.
-        backend: ``"auto"`` or ``"reference"``.
 
     Returns:
         ``(b, n, e)`` in the dtype of ``v``, not yet gated.
-
-    Raises:
-        ValueError: the backend cannot run.
 
     Source: Hua et al. 2022, section 3.1, with the source in place of the row itself.
     """
     denominator = (q.shape[-1] * valid.clamp(min=1)).double().sqrt()
     q, k, v = (x.unsqueeze(1) for x in (q, k, v))
     no_bias = q.new_zeros(1, 1)
-    out = quadratic_attention(q, k, v, no_bias, causal=False, denominator=denominator, backend=backend)
+    out = quadratic_attention(q, k, v, no_bias, causal=False, denominator=denominator)
     return out.squeeze(1)

@@ -1,14 +1,48 @@
 """Positions: rotary and sinusoidal encodings, and the two relative biases of the paper's code.
 
-Nothing here has a maximum length: angles are computed for the positions at hand, in float64, so that position
-100 000 is as exact as position 1; only the Toeplitz bias has a table, and it says so.
+Nothing here has a maximum length: angles are computed for the positions at hand, so that position 100 000 is
+as exact as position 1; only the Toeplitz bias has a table, and it says so.
 """
 
 from __future__ import annotations
 
-import torch
+import functools
 
-__all__ = ["apply_rotary", "rotary", "rotary_angles", "rotary_bias", "scaled_sin", "toeplitz_bias"]
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from fairseq_flash.ops.precision import widened
+
+__all__ = [
+    "apply_rotary",
+    "check_even",
+    "rotary",
+    "rotary_angles",
+    "rotary_bias",
+    "rotary_bias_by_distance",
+    "scaled_sin",
+    "summed_angles",
+    "toeplitz_bias",
+    "trailing_padding",
+]
+
+#: Positions are written in this base, with three digits: those below 2 ** 33 have angles of their own.
+BASE = 2048
+
+
+def check_even(name: str, size: int) -> None:
+    """Refuses an odd ``size`` of the argument ``name``.
+
+    Raises:
+        ValueError: it is odd.
+    """
+    if size % 2:
+        raise ValueError(f"{name}={size} is odd; allowed: even numbers, whose halves are rotated")
+
+
+def trailing_padding(lengths: torch.Tensor, n: int) -> torch.Tensor:
+    """Padding behind ``lengths`` ``(b,)`` valid tokens: ``(b, n)``, True at padding."""
+    return torch.arange(n, device=lengths.device) >= lengths.unsqueeze(1)
 
 
 def rotary_angles(
@@ -17,25 +51,63 @@ def rotary_angles(
     r"""Cosine and sine of :math:`\mathrm{position} \cdot 10000^{-i / (s/2)}`.
 
     Args:
-        positions: Integers, ``(..., n)``; any size.
+        positions: Integers, ``(..., n)``, 0 to 2 ** 33 - 1.
         dim: ``s``, even.
         dtype: Of the result; float16 and bfloat16 are widened to float32.
 
     Returns:
-        Cosines and sines, each ``(..., n, s/2)``.
+        Cosines and sines, each ``(..., n, s/2)``, exact to the rounding of ``dtype`` at any position: through
+        float64 on a CPU and for float64, as :func:`summed_angles` elsewhere.
 
     Raises:
         ValueError: ``dim`` is odd.
 
     Source: Su et al. 2021 (RoFormer), section 3.2.2.
     """
-    if dim % 2:
-        raise ValueError(f"attention_dim={dim} is odd; rotary positions need an even number")
-    half = dim // 2
-    exponents = torch.arange(half, device=positions.device, dtype=torch.float64) / half
-    angles = positions.double().unsqueeze(-1) * torch.pow(10000.0, -exponents)
-    dtype = torch.promote_types(dtype, torch.float32)
+    check_even("attention_dim", dim)
+    dtype = widened(dtype)
+    if dtype != torch.float64 and not positions.is_cpu:
+        return summed_angles(positions, dim)
+    angles = positions.double().unsqueeze(-1) * _frequencies(dim, positions.device)
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def summed_angles(positions: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""As :func:`rotary_angles` in float32, without float64 on the device of the positions.
+
+    A position is a number of three digits, whose angles add up:
+    :math:`e^{i \omega (h + l)} = e^{i \omega h} e^{i \omega l}`. Those of each digit come from a table that
+    the host computes in float64, once; what remains is the rounding of two products.
+
+    Args:
+        positions: Integers, ``(..., n)``, 0 to 2 ** 33 - 1.
+        dim: ``s``, even.
+
+    Returns:
+        Cosines and sines, each ``(..., n, s/2)``.
+    """
+    tables = _digit_tables(dim, positions.device)
+    cos, sin = tables[0][(positions & (BASE - 1))].chunk(2, dim=-1)
+    for digit, table in enumerate(tables[1:], start=1):
+        cos_high, sin_high = table[(positions // BASE**digit) & (BASE - 1)].chunk(2, dim=-1)
+        cos, sin = cos * cos_high - sin * sin_high, sin * cos_high + cos * sin_high
+    return cos, sin
+
+
+def _frequencies(dim: int, device: torch.device) -> torch.Tensor:
+    exponents = torch.arange(dim // 2, device=device, dtype=torch.float64) / (dim // 2)
+    return torch.pow(10000.0, -exponents)
+
+
+@torch.compiler.assume_constant_result
+@functools.lru_cache(maxsize=16)
+def _digit_tables(dim: int, device: torch.device) -> torch.Tensor:
+    """Cosines and sines of every value of every digit: (3, BASE, s)."""
+    with torch.inference_mode(False), torch.no_grad():
+        digits = torch.arange(BASE, dtype=torch.float64)
+        powers = BASE ** torch.arange(3, dtype=torch.float64)
+        angles = (powers.view(3, 1, 1) * digits.view(1, -1, 1)) * _frequencies(dim, torch.device("cpu"))
+        return torch.cat((angles.cos(), angles.sin()), dim=-1).float().to(device)
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -75,7 +147,7 @@ def scaled_sin(positions: torch.Tensor, dim: int, dtype: torch.dtype = torch.flo
     r"""Absolute positions :math:`[\sin | \cos](\mathrm{position} \cdot 10000^{-i / (d/2)})`, not yet scaled.
 
     Args:
-        positions: Integers, ``(..., n)``; any size.
+        positions: Integers, ``(..., n)``, 0 to 2 ** 33 - 1.
         dim: ``d``, even.
         dtype: Of the result; float16 and bfloat16 are widened to float32.
 
@@ -87,8 +159,7 @@ def scaled_sin(positions: torch.Tensor, dim: int, dtype: torch.dtype = torch.flo
 
     Source: Hua et al. 2022, ScaledSin.
     """
-    if dim % 2:
-        raise ValueError(f"embed_dim={dim} is odd; sinusoidal positions need an even number")
+    check_even("embed_dim", dim)
     cos, sin = rotary_angles(positions, dim, dtype)
     return torch.cat((sin, cos), dim=-1)
 
@@ -138,3 +209,31 @@ def rotary_bias(
     rotated_a = rotary(a.expand(*query_positions.shape, -1), query_positions)
     rotated_b = rotary(b.expand(*key_positions.shape, -1), key_positions)
     return torch.einsum("...is,...js->...ij", rotated_a, rotated_b)
+
+
+def rotary_bias_by_distance(a: torch.Tensor, b: torch.Tensor, length: int) -> torch.Tensor:
+    r"""The bias of :func:`rotary_bias` as a function of the distance, from few numbers.
+
+    .. math:: b(t) = \sum_i (a_i b_i + a'_i b'_i) \cos \omega_i t + (a_i b'_i - a'_i b_i) \sin \omega_i t
+
+    Args:
+        a: ``(s,)``, ``s`` even; :math:`a'` is its second half.
+        b: ``(s,)``.
+        length: Distances 0 to ``length - 1``.
+
+    Returns:
+        ``(length,)`` in float32 or wider.
+    """
+    wide = widened(a.dtype)
+    (a1, a2), (b1, b2) = a.to(wide).chunk(2), b.to(wide).chunk(2)
+    waves = torch.cat((a1 * b1 + a2 * b2, a1 * b2 - a2 * b1))
+    # A tensor without numbers must not enter the cache, nor meet one with numbers.
+    table = _waves.__wrapped__ if isinstance(a, FakeTensor) else _waves
+    return table(length, a.numel(), wide, a.device) @ waves
+
+
+@functools.lru_cache(maxsize=16)
+def _waves(length: int, dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Cosines, then sines, of every frequency at every distance: (length, s)."""
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.cat(rotary_angles(torch.arange(length), dim, torch.float64), dim=-1).to(device, dtype)

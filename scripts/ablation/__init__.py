@@ -5,6 +5,7 @@
 Takes every option of flash_lm. Those added here change how the weights start, or the formula of one branch.
 """
 
+import dataclasses
 import types
 from dataclasses import dataclass, field
 from typing import Any, Optional
@@ -90,6 +91,9 @@ def _change(block: nn.Module, cfg: AblationConfig) -> None:
         for weight, std in starts:
             if std is not None:
                 weight.normal_(std=std)
+    if cfg.score_scale is not None or cfg.plain_linear:
+        # These change the queries and keys, which the fused operation makes for itself.
+        block.attend = dataclasses.replace(block.attend, gated=False)
     if cfg.score_scale is not None:
         block.offset_scale = ScaledCopies(block.offset_scale, cfg.score_scale)
     if cfg.plain_linear:

@@ -15,9 +15,8 @@ from fairseq.sequence_generator import EnsembleModel
 
 from bench.models import bytes_of, language_models
 from fairseq_flash.modules import DecodingState
-from fairseq_flash.ops import QuadraticState
+from fairseq_flash.ops import KeyValueCache
 
-PIECE = 4096  # tokens of a prompt that are read at a time
 TOLERANCE = 1e-3  # of the largest logit, in float32; measured: 2e-6
 
 
@@ -60,7 +59,7 @@ class Contender:
         if not self.has_state:
             return True
         layers = self.model.decoder.stack.empty_state(torch.zeros(1, 1, device="meta")).layers
-        return any(isinstance(layer, QuadraticState) for layer in layers)
+        return any(isinstance(layer, KeyValueCache) for layer in layers)
 
     def tokens(self, rows: int, length: int) -> torch.Tensor:
         """Random words."""
@@ -83,11 +82,7 @@ class Contender:
 
     def read(self, tokens: torch.Tensor) -> DecodingState:
         """The state that a prompt pass leaves behind."""
-        stack = self.model.decoder.stack
-        state = stack.empty_state(tokens)
-        for piece in tokens.split(PIECE, dim=1):
-            _, state = stack(piece, None, state)
-        return state
+        return self.model.decoder.stack.read(tokens)
 
     def step(self, incremental: dict, tokens: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
         """One token for every row, as fairseq's generator makes it; returns the tokens with it."""
@@ -115,9 +110,9 @@ class Contender:
         state = self.model.decoder.stack.empty_state(torch.zeros(rows, 1, device=device))
         positions = torch.arange(position, device=device).expand(rows, position)
 
-        def filled(layer: QuadraticState) -> QuadraticState:
+        def filled(layer: KeyValueCache) -> KeyValueCache:
             k, v = (x.new_empty(rows, position, x.shape[2]).normal_() for x in (layer.k, layer.v))
-            return layer.extend(k, v, positions, None)
+            return layer.after(k, v, positions, None)
 
         return DecodingState(tuple(filled(layer) for layer in state.layers))
 

@@ -1,24 +1,24 @@
 """The report of a comparison as one HTML file, or as Markdown with its figures beside it."""
 
 import base64
-import html
-import io
 import logging
 import statistics
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Optional
 
+from report.markdown import escaped, page, table
 from runs.systems import BASELINE
 
 __all__ = ["Comparison", "check_path", "verdict", "write"]
 
 TITLE = "Language models compared"
-ABOUT = """Loss is in nats per token on the validation split: the mean over seeds, with the lowest and the
-highest in brackets. "tie": the ranges over seeds overlap. "one seed": what a difference is worth cannot be
-told from one seed. Bold: the best loss, and what ties with it. Speed is that of training, the median over the
-run; with several runs at a time (jobs), speeds cannot be compared. transformer_lm is fairseq's own, with its
-norms before the layers; all options are in the commands below."""
+ABOUT = """Loss is in nats per token on what was evaluated of the validation split (see "tokens evaluated"):
+the mean over seeds, with the lowest and the highest in brackets. "tie": the ranges over seeds overlap. "one
+seed": what a difference is worth cannot be told from one seed. Bold: the best loss, and what ties with it.
+Speed is that of training, the median over the run; with several runs at a time (jobs), speeds cannot be
+compared. transformer_lm is fairseq's own, with its norms before the layers; all options are in the commands
+below."""
 FIGURES = {
     "quality": "Loss against training speed: down and right is better",
     "tokens": "Loss against tokens (during training, validation is on the first tokens of the split)",
@@ -36,6 +36,7 @@ class Comparison(NamedTuple):
         rates: One for each run that only tried a learning rate.
         curves: Loss curves of the runs, as in the CSV.
         commands: Shell commands that made all this, in order.
+        valid_tokens: Of the whole split; None where that is not known.
     """
 
     settings: dict[str, str]
@@ -43,6 +44,7 @@ class Comparison(NamedTuple):
     rates: list[dict[str, str]]
     curves: list[dict[str, str]]
     commands: list[str]
+    valid_tokens: Optional[int] = None
 
 
 def check_path(path: Optional[Path]) -> None:
@@ -79,67 +81,60 @@ def write(path: Path, comparison: Comparison) -> list[Path]:
     """
     check_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    images = figures(comparison)
-    written = [path]
+    images = {f"{path.stem}_{name}.png": (name, data) for name, data in figures(comparison).items()}
+    text = "\n\n".join(blocks(comparison, {name: source for source, (name, _) in images.items()})) + "\n"
     if path.suffix == ".html":
-        render = Html()
-        sources = {
-            name: f"data:image/png;base64,{base64.b64encode(data).decode()}" for name, data in images.items()
-        }
-    else:
-        render, sources = Markdown(), {}
-        for name, data in images.items():
-            image = path.with_name(f"{path.stem}_{name}.png")
-            image.write_bytes(data)
-            sources[name] = image.name
-            written.append(image)
-    path.write_text(render.page(blocks(comparison, render, sources)), encoding="utf-8")
-    return written
+        encoded = {source: base64.b64encode(data).decode() for source, (_, data) in images.items()}
+        urls = {source: f"data:image/png;base64,{code}" for source, code in encoded.items()}
+        text = page(TITLE, text, urls)
+        images = {}
+    path.write_text(text, encoding="utf-8")
+    for source, (_, data) in images.items():
+        path.with_name(source).write_bytes(data)
+    return [path, *(path.with_name(source) for source in images)]
 
 
 def figures(comparison: Comparison) -> dict[str, bytes]:
     """The figures as PNG, by name; none where matplotlib is not installed or no run succeeded."""
     rows = succeeded(comparison.rows)
     # Where fairseq is imported, everyone's debugging is on.
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)
+    for library in ("matplotlib", "PIL"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     try:
         from report import figures as drawn
     except ImportError:
-        print('the report has no figures: they need matplotlib (pip install -e ".[plot]")')
+        print('the report has no figures: they need matplotlib and pandas (pip install -e ".[plot]")')
         return {}
     images = {}
     for name in FIGURES if rows else ():
-        source = drawn.FIGURES[name]
-        data = comparison.curves if source.csv.endswith("_curves.csv") else rows
+        data = comparison.curves if drawn.FIGURES[name].csv.endswith("_curves.csv") else rows
         if data:
-            stream, figure = io.BytesIO(), source.draw(data)
-            figure.savefig(stream, dpi=110, format="png")
-            drawn.plt.close(figure)
-            images[name] = stream.getvalue()
+            images[name] = drawn.png(drawn.FIGURES[name].draw(drawn.frame(data)))
     return images
 
 
-def blocks(comparison: Comparison, render: "Markdown | Html", sources: dict[str, str]) -> Iterator[str]:
-    """The parts of the page, in order."""
+def blocks(comparison: Comparison, sources: dict[str, str]) -> Iterator[str]:
+    """The parts of the page in Markdown, in order; ``sources`` are the figures' files by name."""
     rows = succeeded(comparison.rows)
-    yield render.heading(1, TITLE)
-    yield render.table(["", ""], [[name, str(value)] for name, value in comparison.settings.items()])
-    yield render.paragraph(ABOUT)
+    yield f"# {TITLE}"
+    yield table(["", ""], [[escaped(name), escaped(value)] for name, value in comparison.settings.items()])
+    yield ABOUT
     for n in sorted({int(row["n"]) for row in rows}):
-        yield render.heading(2, f"{n} tokens a row")
-        yield render.table(*table([row for row in rows if int(row["n"]) == n]))
+        yield f"## {n} tokens a row"
+        yield table(*loss_table([row for row in rows if int(row["n"]) == n], comparison.valid_tokens))
     failed = [row for row in comparison.rows if row["status"] != "ok"]
     if failed:
-        yield render.heading(2, "Runs that failed")
-        cells = [[row["name"], row["n"], row["seed"], row["status"]] for row in failed]
-        yield render.table(["system", "n", "seed", "status"], cells)
+        yield "## Runs that failed"
+        columns = ["name", "n", "seed", "status"]
+        lines = [[escaped(row[column]) for column in columns] for row in failed]
+        yield table(["system", *columns[1:]], lines)
     for name, source in sources.items():
-        yield render.image(FIGURES[name], source)
+        yield f"![{FIGURES[name]}]({source})\n\n{FIGURES[name]}."
     if comparison.rates:
-        yield render.heading(2, "Learning rates that were tried")
-        yield render.table(*rate_table(comparison.rates))
-    yield render.heading(2, "Commands")
-    yield render.code("\n".join(comparison.commands))
+        yield "## Learning rates that were tried"
+        yield table(*rate_table(comparison.rates))
+    yield "## Commands"
+    yield "\n".join(f"    {line}" for command in comparison.commands for line in command.split("\n"))
 
 
 def succeeded(rows: list[dict]) -> list[dict]:
@@ -155,20 +150,22 @@ def by_name(rows: Iterable[dict]) -> dict[str, list[dict]]:
     return found
 
 
-def table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines for rows of one length: the best system first."""
+def loss_table(rows: list[dict], whole: Optional[int]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines for rows of one length, of a split of ``whole`` tokens: the best system first."""
     systems = by_name(rows)
     losses = {name: column(own, "valid_loss") for name, own in systems.items()}
     base = BASELINE if BASELINE in systems else next(iter(systems))
     order = sorted(systems, key=lambda name: statistics.mean(losses[name]))
-    header = ["system", "parameters", "rate", "seeds", "train loss", "loss", f"against {base}", "perplexity"]
-    header += ["bits per byte", "per byte", "per word", "tokens/s", "seconds", "peak memory"]
+    header = [
+        *("system", "parameters", "rate", "seeds", "train loss", "loss", f"against {base}", "perplexity"),
+        *("tokens evaluated", "bits per byte", "per byte", "per word", "tokens/s", "seconds", "peak memory"),
+    ]
     lines = []
     for name in order:
         own = systems[name]
         ties = name == order[0] or verdict(losses[name], losses[order[0]]).startswith("tie")
         line = [
-            name,
+            escaped(name),
             parameters(own, systems[base]),
             own[0]["lr"],
             str(len(own)),
@@ -178,7 +175,7 @@ def table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
             emphasis(spread(losses[name]), ties),
             "" if name == base else verdict(losses[name], losses[base]),
         ]
-        line += [average(own, "valid_perplexity", 2), average(own, "bits_per_byte", 4)]
+        line += [average(own, "valid_perplexity", 2), part(own, whole), average(own, "bits_per_byte", 4)]
         line += [average(own, "byte_perplexity", 3), average(own, "word_perplexity", 1)]
         line += [average(own, "tokens_per_second", 0), average(own, "seconds", 0), memory(own)]
         lines.append(line)
@@ -195,19 +192,28 @@ def rate_table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
         best = min(good, key=good.get, default="")
         edge = len(tried) > 1 and best in (tried[0], tried[-1])
         cells = [emphasis(losses.get(rate, ""), rate == best) for rate in tried]
-        lines.append([name, *cells, "at the edge of what was tried" if edge else ""])
+        lines.append([escaped(name), *cells, "at the edge of what was tried" if edge else ""])
     return ["system", *tried, ""], lines
 
 
 def column(rows: list[dict], name: str) -> list[float]:
     """The numbers of a column, as far as they are there."""
-    return [float(row[name]) for row in rows if row[name] not in ("", None)]
+    return [float(row[name]) for row in rows if row.get(name) not in ("", None)]
 
 
 def average(rows: list[dict], name: str, digits: int) -> str:
     """The mean of a column."""
     found = column(rows, name)
     return f"{statistics.mean(found):,.{digits}f}" if found else ""
+
+
+def part(rows: list[dict], whole: Optional[int]) -> str:
+    """How many tokens the loss is of, and what part of the split that is where its size is known."""
+    found = column(rows, "valid_tokens")
+    if not found:
+        return ""
+    share = f" ({100 * min(found) / whole:.3g} %)" if whole else ""
+    return f"{min(found):,.0f}{share}"
 
 
 def spread(losses: list[float]) -> str:
@@ -230,72 +236,5 @@ def memory(rows: list[dict]) -> str:
 
 
 def emphasis(text: str, strong: bool) -> str:
-    """Marked, in a way that both renderers understand."""
+    """Marked as the best."""
     return f"**{text}**" if strong and text else text
-
-
-class Markdown:
-    """Parts of a Markdown page."""
-
-    def page(self, parts: Iterable[str]) -> str:
-        return "\n\n".join(parts) + "\n"
-
-    def heading(self, level: int, text: str) -> str:
-        return f"{'#' * level} {text}"
-
-    def paragraph(self, text: str) -> str:
-        return text
-
-    def table(self, header: list[str], lines: list[list[str]]) -> str:
-        rows = [header, ["---"] * len(header), *lines]
-        return "\n".join("| " + " | ".join(self._cell(cell) for cell in row) + " |" for row in rows)
-
-    def image(self, text: str, source: str) -> str:
-        return f"![{text}]({source})\n\n{text}."
-
-    def code(self, text: str) -> str:
-        return "\n".join(f"    {line}" for line in text.splitlines())
-
-    def _cell(self, text: str) -> str:
-        return text.replace("|", "\\|").replace("\n", " ")
-
-
-class Html:
-    """Parts of an HTML page that needs no other file."""
-
-    STYLE = """body { font: 15px/1.45 sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em }
-        table { border-collapse: collapse; font-size: 13px; margin: 1em 0; display: block; overflow-x: auto }
-        td, th { border: 1px solid #ccc; padding: 3px 7px; text-align: left }
-        th { background: #f2f2f2 } img { max-width: 100% }
-        pre { background: #f6f6f6; padding: 1em; overflow-x: auto; font-size: 12px }"""
-
-    def page(self, parts: Iterable[str]) -> str:
-        head = f'<meta charset="utf-8"><title>{TITLE}</title><style>{self.STYLE}</style>'
-        return (
-            f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>\n'
-            + "\n".join(parts)
-            + "\n</body></html>\n"
-        )
-
-    def heading(self, level: int, text: str) -> str:
-        return f"<h{level}>{html.escape(text)}</h{level}>"
-
-    def paragraph(self, text: str) -> str:
-        return f"<p>{html.escape(text)}</p>"
-
-    def table(self, header: list[str], lines: list[list[str]]) -> str:
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-        body = "".join("<tr>" + "".join(map(self._cell, line)) + "</tr>\n" for line in lines)
-        return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table>"
-
-    def image(self, text: str, source: str) -> str:
-        text = html.escape(text)
-        return f'<figure><img src="{source}" alt="{text}"><figcaption>{text}</figcaption></figure>'
-
-    def code(self, text: str) -> str:
-        return f"<pre>{html.escape(text)}</pre>"
-
-    def _cell(self, text: str) -> str:
-        if text.startswith("**"):
-            return f"<td><strong>{html.escape(text.strip('*'))}</strong></td>"
-        return f"<td>{html.escape(text)}</td>"

@@ -1,13 +1,15 @@
 """Every figure: which CSV it reads, which columns it needs, and how it is drawn."""
 
+import io
 import textwrap
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
-from statistics import mean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
+import numpy
+from PIL import Image
 
 from report.style import (
     Rows,
@@ -15,8 +17,10 @@ from report.style import (
     draw_bars,
     draw_lines,
     finished,
+    frame,
     legend_below,
     losses_by,
+    numbers,
     panels,
     plain_log,
     read,
@@ -26,7 +30,7 @@ from report.style import (
     whiskers,
 )
 
-__all__ = ["FIGURES", "draw"]
+__all__ = ["FIGURES", "draw", "frame", "png", "stem_of", "svg"]
 
 BASE = "flash_lm"  # what the bars are measured from
 #: What rows of a comparison must share in a panel.
@@ -39,12 +43,10 @@ def draw_generation(rows: Rows) -> plt.Figure:
     Raises:
         ValueError: the rows are of several devices or types, which cannot share a panel.
     """
-    rows = [row for row in rows if row["pass"] == "step"]
+    rows = rows[rows["pass"] == "step"]
     common = ("device", "threads", "dtype")
-    if len(cells(rows, common)) != 1:
-        raise ValueError(
-            f"there are rows of {len(cells(rows, common))} settings (device, dtype, threads); allowed: one"
-        )
+    if (settings := len(cells(rows, common))) != 1:
+        raise ValueError(f"there are rows of {settings} settings (device, dtype, threads); allowed: one")
     quantities = {
         "median_ms": ("one step, milliseconds", 1.0),
         "state_bytes": ("state, MiB", 2**20),
@@ -55,7 +57,7 @@ def draw_generation(rows: Rows) -> plt.Figure:
     for (index, own), (column, quantity) in product(enumerate(batches), enumerate(quantities)):
         axis, (label, unit) = axes[index][column], quantities[quantity]
         draw_lines(axis, own, "n", quantity, unit)
-        axis.set(ylabel=label, title=f"batch {own[0]['b']}, beam {own[0]['beam']}")
+        axis.set(ylabel=label, title=f"batch {own['b'].iloc[0]}, beam {own['beam'].iloc[0]}")
         plain_log(axis, "position" if own is batches[-1] else "", values(own, "n"))
     legend_below(figure)
     figure.suptitle(shared(rows, (*common, "torch")))
@@ -80,26 +82,27 @@ def draw_training(rows: Rows) -> plt.Figure:
 
 def mark_failures(axis: plt.Axes, rows: Rows) -> None:
     """Crosses along the top where a system ran out of memory."""
-    names = values(rows, "name")
-    failed = [row for row in rows if row["status"] == "out of memory"]
-    for row in failed:
-        place = float(row["n"]), 0.97 - 0.05 * names.index(row["name"])
-        colour = style(row["name"], names)["color"]
+    names, failed = values(rows, "name"), rows[rows["status"] == "out of memory"]
+    for name, n in zip(failed["name"], failed["n"], strict=True):
+        place = float(n), 0.97 - 0.05 * names.index(name)
+        colour = style(name, names)["color"]
         axis.plot(*place, "x", color=colour, markersize=8, transform=axis.get_xaxis_transform())
-    if failed:
+    if len(failed):
         axis.set_title(f"{axis.get_title()}\ncrosses: out of memory")
 
 
 def draw_curves(rows: Rows, x: str) -> plt.Figure:
     """Loss against the column ``x``, in training and in validation; lines of panels for each length."""
     settings = cells(alone(rows) if x == "seconds" else rows, ("n", *RUNS))
-    splits = [split for split in ("train", "valid") if any(row["split"] == split for row in rows)]
+    splits = [split for split in ("train", "valid") if (rows["split"] == split).any()]
     figure, axes = panels(len(settings), len(splits))
     figure.set_size_inches(1 + 4.5 * len(splits), 3.4 * len(settings))
     for (index, title), (column, split) in product(enumerate(settings), enumerate(splits)):
-        axis, own = axes[index][column], [row for row in settings[title] if row["split"] == split]
+        axis, own = axes[index][column], settings[title][settings[title]["split"] == split]
         look = {"marker": "", "linewidth": 1.2} if split == "train" else {}
-        draw_lines(axis, mean_places(own, x), x, "loss", **look)
+        # one place for each update: seeds reach it at times that differ a little
+        place = numbers(own, x).groupby([own["name"], own["updates"]]).transform("mean")
+        draw_lines(axis, own.assign(**{x: place}), x, "loss", **look)
         axis.set(xlabel=x, ylabel=f"{split} loss, nats a token")
         axis.set_title(textwrap.fill(title, 55), fontsize=9)
         zoom(axis)
@@ -113,18 +116,10 @@ def alone(rows: Rows) -> Rows:
     Raises:
         ValueError: there are none.
     """
-    found = [row for row in rows if row.get("jobs", "1") == "1"]
-    if not found:
+    found = rows[rows["jobs"] == "1"] if "jobs" in rows else rows
+    if not len(found):
         raise ValueError("no run had the machine to itself (--jobs 1), so there is no speed to draw")
     return found
-
-
-def mean_places(rows: Rows, x: str) -> Rows:
-    """The rows with one place for each update: seeds reach it at times that differ a little."""
-    places: dict[tuple[str, str], list[float]] = {}
-    for row in rows:
-        places.setdefault((row["name"], row["updates"]), []).append(float(row[x]))
-    return [{**row, x: repr(mean(places[row["name"], row["updates"]]))} for row in rows]
 
 
 def zoom(axis: plt.Axes) -> None:
@@ -143,13 +138,14 @@ def draw_quality(rows: Rows) -> plt.Figure:
     for (axis,), (title, own) in zip(axes, settings.items(), strict=True):
         names = values(own, "name")
         for name in names:
-            points = cells([row for row in own if row["name"] == name], ("n",)).values()
-            x = [mean(numbers(point, "tokens_per_second")) for point in points]
+            points = cells(own[own["name"] == name], ("n",)).values()
+            x = [numbers(point, "tokens_per_second").mean() for point in points]
             y = [numbers(point, "valid_loss") for point in points]
+            means = list(map(numpy.mean, y))
             look = {"markersize": 8, "linewidth": 1, "capsize": 3, **style(name, names)}
-            axis.errorbar(x, list(map(mean, y)), yerr=whiskers(y), label=name, **look)
-            for point, at in zip(points, zip(x, map(mean, y), strict=True), strict=True):
-                axis.annotate(point[0]["n"], at, xytext=(7, 5), textcoords="offset points", fontsize=9)
+            axis.errorbar(x, means, yerr=whiskers(y), label=name, **look)
+            for point, at in zip(points, zip(x, means, strict=True), strict=True):
+                axis.annotate(point["n"].iloc[0], at, xytext=(7, 5), textcoords="offset points", fontsize=9)
         plain_log(axis, "training, tokens a second", y=False)
         axis.set_ylabel("loss, nats a token")
         axis.set_title(f"{title}\nnumbers: tokens a row; better is down and right", fontsize=10)
@@ -158,19 +154,14 @@ def draw_quality(rows: Rows) -> plt.Figure:
     return figure
 
 
-def numbers(rows: Rows, column: str) -> list[float]:
-    """The column, as numbers."""
-    return [float(row[column]) for row in rows]
-
-
 def draw_ablation(rows: Rows) -> plt.Figure:
     """Bars of each system's loss against that of flash_lm, or of the best where that is missing."""
     settings = cells(finished(rows, "valid_loss"), ("n", *RUNS))
     losses = {title: losses_by(own, "name") for title, own in settings.items()}
     figure, axes = panels(len(losses), 1, [4 + len(found) for found in losses.values()])
     for (axis,), (title, found) in zip(axes, losses.items(), strict=True):
-        base = BASE if BASE in found else min(found, key=lambda name: mean(found[name]))
-        order = sorted(found, key=lambda name: mean(found[name]), reverse=True)
+        base = BASE if BASE in found else min(found, key=lambda name: numpy.mean(found[name]))
+        order = sorted(found, key=lambda name: numpy.mean(found[name]), reverse=True)
         colours = {name: style(name, order)["color"] for name in order}
         draw_bars(axis, {name: found[name] for name in order}, base, colours)
         axis.set_title(title, loc="left", fontsize=9)
@@ -179,8 +170,8 @@ def draw_ablation(rows: Rows) -> plt.Figure:
 
 def draw_factors(rows: Rows) -> plt.Figure:
     """Bars of one choice changed at a time, against the base that it was changed in."""
-    good = [row for row in finished(rows, "valid_loss") if row["stage"] == "factor"]
-    bases = cells(good, ("base", "n", "budget", "device"))
+    good = finished(rows, "valid_loss")
+    bases = cells(good[good["stage"] == "factor"], ("base", "n", "budget", "device"))
     changes = {title: losses_by(own, "factor", "value") for title, own in bases.items()}
     figure, axes = panels(len(bases), 1, [4 + len(found) for found in changes.values()])
     for (axis,), (title, found) in zip(axes, changes.items(), strict=True):
@@ -220,6 +211,33 @@ def draw(name: str, path: Path) -> plt.Figure:
     """
     source = FIGURES[name]
     rows = read(path, source.columns)
-    if name in ("quality", "ablation") and not finished(rows, "valid_loss"):
+    if name in ("quality", "ablation") and not len(finished(rows, "valid_loss")):
         raise ValueError(f"{path} has no finished run to draw {name} from")
     return source.draw(rows)
+
+
+def stem_of(name: str, path: Path) -> str:
+    """The name of a figure's file: that of its CSV, and its own behind it where several share one."""
+    single = sum(source.csv == FIGURES[name].csv for source in FIGURES.values()) == 1
+    stem = path.stem.removesuffix("_curves")
+    return stem if single else f"{stem}_{name}"
+
+
+def png(figure: plt.Figure) -> bytes:
+    """A PNG of few colours, which in lines and letters no eye tells from more; closes the figure."""
+    small = io.BytesIO()
+    drawn = io.BytesIO(_saved(figure, format="png", dpi=150))
+    Image.open(drawn).convert("RGB").quantize(32).save(small, format="png", optimize=True)
+    return small.getvalue()
+
+
+def svg(figure: plt.Figure) -> bytes:
+    """An SVG that is the same for the same rows; closes the figure."""
+    return _saved(figure, format="svg", metadata={"Date": None})
+
+
+def _saved(figure: plt.Figure, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream, **options)
+    plt.close(figure)
+    return stream.getvalue()

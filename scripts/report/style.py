@@ -1,22 +1,24 @@
-"""What all figures share: one look a system, lines with bands over seeds, and rows of a CSV file."""
+"""What all figures share: one look a system, lines with bands over seeds, and rows as a table of pandas."""
 
-import csv
 import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from statistics import mean
 from typing import Optional
 
 import matplotlib
+import numpy
+import pandas
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib import ticker
 
+from runs import table
+
 __all__ = [
-    *("Rows", "cells", "draw_bars", "draw_lines", "finished", "legend_below", "losses_by", "panels"),
-    *("plain_log", "read", "shared", "style", "values", "whiskers"),
+    *("Rows", "cells", "draw_bars", "draw_lines", "finished", "frame", "legend_below", "losses_by"),
+    *("numbers", "panels", "plain_log", "read", "shared", "style", "values", "whiskers"),
 ]
 
 #: Okabe and Ito's palette, told apart by every eye; the markers without colours as well.
@@ -32,7 +34,7 @@ STYLES = {
     "FLASH-pytorch": ("#8C510A", ">"),
 }
 ENDINGS = ("_tiny", "_gpt", "_big")
-Rows = list[dict[str, str]]
+Rows = pandas.DataFrame  # of words, as a CSV file has them
 
 
 def style(name: str, names: Iterable[str]) -> dict:
@@ -57,6 +59,11 @@ def _without_size(name: str) -> str:
     return next((name.removesuffix(ending) for ending in ENDINGS if name.endswith(ending)), name)
 
 
+def frame(rows: Iterable[dict]) -> Rows:
+    """Rows of a CSV file, words in every cell."""
+    return pandas.DataFrame(list(rows), dtype=object).fillna("").astype(str)
+
+
 def read(path: Path, columns: Iterable[str]) -> Rows:
     """The rows of a CSV file; of a comparison, not those that only looked for a speed or a learning rate.
 
@@ -65,18 +72,22 @@ def read(path: Path, columns: Iterable[str]) -> Rows:
     """
     if not path.exists():
         raise ValueError(f"{path} does not exist; a measurement writes it")
-    with path.open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    missing = [column for column in columns if not rows or column not in rows[0]]
+    rows = frame(table.read(path))
+    missing = [column for column in columns if column not in rows]
     if missing:
         raise ValueError(f"{path} has no rows with {', '.join(missing)}; allowed: what a measurement writes")
-    return [row for row in rows if row.get("stage") not in ("speed", "rate")]
+    return rows[~rows["stage"].isin(("speed", "rate"))] if "stage" in rows else rows
+
+
+def numbers(rows: Rows, column: str) -> pandas.Series:
+    """The column, as numbers; NaN for an empty cell."""
+    return pandas.to_numeric(rows[column], errors="coerce")
 
 
 def finished(rows: Rows, quantity: str) -> Rows:
     """Rows that succeeded and have a finite ``quantity``."""
-    good = [row for row in rows if row.get("status", "ok") == "ok" and row[quantity]]
-    return [row for row in good if math.isfinite(float(row[quantity]))]
+    ok = rows["status"] == "ok" if "status" in rows else True
+    return rows[numpy.isfinite(numbers(rows, quantity)) & ok]
 
 
 def values(rows: Rows, key: str) -> list[str]:
@@ -84,36 +95,26 @@ def values(rows: Rows, key: str) -> list[str]:
     order = list(STYLES)
 
     def rank(value: str) -> tuple:
-        known = _without_size(value)
+        number, known = pandas.to_numeric(value, errors="coerce"), _without_size(value)
         place = order.index(known) if known in STYLES else len(order)
-        return (float(value), 0, "") if _is_number(value) else (math.inf, place, value)
+        return (number, 0, "") if numpy.isfinite(number) else (math.inf, place, value)
 
-    return sorted({row[key] for row in rows}, key=rank)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
+    return sorted(rows[key].unique(), key=rank)
 
 
 def cells(rows: Rows, keys: Iterable[str]) -> dict[str, Rows]:
     """Rows that may share a panel, by its title: those with the same values of ``keys``."""
-    found: dict[tuple, Rows] = {}
-    for row in rows:
-        found.setdefault(tuple(row.get(key, "") for key in keys), []).append(row)
-    order = {key: values(rows, key) for key in keys if rows and key in rows[0]}
-    ranks = sorted(
-        found, key=lambda cell: [order[k].index(v) for k, v in zip(keys, cell, strict=True) if k in order]
-    )
-    return {shared(found[cell], keys): found[cell] for cell in ranks}
+    there = [key for key in keys if key in rows]
+    order = {key: values(rows, key) for key in there}
+    groups = dict(list(rows.groupby(there, sort=False)))
+    ranked = sorted(groups, key=lambda cell: [order[k].index(v) for k, v in zip(there, cell, strict=True)])
+    return {shared(groups[cell], there): groups[cell] for cell in ranked}
 
 
 def shared(rows: Rows, keys: Iterable[str]) -> str:
     """The values of ``keys`` in words, for a title."""
     words = {"threads": "{} threads", "torch": "torch {}", "jobs": "{} at a time", "n": "{} tokens a row"}
-    found = {key: values(rows, key) for key in keys if rows and key in rows[0]}
+    found = {key: values(rows, key) for key in keys if key in rows}
     return ", ".join(
         words.get(key, "{}").format(" / ".join(map(_readable, each)))
         for key, each in found.items()
@@ -176,39 +177,36 @@ def draw_lines(axis: plt.Axes, rows: Rows, x: str, y: str, unit: float = 1.0, **
         unit: What ``y`` is divided by.
         look: Differs from the system's.
     """
-    names = values(rows, "name")
+    good, names = finished(rows, y), values(rows, "name")
+    good = good.assign(x=numbers(good, x), y=numbers(good, y) / unit)
     for name in names:
-        groups: dict[float, list[float]] = {}
-        for row in finished(rows, y):
-            if row["name"] == name and float(row[y]) > 0:
-                groups.setdefault(float(row[x]), []).append(float(row[y]) / unit)
-        if not groups:
+        own = good[(good["name"] == name) & (good["y"] > 0)].groupby("x")["y"]
+        if not own.ngroups:
             continue
-        places, found = zip(*sorted(groups.items()), strict=True)
-        own = {"markersize": 6, **style(name, names), **look}
-        axis.plot(places, [mean(group) for group in found], label=name, **own)
-        if max(map(len, found)) > 1:
-            band = [min(group) for group in found], [max(group) for group in found]
-            axis.fill_between(places, *band, color=own["color"], alpha=0.2, linewidth=0)
+        look_of_it = {"markersize": 6, **style(name, names), **look}
+        axis.plot(own.mean(), label=name, **look_of_it)
+        if own.size().max() > 1:
+            low, high = own.min(), own.max()
+            axis.fill_between(low.index, low, high, color=look_of_it["color"], alpha=0.2, linewidth=0)
     axis.grid(alpha=0.3)
 
 
 def losses_by(rows: Rows, *keys: str) -> dict[str, list[float]]:
     """The losses of rows that have the same words in ``keys``, by these words."""
-    found: dict[str, list[float]] = {}
-    for row in rows:
-        words = ": ".join(filter(None, (row[key] for key in keys)))
-        found.setdefault(words, []).append(float(row["valid_loss"]))
-    return found
+    words = [": ".join(filter(None, told)) for told in rows[list(keys)].itertuples(index=False)]
+    return {
+        word: group.tolist()
+        for word, group in numbers(rows, "valid_loss").groupby(numpy.array(words), sort=False)
+    }
 
 
 def draw_bars(axis: plt.Axes, losses: dict[str, list[float]], base: str, colours: dict[str, str]) -> None:
     """Bars of mean losses less that of ``base``, from below; the means and numbers of seeds beside them."""
     for place, (name, found) in enumerate(losses.items()):
-        height = mean(found) - mean(losses[base])
+        height = numpy.mean(found) - numpy.mean(losses[base])
         reach = whiskers([found]) if len(found) > 1 else None
         axis.barh(place, height, xerr=reach, color=colours[name], capsize=3, height=0.7)
-        text = f"{mean(found):.3f} ({len(found)})"
+        text = f"{numpy.mean(found):.3f} ({len(found)})"
         axis.text(1.01, place, text, va="center", transform=axis.get_yaxis_transform())
     axis.set(yticks=range(len(losses)), yticklabels=losses)
     axis.set_xlabel(f"loss less that of {base}, nats a token (beside: the loss, of how many seeds)")
@@ -216,6 +214,6 @@ def draw_bars(axis: plt.Axes, losses: dict[str, list[float]], base: str, colours
     axis.grid(alpha=0.3, axis="x")
 
 
-def whiskers(groups: list[list[float]]) -> list[list[float]]:
+def whiskers(groups: list[Iterable[float]]) -> list[list[float]]:
     """How far each group reaches below and above its mean, as matplotlib takes it."""
-    return [[abs(pick(group) - mean(group)) for group in groups] for pick in (min, max)]
+    return [[abs(pick(group) - numpy.mean(group)) for group in groups] for pick in (min, max)]

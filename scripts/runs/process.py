@@ -1,123 +1,158 @@
-"""Runs fairseq-train as a process that never outlives its parent, and measures it."""
+"""Processes that never outlive their parent, and folders that one run at a time works in."""
 
+import contextlib
 import ctypes
 import fcntl
 import os
-import re
+import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from statistics import median
-from typing import IO
+from typing import Any, NamedTuple, Optional
 
-__all__ = ["die_with_parent", "locked", "train"]
+__all__ = ["Ended", "locked", "run", "stoppable", "write_whole"]
 
 PR_SET_PDEATHSIG = 1  # Linux: the signal that a process gets when its parent dies
+#: Seconds that a run waits for the folder of one that was killed a moment ago.
+PATIENCE = 5.0
 
 
-@contextmanager
+class Ended(NamedTuple):
+    """What a process left: its status, negative for a signal, and the bytes it had at its peak."""
+
+    status: int
+    peak_bytes: int
+
+
+@contextlib.contextmanager
 def locked(folder: Path) -> Iterator[int]:
     """Keeps a second run out of the folder, also while a child of a killed run is still at work.
+
+    Args:
+        folder: Made where it is missing.
 
     Yields:
         A file descriptor; a child that keeps it open keeps the folder locked.
 
     Raises:
-        SystemExit: another run is at work in the folder.
+        ValueError: another run is at work in the folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
+    end = time.monotonic() + PATIENCE
+    while (lock := _lock(folder)) is None:
+        if time.monotonic() > end:
+            raise ValueError(f"another run is at work in {folder}")
+        time.sleep(0.1)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield lock
-    except BlockingIOError:
-        sys.exit(f"another run is at work in {folder}")
     finally:
         os.close(lock)
 
 
-def train(words: list[str], log: Path, lock: int) -> dict[str, float | str]:
-    """Runs the command to its end; fairseq's progress bar shows on a terminal, elsewhere a line now and then.
+def _lock(folder: Path) -> Optional[int]:
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The one that held it may have taken the folder away.
+        if folder.exists() and os.path.samestat(folder.stat(), os.fstat(lock)):
+            return lock
+    except BlockingIOError:
+        pass
+    os.close(lock)
+    return None
+
+
+def run(
+    words: Iterable[Any],
+    log: Optional[Path] = None,
+    *,
+    follow: Callable[[], object] = lambda: None,
+    keep_open: Iterable[int] = (),
+    environment: Optional[dict[str, str]] = None,
+    **options: Any,
+) -> Ended:
+    """Runs a command to its end; it dies with this process (on Linux), or with the thread that called.
 
     Args:
         words: The command.
-        log: File that the output is added to.
-        lock: File descriptor that the process keeps open.
-
-    Returns:
-        ``updates``, ``tokens_per_second``, and ``peak_mb`` of ``memory`` ("RAM" or "GPU memory").
+        log: File that its output is added to; None for this terminal, whose Ctrl-C it then gets as well.
+        follow: Called several times a second meanwhile; what it raises ends the command.
+        keep_open: File descriptors that the command keeps open, such as that of :func:`locked`.
+        environment: Of the command; None for this one's.
+        options: Of ``subprocess.Popen``.
 
     Raises:
-        SystemExit: the command failed.
-        KeyboardInterrupt: interrupted; the process has been ended.
+        BaseException: whatever ``follow`` raised, or KeyboardInterrupt; the command has been ended.
     """
-    start = log.stat().st_size if log.exists() else 0
-    with log.open("ab") as output, log.open(encoding="utf-8", errors="replace") as written:
-        written.seek(start)
-        # stderr is where fairseq draws its bar; without a terminal it draws none and the log holds all
-        errors = None if sys.stderr.isatty() else output
+    with contextlib.ExitStack() as files:
+        if log is not None:
+            output = files.enter_context(log.open("ab"))
+            options = {"stdout": output, "stderr": output, "start_new_session": True, **options}
         child = subprocess.Popen(
-            words,
+            list(map(str, words)),
             stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=errors,
-            pass_fds=[lock],
-            start_new_session=True,  # so that Ctrl-C reaches the parent only, which ends the child silently
-            preexec_fn=die_with_parent,
+            pass_fds=keep_open,
+            env=environment,
+            preexec_fn=_die_with_parent,
+            **options,
         )
-        peak_kb = _wait(child, written if errors else None)
-        written.seek(start)
-        text = written.read()
-    if child.returncode:
-        sys.exit("".join(text.splitlines(keepends=True)[-30:]) + f"\nthe training failed; see {log}")
-    return _measure(text, peak_kb)
+        try:
+            while True:
+                pid, status, usage = os.wait4(child.pid, os.WNOHANG)
+                if pid:
+                    child.returncode = os.waitstatus_to_exitcode(status)
+                    return Ended(child.returncode, _bytes_of(usage))
+                follow()
+                time.sleep(0.2)
+        except BaseException:
+            _end(child, alone=log is not None)
+            raise
 
 
-def die_with_parent() -> None:
-    """Called in a new process: it is killed when the thread that started it ends (on Linux)."""
+@contextlib.contextmanager
+def stoppable(program: str) -> Iterator[None]:
+    """Ends a command in one clear sentence: for a mistake (2), and for Ctrl-C, SIGTERM or SIGHUP (130)."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
+    try:
+        yield
+    except ValueError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on where this one ended", file=sys.stderr)
+        sys.exit(130)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a small file; a kill leaves the old one or the new one."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, path)
+
+
+def _die_with_parent() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _wait(child: subprocess.Popen, log: IO[str] | None) -> float:
-    """Waits for the child, echoing its progress from ``log``; returns its peak memory in kB."""
-    try:
-        while True:
-            if log:
-                _echo(log)
-            pid, status, usage = os.wait4(child.pid, os.WNOHANG)
-            if pid:
-                child.returncode = os.waitstatus_to_exitcode(status)
-                return usage.ru_maxrss / (1024 if sys.platform == "darwin" else 1)
-            time.sleep(0.2)
-    except BaseException:
+def _end(child: subprocess.Popen, alone: bool) -> None:
+    if alone:
         os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-        raise
+    else:
+        # It shares the terminal and has got the signal itself: let it tidy up.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=PATIENCE)
+        child.kill()
+    child.wait()
 
 
-def _echo(log: IO[str]) -> None:
-    for line in log:
-        found = re.search(r"\| (train_inner|valid) \| (.*)", line)
-        if found:
-            numbers = re.findall(r"\b(loss|ppl|wps|num_updates)[= ]([\d.]+)", found[2])
-            print(f"  {found[1]:12}", "  ".join(f"{name} {value}" for name, value in numbers), flush=True)
-
-
-def _measure(text: str, peak_kb: float) -> dict[str, float | str]:
-    epochs = re.findall(r"\| train \|.*\| wps ([\d.]+).*\| num_updates (\d+)", text)
-    if not epochs:
-        sys.exit("the training made no update: give more text or more --minutes")
-    total = re.search(r"total memory = ([\d.]+) GB", text)
-    free = [float(value) for value in re.findall(r"\| gb_free ([\d.]+)", text)]
-    on_gpu = bool(total and free)
-    return {
-        "updates": int(epochs[-1][1]),
-        "tokens_per_second": median(float(speed) for speed, _ in epochs),
-        "peak_mb": (float(total[1]) - min(free)) * 1024 if on_gpu else peak_kb / 1024,
-        "memory": "GPU memory" if on_gpu else "RAM",
-    }
+def _bytes_of(usage: resource.struct_rusage) -> int:
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)

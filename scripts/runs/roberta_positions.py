@@ -27,6 +27,10 @@ def with_more_positions(path: Path, learned: int, positions: int) -> Path:
     # fairseq's positions begin behind the index of padding.
     special, repeated = table[:-learned], table[-learned:].repeat(-(-positions // learned), 1)
     state["model"][name] = torch.cat((special, repeated[:positions]))
-    torch.save(state, target.with_suffix(".tmp"))
-    target.with_suffix(".tmp").replace(target)
+    new = target.with_suffix(".tmp")
+    try:
+        torch.save(state, new)
+        new.replace(target)
+    finally:
+        new.unlink(missing_ok=True)  # a cut one would keep a full disk full
     return target

@@ -5,7 +5,7 @@ from fairseq.models.transformer_lm import TransformerLanguageModel
 
 from fairseq_flash.models.flash_lm import FlashLanguageModel
 
-__all__ = ["BASELINE", "SIZES", "architecture", "check_systems", "language_models"]
+__all__ = ["BASELINE", "SIZES", "architecture", "check_systems", "systems_of"]
 
 #: What the others are compared with: fairseq's own Transformer.
 BASELINE = "transformer_lm"
@@ -37,8 +37,8 @@ def architecture(system: str, size: str) -> list[str]:
     """
     if size not in SIZES:
         raise ValueError(f"--size {size} is unknown; allowed: {', '.join(SIZES)}")
-    if system not in language_models(size):
-        allowed = ", ".join(language_models(size))
+    if system not in systems_of(size):
+        allowed = ", ".join(systems_of(size))
         raise ValueError(f"--systems {system} is unknown in --size {size}; allowed: {allowed}")
     tiny = (system, size) == (BASELINE, "tiny")
     name = [BASELINE, *TINY_TRANSFORMER] if tiny else [system + SIZES[size]]
@@ -46,7 +46,7 @@ def architecture(system: str, size: str) -> list[str]:
     return ["--arch", *name, *norm, "--share-decoder-input-output-embed"]
 
 
-def language_models(size: str) -> list[str]:
+def systems_of(size: str) -> list[str]:
     """What :func:`architecture` takes as a system of that size."""
     ending = SIZES[size]
     whole = [

@@ -1,20 +1,37 @@
 """A CSV file of measurements that is resumed: cells that are there are not measured again."""
 
 import csv
-from collections.abc import Iterable
+import io
+import os
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+__all__ = ["Table", "read"]
+
+#: What a spreadsheet would take for a formula, with the quotes that keep it from that.
+_FORMULA = re.compile(r"'*[=+@-]")
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a file; none where there is no file. A last line that a kill tore is left out."""
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    whole = io.StringIO(data[: data.rfind(b"\n") + 1].decode(errors="replace"), newline="")
+    return [{name: _unquoted(cell) for name, cell in row.items()} for row in csv.DictReader(whole)]
+
 
 class Table:
-    """A CSV file: cells that are there are not measured again.
+    """A file of rows, each told by some of its columns.
 
     Args:
         path: Of the file, which need not exist.
         columns: Of the file.
-        key: The columns that tell a cell, beside ``name``.
+        key: The columns that tell a row, beside ``name``.
         shown: The columns that are printed when a row is added; empty for no print.
-        common: What all rows say.
+        common: What all rows say, as far as the file has such columns.
 
     Raises:
         ValueError: the file has other columns.
@@ -23,21 +40,18 @@ class Table:
     def __init__(
         self, path: Path, columns: Iterable[str], key: Iterable[str], shown: Iterable[str], common: dict
     ) -> None:
-        self.path, self.common = path, common
-        self.columns, self.key, self.shown = tuple(columns), tuple(key), tuple(shown)
-        rows: list[dict] = []
+        self.path, self.columns, self.key, self.shown = path, tuple(columns), tuple(key), tuple(shown)
+        self.common = {name: value for name, value in common.items() if name in self.columns}
         if path.exists():
-            drop_torn_line(path)
+            _drop_torn_line(path)
             with path.open(newline="") as stream:
-                reader = csv.DictReader(stream)
-                found = tuple(reader.fieldnames or ())
-                rows = list(reader)
+                found = tuple(next(csv.reader(stream), ()))
             if found and found != self.columns:
                 raise ValueError(
                     f"--output {path} has the columns {','.join(found)}; "
                     f"allowed: {','.join(self.columns)}, or a new file"
                 )
-        self._known = {self._cell(row) for row in rows}
+        self._known = {self._cell(row) for row in read(path)}
 
     def _cell(self, row: dict) -> tuple[str, ...]:
         return tuple(str(row[name]) for name in ("name", *self.key))
@@ -47,22 +61,51 @@ class Table:
         return all(self._cell({**self.common, **cell, "name": name}) in self._known for name in names)
 
     def add(self, rows: list[dict]) -> None:
-        """Appends the rows of one cell, so that a kill leaves whole cells."""
+        """Appends rows at once, so that a kill leaves all of them or none."""
         whole = [{**dict.fromkeys(self.columns, ""), **self.common, **row} for row in rows]
         new = not self.path.exists() or not self.path.stat().st_size
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", newline="") as stream:
-            writer = csv.DictWriter(stream, self.columns)
-            if new:
-                writer.writeheader()
-            writer.writerows(whole)
+        self._write(self.path, "a", whole, header=new)
         self._known |= {self._cell(row) for row in whole}
         for row in rows if self.shown else ():
             print("  ".join(f"{name}={row[name]}" for name in row if name in self.shown), flush=True)
 
+    def forget(self, which: Callable[[dict[str, str]], bool]) -> None:
+        """Takes away rows, so that they are measured again."""
+        rows = read(self.path)
+        kept = [row for row in rows if not which(row)]
+        if len(kept) < len(rows):
+            new = self.path.with_name(f"{self.path.name}.new")
+            self._write(new, "w", kept, header=True)
+            os.replace(new, self.path)
+            self._known = {self._cell(row) for row in kept}
 
-def drop_torn_line(path: Path) -> None:
-    """Cuts a last line without an end, which a kill while writing leaves."""
+    def _write(self, path: Path, mode: str, rows: list[dict], *, header: bool) -> None:
+        quoted = [{name: _quoted(cell) for name, cell in row.items()} for row in rows]
+        with path.open(mode, newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, self.columns)
+            if header:
+                writer.writeheader()
+            writer.writerows(quoted)
+
+
+def _quoted(cell: Any) -> Any:
+    return f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) and not _is_number(cell) else cell
+
+
+def _unquoted(cell: Any) -> Any:
+    return cell[1:] if isinstance(cell, str) and cell.startswith("'") and _FORMULA.match(cell) else cell
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _drop_torn_line(path: Path) -> None:
     data = path.read_bytes()
     if data and not data.endswith(b"\n"):
         path.write_bytes(data[: data.rfind(b"\n") + 1])

@@ -116,6 +116,9 @@ class TrainingRecord:
 
 def main() -> None:
     """Trains as one of torchrun's processes; exits 2 for a wrong argument, 3 if there was no training."""
+    if "WORLD_SIZE" not in os.environ:
+        print(f"{__doc__}\ntorchrun starts it; train_distributed.sh --help explains")
+        sys.exit(0 if {"-h", "--help"} & set(sys.argv[1:]) else 2)
     _end_with_parent()
     from fairseq_cli.train import cli_main
 

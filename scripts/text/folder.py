@@ -1,19 +1,21 @@
 """Data folders that a script prepares: made aside, moved into place at once, never overwritten unasked."""
 
-import fcntl
+import argparse
 import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
 
+from runs import process
 from text.read import TextFile
 
-__all__ = ["RECORD", "fingerprint", "is_prepared", "publish", "work_folder"]
+__all__ = ["RECORD", "add_shared", "fingerprint", "is_prepared", "publish", "run_prepare", "work_folder"]
 
 RECORD = "prepare.json"
 
@@ -80,20 +82,13 @@ def work_folder(output: Path) -> Iterator[tuple[Path, int]]:
         ValueError: another run is at work.
     """
     work = output.with_name(output.name + ".partial")
-    work.mkdir(parents=True, exist_ok=True)
-    lock = os.open(work, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise ValueError(f"--output {output}: another run is preparing it at this moment") from None
-    try:
-        for path in work.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        yield work, lock
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        os.close(lock)
+    with process.locked(work) as lock:
+        try:
+            for path in work.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            yield work, lock
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def publish(work: Path, output: Path, record: dict) -> None:
@@ -110,3 +105,37 @@ def publish(work: Path, output: Path, record: dict) -> None:
     if output.exists():
         os.replace(output, work / "replaced")
     os.replace(work / "data", output)
+
+
+def add_shared(parser: argparse.ArgumentParser) -> None:
+    """The options that all commands for preparing data have."""
+    add, cores = parser.add_argument, min(os.cpu_count() or 1, 8)
+    add("--output", type=Path, required=True, metavar="DIR", help="folder for the data")
+    add("--workers", type=int, default=cores, metavar="N", help=f"processes ({cores}); changes no result")
+    add("--overwrite", action="store_true", help="replace other data of this script in DIR")
+
+
+def run_prepare(
+    parser: argparse.ArgumentParser,
+    prepare: Callable[[argparse.Namespace], bool],
+    arguments: list[str] | None,
+) -> dict:
+    """Runs a command for preparing data; a mistake of the user ends it with one line and status 2.
+
+    Args:
+        parser: Of the command line.
+        prepare: Returns False if the data are there already.
+        arguments: The command line.
+
+    Returns:
+        The record of the data.
+    """
+    options = parser.parse_args(arguments)
+    try:
+        new = prepare(options)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{Path(sys.argv[0]).name}: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "\ninterrupted; nothing was changed\n")
+    print(f"{'prepared' if new else 'already prepared'}: {options.output}")
+    return json.loads((options.output / RECORD).read_text())

@@ -3,7 +3,6 @@
 import io
 import re
 import signal
-import subprocess
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
@@ -13,6 +12,8 @@ from pathlib import Path
 
 import sentencepiece
 from tqdm import tqdm
+
+from runs import process
 
 __all__ = ["MODEL", "encode", "learn_pieces", "number_pieces", "sample_lines"]
 
@@ -132,32 +133,18 @@ def number_pieces(words: list, work: Path, tokens: dict[str, int], vocab_size: i
     command = [sys.executable, "-m", "fairseq_cli.preprocess", "--destdir", work / "data", *words]
     width = 2 if vocab_size < 65500 else 4  # fairseq's choice of integer
     expected = {name: count * width for name, count in tokens.items()}
-    with (work / "log").open("w+") as log:
+    total, log = sum(expected.values()), work / "log"
+    with tqdm(total=total, desc="writing the data", unit="B", unit_scale=True, disable=None) as bar:
+
+        def follow() -> None:
+            sizes = (path.stat().st_size for path in (work / "data").glob("*.bin") if path.exists())
+            bar.update(max(0, min(sum(sizes), total) - bar.n))
+
         # the child keeps the lock: killed alone, this process must not make room for a second one too early
-        child = subprocess.Popen(
-            list(map(str, command)), stdout=log, stderr=subprocess.STDOUT, pass_fds=[lock]
-        )
-        _watch(child, work / "data", sum(expected.values()))
-        if child.returncode:
-            log.seek(0)
-            raise RuntimeError(f"fairseq-preprocess failed:\n{log.read()}")
+        ended = process.run(command, log, follow=follow, keep_open=[lock])
+    if ended.status:
+        raise RuntimeError(f"fairseq-preprocess failed:\n{log.read_text(errors='replace')}")
     (work / "data" / "preprocess.log").unlink()  # holds dates and the name of the work folder
     written = {name: (work / "data" / f"{name}.bin").stat().st_size for name in tokens}
     if written != expected:
         raise RuntimeError(f"fairseq-preprocess wrote {written} bytes instead of {expected}")
-
-
-def _watch(child: subprocess.Popen, folder: Path, total: int) -> None:
-    """Waits for the child; the bar shows how much of the data it has written."""
-    with tqdm(total=total, desc="writing the data", unit="B", unit_scale=True, disable=None) as bar:
-        while True:
-            sizes = (path.stat().st_size for path in folder.glob("*.bin") if path.exists())
-            bar.update(max(0, min(sum(sizes), total) - bar.n))
-            try:
-                child.wait(timeout=0.5)
-                return
-            except subprocess.TimeoutExpired:
-                pass
-            except BaseException:
-                child.kill()
-                raise

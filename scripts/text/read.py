@@ -7,6 +7,7 @@ so a member's name in an archive can do no harm.
 import gzip
 import io
 import lzma
+import os
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -58,7 +59,7 @@ def find_text_files(paths: Iterable[Path], option: str) -> list[TextFile]:
         option: The option that they came from, for the error message.
 
     Raises:
-        ValueError: a path does not exist, or there is no file at all.
+        ValueError: a path does not exist, a file's name is not UTF-8, or there is no file at all.
     """
     files = []
     for path in paths:
@@ -72,6 +73,11 @@ def find_text_files(paths: Iterable[Path], option: str) -> list[TextFile]:
             raise ValueError(f"{option} {path}: no such file or folder")
     if not files:
         raise ValueError(f"{option} {' '.join(map(str, paths))}: there is no file in it")
+    for file in files:
+        if any("\udc80" <= character <= "\udcff" for character in str(file.path)):
+            raise ValueError(
+                f"{option} {os.fsencode(file.path)!r}: the name is not UTF-8; give it another one"
+            )
     return files
 
 

@@ -103,10 +103,8 @@ def no_pause(monkeypatch):
 def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_cut(tmp_path, room):
     path = tmp_path / "checkpoint_last.pt"
     checkpoint_utils.torch_persistent_save({"old": torch.ones(3)}, str(path))
-    with (
-        LittleRoom(room),
-        pytest.raises(OSError, match=r"checkpoint_last\.pt cannot be written: .*too large"),
-    ):
+    told = r"checkpoint_last\.pt cannot be written: .*too large"
+    with LittleRoom(room), pytest.raises(OSError, match=told):
         checkpoint_utils.torch_persistent_save({"new": torch.ones(10**6)}, str(path))
     assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint_last.pt"]
     assert torch.load(path)["old"].sum() == 3

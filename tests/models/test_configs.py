@@ -85,11 +85,27 @@ def test_a_yaml_builds_what_the_architecture_builds(name, data):
     assert shapes(yaml) == shapes(arch)
 
 
+def parts(name: str) -> list:
+    """What a yaml is composed of: the recipe, and how the preset differs if it does."""
+    first, *listed = OmegaConf.load(tools.CONFIGS / f"{name}.yaml").defaults
+    assert first == "_self_"
+    return [OmegaConf.load(tools.CONFIGS / f"{part}.yaml") for part in listed]
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_yaml_writes_out_every_option_of_the_model(name):
-    written = OmegaConf.load(tools.CONFIGS / f"{name}.yaml")
+    written = OmegaConf.merge(*parts(name))
     assert set(written.model) == fields(name) | {"_name"}
     assert written.model["_name"] == ARCHITECTURES[name], "hydra ignores architecture names"
+    assert written.task["_name"] == MODELS[ARCHITECTURES[name]][2]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_preset_says_only_what_differs_from_its_recipe(name):
+    recipe, *changes = parts(name)
+    for section, differing in OmegaConf.merge(*changes).items() if changes else ():
+        for option, value in differing.items():
+            assert recipe[section][option] != value, f"{section}.{option}"
 
 
 def test_hydra_train_runs_the_yaml_with_data_and_user_dir_alone(data_bin, tmp_path):
@@ -115,8 +131,9 @@ def test_hydra_train_runs_the_yaml_with_data_and_user_dir_alone(data_bin, tmp_pa
 def test_the_script_writes_exactly_the_committed_files(tmp_path, monkeypatch):
     script = tools.load_script("write_configs")
     monkeypatch.setattr(script, "CONFIGS", tmp_path)
-    script.main()
+    script.main([])
     written, committed = (
-        {path.name: path.read_bytes() for path in folder.iterdir()} for folder in (tmp_path, tools.CONFIGS)
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.yaml")}
+        for folder in (tmp_path, tools.CONFIGS)
     )
     assert written == committed

@@ -7,7 +7,7 @@ import torch
 from fairseq.data import Dictionary
 from fairseq.models import ARCH_MODEL_REGISTRY
 
-from fairseq_flash.models._systems import SIZES, SYSTEMS
+from fairseq_flash.models._presets import SIZES, SYSTEMS
 from fairseq_flash.models.flash_lm import PRESETS, FlashLanguageModel, FlashLanguageModelConfig
 from support import tools
 

@@ -174,7 +174,11 @@ def test_the_state_has_the_promised_size_at_any_position(attention):
         (dict(relative_bias="alibi"), "relative_bias='alibi' is unknown; allowed: toeplitz, rotary"),
         (dict(dropout=1.0), "dropout=1.0 is not allowed; allowed: 0 to below 1"),
         (dict(attention="quadratic"), "n_ref=None is not allowed"),
-        (dict(backend="triton"), "backend='triton' cannot run"),
+        (
+            dict(attention="quadratic", n_ref=4, backend="recomputed"),
+            "backend='recomputed' is unknown; allowed: auto, reference",
+        ),
+        (dict(backend="cuda"), "backend='cuda' is unknown; allowed: auto, .*reference"),
     ],
 )
 def test_a_bad_argument_is_refused_by_name(options, message):
@@ -202,6 +206,11 @@ def test_a_row_beyond_the_table_is_refused_but_padding_beyond_it_is_not():
     assert torch.isfinite(out).all()
 
 
+def quadratic(n_ref, **options):
+    sizes = dict(attention="quadratic", attention_dim=6, relative_bias="toeplitz")
+    return GatedAttentionUnit(D, n_ref=n_ref, **sizes, **options)
+
+
 def test_weights_trained_at_another_reference_length_are_refused():
     layer, other = build("quadratic"), GatedAttentionUnit(D, attention="quadratic", attention_dim=6, n_ref=99)
     with pytest.raises(ValueError, match="n_ref=99 differs from the checkpoint's; allowed: 13"):
@@ -211,3 +220,51 @@ def test_weights_trained_at_another_reference_length_are_refused():
 def test_a_bidirectional_layer_has_no_state():
     with pytest.raises(ValueError, match="bidirectional layer has no state"):
         build("mixed_chunk", causal=False).empty_state(torch.zeros(1, 1))
+
+
+def test_weights_bring_their_reference_length_and_table_where_the_user_gave_none():
+    trained, fresh, x = quadratic(N_REF), quadratic(99, adopt_n_ref=True), torch.randn(2, N_REF, D)
+    fresh.load_state_dict(trained.state_dict())
+    assert fresh.n_ref == fresh.bias.limit == N_REF
+    assert torch.equal(fresh(x)[0], trained(x)[0])
+
+
+def test_a_reference_length_that_older_weights_hold_as_an_integer_is_read():
+    layer = quadratic(99, adopt_n_ref=True)
+    layer.load_state_dict(quadratic(N_REF).state_dict() | {"n_ref": torch.tensor(N_REF)})
+    assert layer.n_ref == N_REF
+    with pytest.raises(ValueError, match="n_ref=99 differs from the checkpoint's; allowed: 13"):
+        quadratic(99).load_state_dict({"n_ref": torch.tensor(N_REF)}, strict=False)
+
+
+def test_weights_without_a_reference_length_are_incomplete():
+    weights = quadratic(N_REF).state_dict()
+    del weights["n_ref"]
+    with pytest.raises(RuntimeError, match="n_ref"):
+        quadratic(N_REF).load_state_dict(weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_cast_leaves_the_reference_length_alone(dtype):
+    layer = quadratic(2049).to(dtype)
+    assert layer.n_ref == int(layer.state_dict()["n_ref"]) == 2049
+
+
+@pytest.mark.parametrize("in_float32", [True, False])
+def test_a_moving_average_of_all_weights_keeps_the_reference_length(in_float32):
+    """As fairseq averages under --store-ema, in place and with factors that float32 cannot hold."""
+    layer, decay = quadratic(8191), 0.9999
+    average = {name: x.float() if in_float32 else x.clone() for name, x in layer.state_dict().items()}
+    for _ in range(3000):
+        for name, x in layer.state_dict().items():
+            if name == "n_ref":
+                average[name].mul_(decay).add_(x.to(average[name].dtype), alpha=1 - decay)
+    other = quadratic(8191)
+    other.load_state_dict(average)
+    assert other.n_ref == 8191
+
+
+def test_a_size_that_is_no_integer_is_refused_by_name():
+    for name in ("embed_dim", "attention_dim", "chunk_size", "expansion_factor"):
+        with pytest.raises(ValueError, match=f"{name}=8.0 is not allowed; allowed: 1 or more, an integer"):
+            GatedAttentionUnit(**{"embed_dim": D, name: 8.0})

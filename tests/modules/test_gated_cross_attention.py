@@ -86,7 +86,7 @@ def test_gammas_start_at_one_so_that_scores_are_not_dead():
         (dict(norm="batchnorm"), "norm='batchnorm' is unknown; allowed: layernorm"),
         (dict(init="zeros"), "init='zeros' is unknown; allowed: fan_in, paper"),
         (dict(dropout=1.0), "dropout=1.0 is not allowed; allowed: 0 to below 1"),
-        (dict(backend="triton"), "backend='triton' cannot run"),
+        (dict(backend="cuda"), "backend='cuda' is unknown; allowed: auto, .*reference"),
     ],
 )
 def test_a_bad_argument_is_refused_by_name(options, message):

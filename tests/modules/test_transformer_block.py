@@ -243,7 +243,7 @@ def test_the_feed_forward_network_has_as_many_parameters_with_a_gate_as_without(
         (dict(init="zero"), "init='zero' is unknown; allowed: fan_in, paper"),
         (dict(dropout=1.0), "dropout=1.0 is not allowed; allowed: 0 to below 1"),
         (dict(attention_dropout=-0.1), "attention_dropout=-0.1 is not allowed; allowed: 0 to below 1"),
-        (dict(backend="triton"), "backend='triton' cannot run"),
+        (dict(backend="cuda"), "backend='cuda' is unknown; allowed: auto, .*reference"),
     ],
 )
 def test_a_bad_argument_is_refused_by_name(options, message):

@@ -14,7 +14,18 @@ TOLERANCE = 256 * torch.finfo(torch.float64).eps  # measured: 20 eps
 S, E = 4, 6
 BRANCHES = {"both": (True, True), "local": (True, False), "global": (False, True)}
 LENGTHS = [1, 3, 4, 5, 7, 8, 13]  # below, at and beyond a chunk of 4, multiples and not
-BACKENDS = ["auto", "reference"]
+
+
+def inputs_of(tensors, bias=None, lengths=None):
+    """``tensors`` are q_quad, k_quad, q_lin, k_lin, v."""
+    q_quad, k_quad, q_lin, k_lin, v = tensors
+    quad = None if q_quad is None else ops.Pair(q_quad, k_quad)
+    lin = None if q_lin is None else ops.Pair(q_lin, k_lin)
+    return ops.Inputs(quad, lin, v, bias, lengths)
+
+
+def lengths_of(mask):
+    return (~mask).sum(1)
 
 
 def draw(b, n, c, branch):
@@ -46,32 +57,24 @@ def error(ours, expected, mask):
 
 
 def empty_state(tensors, c):
-    return ops.ChunkState.empty(
-        tensors[4], c, S, E, quadratic=tensors[0] is not None, linear=tensors[2] is not None
-    )
+    present = (("quad", tensors[0]), ("lin", tensors[2]))
+    branches = tuple(name for name, x in present if x is not None)
+    return ops.ChunkState.empty(tensors[4], c, S, E, branches)
 
 
 def square(table, c):
     return None if table is None else ops.toeplitz_bias(table, c)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("n", LENGTHS)
 @pytest.mark.parametrize("branch", BRANCHES)
 @pytest.mark.parametrize(("causal", "linear_norm"), list(itertools.product([True, False], ["chunk", "mean"])))
-def test_a_padded_batch_is_the_oracle_of_each_row(backend, n, branch, causal, linear_norm):
+def test_a_padded_batch_is_the_oracle_of_each_row(n, branch, causal, linear_norm):
     c = 4
     *tensors, table = draw(3, n, c, branch)
     mask = torch.arange(n) >= torch.tensor([n, max(1, n - 2), 0]).unsqueeze(1)
-    ours, state = ops.mixed_chunk_attention(
-        *tensors,
-        square(table, c),
-        causal=causal,
-        chunk_size=c,
-        linear_norm=linear_norm,
-        padding_mask=mask,
-        backend=backend,
-    )
+    inputs = inputs_of(tensors, square(table, c), lengths_of(mask))
+    ours, state = ops.mixed_chunk_attention(inputs, ops.Options(c, causal, linear_norm))
     assert state is None
     assert torch.isfinite(ours).all()
     want = expected(tensors, table, mask, c, branch, causal=causal, linear_norm=linear_norm)
@@ -97,15 +100,9 @@ def test_pieces_of_any_size_with_any_padding_give_the_whole(branch, pieces, ragg
     outs = []
     for piece, end in zip(pieces, ends, strict=True):
         cut = slice(end - piece, end)
-        out, state = ops.mixed_chunk_attention(
-            *(None if x is None else x[:, cut] for x in tensors),
-            square(table, c),
-            causal=True,
-            chunk_size=c,
-            linear_norm=linear_norm,
-            padding_mask=mask[:, cut] if mask[:, cut].any() else None,
-            state=state,
-        )
+        lengths = lengths_of(mask[:, cut]) if mask[:, cut].any() else None
+        inputs = inputs_of([None if x is None else x[:, cut] for x in tensors], square(table, c), lengths)
+        out, state = ops.mixed_chunk_attention(inputs, ops.Options(c, True, linear_norm), state=state)
         outs.append(out)
     # The oracle sees the row without its padding.
     order = mask.long().argsort(dim=1, stable=True).unsqueeze(-1)
@@ -130,12 +127,8 @@ def test_token_by_token_gives_the_whole_at_constant_size(grad, branch, linear_no
     with torch.set_grad_enabled(grad):
         for t in range(n):
             bias = None if table is None else square(table, c)[t % c].expand(2, 1, c)
-            out, state = ops.mixed_chunk_step(
-                *(None if x is None else x[:, t : t + 1] for x in tensors),
-                bias,
-                linear_norm=linear_norm,
-                state=state,
-            )
+            inputs = inputs_of([None if x is None else x[:, t : t + 1] for x in tensors], bias)
+            out, state = ops.mixed_chunk_step(inputs, ops.Options(c, True, linear_norm), state)
             outs.append(out)
             assert [None if x is None else x.shape for x in state] == sizes
     mask = torch.zeros(2, n, dtype=torch.bool)
@@ -148,9 +141,8 @@ def test_stepping_under_autograd_leaves_the_state_that_came_in():
     *tensors, table = draw(1, 1, c, "both")
     state = ops.ChunkState.empty(tensors[4], c, S, E)
     before = [x.clone() for x in state]
-    ops.mixed_chunk_step(
-        *tensors, square(table, c)[:1].expand(1, 1, c), linear_norm="chunk", state=state
-    )
+    inputs = inputs_of(tensors, square(table, c)[:1].expand(1, 1, c))
+    ops.mixed_chunk_step(inputs, ops.Options(c, True, "chunk"), state)
     assert all(torch.equal(x, y) for x, y in zip(state, before, strict=True))
 
 
@@ -164,19 +156,9 @@ def test_gradients_pass_gradcheck(branch, causal, linear_norm):
 
     def function(*inputs):
         given = iter(inputs)
-        q_quad, k_quad, q_lin, k_lin, v, t = (None if x is None else next(given) for x in (*tensors, table))
-        out, _ = ops.mixed_chunk_attention(
-            q_quad,
-            k_quad,
-            q_lin,
-            k_lin,
-            v,
-            square(t, c),
-            causal=causal,
-            chunk_size=c,
-            linear_norm=linear_norm,
-            padding_mask=mask,
-        )
+        *given, t = (None if x is None else next(given) for x in (*tensors, table))
+        given = inputs_of(given, square(t, c), lengths_of(mask))
+        out, _ = ops.mixed_chunk_attention(given, ops.Options(c, causal, linear_norm))
         return out.masked_fill(mask.unsqueeze(-1), 0)
 
     assert torch.autograd.gradcheck(function, [x.requires_grad_() for x in present])
@@ -192,7 +174,7 @@ def test_changing_the_future_leaves_the_past_bit_equal(branch):
             if x is not None:
                 x[:, cut:] = 100 * torch.randn_like(x[:, cut:])
         outs = [
-            ops.mixed_chunk_attention(*ts, square(table, c), causal=True, chunk_size=c)[0][:, :cut]
+            ops.mixed_chunk_attention(inputs_of(ts, square(table, c)), ops.Options(c, True))[0][:, :cut]
             for ts in (tensors, changed)
         ]
         assert torch.equal(*outs)
@@ -202,9 +184,8 @@ def test_one_chunk_that_holds_the_row_is_the_quadratic_branch():
     n = 7
     *tensors, table = draw(2, n, n, "both")
     for causal in (True, False):
-        ours, _ = ops.mixed_chunk_attention(
-            *tensors[:2], None, None, tensors[4], square(table, n), causal=causal, chunk_size=n
-        )
+        inputs = inputs_of([*tensors[:2], None, None, tensors[4]], square(table, n))
+        ours, _ = ops.mixed_chunk_attention(inputs, ops.Options(n, causal))
         quadratic = ops.quadratic_attention(
             *(x.unsqueeze(1) for x in (*tensors[:2], tensors[4])),
             square(table, n),
@@ -222,10 +203,10 @@ def test_half_precision_stays_near_float64(dtype, magnitude):
     tensors = [magnitude * x if i < 4 else x / magnitude**2 for i, x in enumerate(tensors)]
     halves = [x.to(dtype) for x in tensors]
     assert magnitude == 1 or (tensors[0] @ tensors[1].mT).abs().max() / c > 256
-    ours, _ = ops.mixed_chunk_attention(*halves, square(table, c).to(dtype), causal=True, chunk_size=c)
-    exact, _ = ops.mixed_chunk_attention(
-        *(x.double() for x in halves), square(table, c).to(dtype).double(), causal=True, chunk_size=c
-    )
+    options, bias = ops.Options(c, True), square(table, c).to(dtype)
+    ours, _ = ops.mixed_chunk_attention(inputs_of(halves, bias), options)
+    doubles = inputs_of([x.double() for x in halves], bias.double())
+    exact, _ = ops.mixed_chunk_attention(doubles, options)
     assert ours.dtype == dtype
     relative = (ours.double() - exact).norm() / exact.norm()
     assert relative <= 4 * torch.finfo(dtype).eps  # measured: 0.3 eps float16, 1.3 eps bfloat16
@@ -240,23 +221,25 @@ def test_the_state_is_float32_for_half_precision_and_wider_for_wider():
 def test_autocast_does_not_narrow_the_products():
     c, n = 4, 9
     *tensors, table = (None if x is None else x.float() for x in draw(1, n, c, "both"))
-    plain, _ = ops.mixed_chunk_attention(*tensors, square(table, c), causal=True, chunk_size=c)
+    inputs, options = inputs_of(tensors, square(table, c)), ops.Options(c, True)
+    plain, _ = ops.mixed_chunk_attention(inputs, options)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast, _ = ops.mixed_chunk_attention(*tensors, square(table, c), causal=True, chunk_size=c)
+        cast, _ = ops.mixed_chunk_attention(inputs, options)
     assert torch.equal(plain, cast)
 
 
 def test_bad_arguments_are_refused_by_name():
     *tensors, table = draw(1, 3, 2, "both")
     state = ops.ChunkState.empty(tensors[4], 2, S, E)
-    options = dict(causal=True, chunk_size=2)
+    inputs = inputs_of(tensors, square(table, 2))
     with pytest.raises(ValueError, match="state is given with causal=False"):
-        ops.mixed_chunk_attention(*tensors, square(table, 2), causal=False, chunk_size=2, state=state)
+        ops.mixed_chunk_attention(inputs, ops.Options(2, False), state=state)
+    carry = ops.Carry(state.kv_sum, state.position)
+    with pytest.raises(ValueError, match="state and carry are both given"):
+        ops.mixed_chunk_attention(inputs, ops.Options(2, True), state=state, carry=carry)
     with pytest.raises(ValueError, match="one branch is needed"):
-        ops.mixed_chunk_attention(None, None, None, None, tensors[4], None, **options)
+        ops.mixed_chunk_attention(ops.Inputs(None, None, tensors[4]), ops.Options(2, True))
+    with pytest.raises(ValueError, match="softmax=True with causal=False"):
+        ops.mixed_chunk_attention(inputs, ops.Options(2, False, softmax=True))
     with pytest.raises(ValueError, match="linear_norm='none' is unknown; allowed: chunk, mean"):
-        ops.mixed_chunk_attention(*tensors, square(table, 2), linear_norm="none", **options)
-    with pytest.raises(ValueError, match="backend='triton' cannot run: this version has no Triton kernel"):
-        ops.mixed_chunk_attention(*tensors, square(table, 2), backend="triton", **options)
-    with pytest.raises(ValueError, match="backend='cuda' is unknown; allowed: auto, reference, triton"):
-        ops.mixed_chunk_attention(*tensors, square(table, 2), backend="cuda", **options)
+        ops.mixed_chunk_attention(inputs, ops.Options(2, True, "none"))

@@ -4,8 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fairseq_flash import ops
+from fairseq_flash.ops.positions import summed_angles
 from support import oracle
 
 TOLERANCE = 32 * torch.finfo(torch.float64).eps  # measured: 4 eps
@@ -74,3 +77,44 @@ def test_an_odd_dimension_is_refused_by_name():
         ops.rotary(torch.randn(3, 7), torch.arange(3))
     with pytest.raises(ValueError, match="embed_dim=7 is odd"):
         ops.scaled_sin(torch.arange(3), 7)
+
+
+def positions_up_to_a_million():
+    edges = torch.tensor([0, 1, 2047, 2048, 2049, 4_194_303, 4_194_304, 2**32, 2**33 - 1])
+    return torch.cat((edges, torch.randint(10**6, (4000,)), torch.arange(99_990, 100_010)))
+
+
+def test_angles_without_float64_are_exact_to_the_rounding_of_float32():
+    """What a GPU computes; a product of angles in float32 would be off by the position times epsilon."""
+    positions = positions_up_to_a_million()
+    for dim in (2, 6, 128):
+        exact = ops.rotary_angles(positions, dim, torch.float64)
+        for ours, expected in zip(summed_angles(positions, dim), exact, strict=True):
+            assert ours.dtype == torch.float32
+            error = (ours.double() - expected).abs().max()
+            assert error <= 4 * torch.finfo(torch.float32).eps  # measured: 1.6 eps
+
+
+def test_float64_has_angles_of_float64_and_a_cpu_the_nearest_of_float32():
+    positions = torch.randint(10**6, (100,))
+    cos, sin = ops.rotary_angles(positions, 6, torch.float64)
+    narrow = ops.rotary_angles(positions, 6, torch.float32)
+    assert cos.dtype == sin.dtype == torch.float64
+    assert all(torch.equal(a.float(), b) for a, b in zip((cos, sin), narrow, strict=True))
+
+
+def test_angles_beside_a_device_are_made_without_float64():
+    seen = []
+
+    class Dtypes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            seen.extend(x.dtype for x in tree_leaves(out) if isinstance(x, torch.Tensor))
+            return out
+
+    positions = torch.arange(5)
+    summed_angles(positions, 6)
+    with Dtypes():
+        summed_angles(positions, 6)
+    assert torch.float32 in seen
+    assert torch.float64 not in seen

@@ -46,10 +46,9 @@ def test_unequal_lengths_cannot_be_causal():
 
 
 def test_padding_enters_the_cache_without_weight():
-    state = ops.QuadraticState.empty(torch.zeros(2, 1), 4, 6)
+    state = ops.KeyValueCache.empty(torch.zeros(2, 1), 4, 6)
     k, v = torch.randn(2, 3, 4), torch.randn(2, 3, 6)
-    mask = torch.tensor([[False, False, False], [False, True, True]])
-    state = state.extend(k, v, torch.arange(3).expand(2, 3), mask)
+    state = state.after(k, v, torch.arange(3).expand(2, 3), torch.tensor([3, 1]))
     assert state.position.tolist() == [3, 1]
     assert (state.v[1, 1:] == 0).all()
     assert torch.equal(state.v[0], v[0])

@@ -131,9 +131,9 @@ def test_a_start_is_what_the_option_says_and_the_default_is_not(build, words, we
 @pytest.mark.parametrize("kind", ["toeplitz", "rotary"])
 def test_both_biases_start_as_the_same_hill(build, kind):
     bias = build("--relative-bias", kind, "--bias-height", "0.5", "--attention-dim", "128").blocks[0].bias
-    expected = build("--bias-height", "0.5", "--attention-dim", "128").blocks[0].bias.square(40)
-    assert bias.square(40)[0, 0].item() == pytest.approx(0.5, rel=1e-5)
-    assert torch.allclose(bias.square(40), expected, atol=1e-6)
+    expected = build("--bias-height", "0.5", "--attention-dim", "128").blocks[0].bias.matrix(40)
+    assert bias.matrix(40)[0, 0].item() == pytest.approx(0.5, rel=1e-5)
+    assert torch.allclose(bias.matrix(40), expected, atol=1e-6)
 
 
 def test_scores_and_positions_change_where_the_options_say(build):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import compare_lm
-from runs import plan, schedule
+from runs import lm_comparison, process, schedule
 from support import tools
 
 #: Stands for fairseq's tools: the loss depends on the rate alone, and lies lowest at 2e-3.
@@ -69,8 +69,8 @@ def compare(data, tmp_path, monkeypatch):
         return [sys.executable, str(fake), tool, *map(str, words)]
 
     monkeypatch.setattr(schedule, "fairseq_command", command)
-    monkeypatch.setattr(plan, "fairseq_command", command)
-    monkeypatch.setattr(compare_lm.signal, "signal", lambda *args: None)
+    monkeypatch.setattr(lm_comparison, "fairseq_command", command)
+    monkeypatch.setattr(process.signal, "signal", lambda *args: None)
 
     def run(*words, extra=()):
         compare_lm.main(arguments(data, tmp_path, *words, extra=extra))
@@ -161,6 +161,25 @@ def test_a_system_whose_rates_all_failed_is_a_row_too(compare):
     assert [row["status"][:5] for row in rows if row["stage"] == "final"] == ["error", "ok"]
 
 
+def test_a_training_that_had_ended_is_only_measured(compare, monkeypatch, capsys):
+    words = ("--systems", "flash_lm", "--lr", "flash_lm=2e-3")
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lm_comparison, "evaluated", killed)
+        with pytest.raises(SystemExit):
+            compare(*words)
+    assert len(compare.calls()) == 1
+    (row,) = compare(*words)
+    assert (row["status"], row["updates"]) == ("ok", "10")
+    assert int(row["peak_memory"]) > 0
+    assert len(compare.calls()) == 1, "trained again, by an update too many"
+    assert compare(*words) == [row]
+    assert "1 of 1 runs are done already" in capsys.readouterr().out
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="children die with their parent on Linux alone")
 @pytest.mark.parametrize("victim", ["training", "comparison", "interrupt"])
 def test_a_kill_loses_nothing_and_leaves_nothing(compare, data, tmp_path, victim):
@@ -169,9 +188,9 @@ def test_a_kill_loses_nothing_and_leaves_nothing(compare, data, tmp_path, victim
     command += ["--lr", "flash_lm=2e-3,transformer_lm=2e-3"]
     code = f"""
 import sys; sys.path[:0] = [{str(tools.REPOSITORY / "scripts")!r}, {str(tools.REPOSITORY)!r}]
-import compare_lm; from runs import plan, schedule
+import compare_lm; from runs import lm_comparison, process, schedule
 fake = lambda tool, *words: [sys.executable, {str(tmp_path / "fake.py")!r}, tool, *map(str, words)]
-schedule.fairseq_command = plan.fairseq_command = fake
+schedule.fairseq_command = lm_comparison.fairseq_command = fake
 compare_lm.main({command!r})
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL) as process:

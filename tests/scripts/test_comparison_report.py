@@ -78,7 +78,7 @@ def test_the_table_tells_who_is_better_than_the_baseline(comparison, tmp_path):
 def test_failures_rates_and_commands_are_there(comparison, tmp_path):
     comparison_report.write(tmp_path / "report.md", comparison)
     text = (tmp_path / "report.md").read_text()
-    assert lines_of(text, "Runs that failed")["flash_lm"][2] == "error: status 1: out \\| of <memory> |"
+    assert lines_of(text, "Runs that failed")["flash_lm"][2] == "error: status 1: out \\| of &lt;memory&gt; |"
     assert lines_of(text, "Learning rates that were tried")["flash_lm"] == [
         *("4.9", "**4.8**", "at the edge of what was tried |")
     ]
@@ -112,3 +112,26 @@ def test_a_comparison_without_a_finished_run_is_a_report_all_the_same(tmp_path):
 def test_another_kind_of_report_is_refused(comparison, tmp_path):
     with pytest.raises(ValueError, match=r"allowed: a name that ends in \.html or \.md"):
         comparison_report.write(tmp_path / "report.pdf", comparison)
+
+
+def test_the_part_of_the_split_that_was_evaluated_is_said(comparison, tmp_path):
+    rows = [{**each, "valid_tokens": "2500"} for each in comparison.rows]
+    settings = {"evaluated": "one block in 4 of the split valid"}
+    told = comparison._replace(rows=rows, settings=settings, valid_tokens=10_000)
+    comparison_report.write(tmp_path / "report.md", told)
+    text = (tmp_path / "report.md").read_text()
+    assert "| evaluated | one block in 4 of the split valid |" in text
+    assert lines_of(text, "512 tokens a row")["flash_lm"][7] == "2,500 (25 %)"
+
+
+def test_nothing_quoted_is_markup(comparison, tmp_path):
+    settings = {"data": "<script>alert(1)</script> [x](javascript:alert)", "options": "a | b `c`"}
+    failed = [row("flash_lm", 512, 3, "", status="error: <img src=x onerror=alert(1)>")]
+    told = comparison._replace(settings=settings, rows=comparison.rows + failed)
+    for name in ("report.md", "report.html"):
+        comparison_report.write(tmp_path / name, told)
+        text = (tmp_path / name).read_text()
+        assert "<script>" not in text
+        assert "<img src=x" not in text
+        assert "[x](javascript:" not in text.partition("<body>")[0], "a link in Markdown"
+        assert 'href="javascript:' not in text, "a link in HTML"

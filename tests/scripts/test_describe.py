@@ -54,7 +54,8 @@ def by_hand(arch, n, b, skip_future):
         return layers * (4 * d * d + ffn + inside) + d * words
     e, s, layers = 2 * d, 128, 12
     # A rotary bias is a product, which rows share, and chunks of a row too.
-    local, across = c * (s + e) + c * c * s / (b * n), s * e * (2 - c / n)
+    # Blocks of half a chunk leave out a quarter, above the diagonal. No sum for the first chunk, none of the last.
+    local, across = 0.75 * c * (s + e) + c * c * s / (b * n), s * e * (2 - 2 * c / n)
     bias = causal * s / b
     attention = {
         "flash_lm": local + across,
@@ -170,6 +171,21 @@ def test_attention_that_never_wins_has_no_crossover(describe, sketch):
     assert any("rows of this model end at its table" in line for line in describe.crossovers(table))
 
 
+def test_the_crossover_says_its_unit_and_the_measured_one_stands_beside_it(describe, tmp_path, monkeypatch):
+    rows = ["name,size,device,dtype,threads,n,median_ms,status"]
+    for n, ours, theirs in ((512, 3, 2), (1024, 3, 4), (2048, 3.5, 3), (4096, 4, 6), (8192, 4, 9)):
+        rows += [
+            f"flash_lm,tiny,cpu,float32,2,{n},{ours},ok",
+            f"transformer_lm,tiny,cpu,float32,2,{n},{theirs},ok",
+        ]
+    rows += ["flash_lm,tiny,cpu,float32,2,16384,,out of memory", "flash_lm,base,cpu,float32,2,512,1,ok"]
+    monkeypatch.setattr(describe, "MEASURED", tmp_path / "training.csv")
+    (tmp_path / "training.csv").write_text("\n".join(rows) + "\n")
+    found = list(describe.measured_crossovers("flash_lm_tiny", "transformer_lm"))
+    assert found == ["from 4096 tokens on, in the time of a training step on cpu, float32, 2 threads"]
+    assert "not measured" in next(describe.measured_crossovers("flash_lm_gpt", "transformer_lm"))
+
+
 @pytest.mark.parametrize("arch", ["flash_lm_tiny", "flash_lm", "mc_transformer_pp_lm_gpt"])
 def test_the_transformers_compared_with_have_as_many_parameters(describe, sketch, arch):
     ours = sketch("--arch", arch)
@@ -193,6 +209,7 @@ def test_it_prints_every_number_it_promises(describe, capsys, monkeypatch):
         "against transformer_lm of ",
         "both skipping the future",
         "both as computed",
+        "crossover           in multiply-adds, against",
     ):
         assert line in printed
     describe.main([*small("transformer_pp_lm"), "--layers", "1", "--tokens-per-sample", "64"])

@@ -147,6 +147,13 @@ def test_help_says_how_to_call_it():
     assert result.stdout.startswith("Usage:")
 
 
+@pytest.mark.parametrize(("words", "status"), [(["--help"], 0), ([], 2)])
+def test_the_worker_says_what_it_is_where_torchrun_did_not_start_it(words, status):
+    result = run(["python", DISTRIBUTED.with_name("runs") / "worker.py", *words])
+    assert result.returncode == status
+    assert "One process of scripts/train_distributed.sh" in result.stdout
+
+
 @pytest.fixture
 def train_worker(monkeypatch):
     monkeypatch.syspath_prepend(str(DISTRIBUTED.parent))

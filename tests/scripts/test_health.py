@@ -1,5 +1,7 @@
 """Proves that every architecture starts with every branch and every parameter in the band of the contract."""
 
+import re
+
 import pytest
 import torch
 
@@ -67,4 +69,5 @@ def test_the_command_prints_every_ratio_and_warns_outside_the_band(health, monke
         printed, summary = capsys.readouterr()
         assert ("WARNING: outside 0.01 to 1" in printed) == warns
         assert {line.split()[0] for line in printed.splitlines()} == set(health.BANDS)
+        assert all(re.search(r" (in|outside) [\d.e+-]+ to [\d.e+-]+$", line) for line in printed.splitlines())
         assert f" of {len(printed.splitlines())} in the band" in summary

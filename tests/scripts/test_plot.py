@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 import plot
+from report import figures
 from report import style as plot_style
 from support import tools
 
@@ -78,8 +79,10 @@ def drawn_lines(figure, label):
     return [line for axis in figure.axes for line in axis.get_lines() if line.get_label() == label]
 
 
-def test_every_figure_becomes_a_png_and_an_svg(results):
+def test_every_figure_becomes_a_png_and_where_asked_an_svg(results):
     plot.main(["--results", str(results)])
+    assert not list(results.rglob("*.svg"))
+    plot.main(["--results", str(results), "--svg"])
     written = {path.name: path.stat().st_size for path in results.glob("figures/*.[ps][nv]g")}
     stems = [
         "generation",
@@ -98,7 +101,7 @@ def test_every_figure_becomes_a_png_and_an_svg(results):
 def test_a_system_looks_the_same_in_every_figure(results):
     looks = set()
     for name in ("generation", "training", "tokens", "seconds"):
-        figure = plot.draw(name, results / plot.FIGURES[name].csv)
+        figure = figures.draw(name, results / figures.FIGURES[name].csv)
         looks |= {line.get_color() for line in drawn_lines(figure, "transformer_lm")}
         plt.close(figure)
     assert looks == {plot_style.style("transformer_lm", SYSTEMS)["color"]}
@@ -108,22 +111,22 @@ def test_a_system_looks_the_same_in_every_figure(results):
 
 
 def test_lines_are_means_over_seeds(results):
-    figure = plot.draw("quality", results / "comparison.csv")
+    figure = figures.draw("quality", results / "comparison.csv")
     (line,) = [line for line in figure.axes[0].get_lines() if line.get_color() == "#0072B2"][:1]
     assert line.get_ydata() == pytest.approx([4.615, 4.61])
-    figure = plot.draw("tokens", results / "comparison_curves.csv")
+    figure = figures.draw("tokens", results / "comparison_curves.csv")
     assert drawn_lines(figure, "flash_lm")[0].get_xdata().tolist() == [10.0 * k for k in range(10, 101, 10)]
 
 
 def test_bars_are_differences_from_flash_lm(results):
-    figure = plot.draw("ablation", results / "comparison.csv")
+    figure = figures.draw("ablation", results / "comparison.csv")
     bars = {bar.get_facecolor(): bar.get_width() for bar in figure.axes[0].patches}
     assert len(bars) == len(SYSTEMS), "two systems share a colour"
     assert sorted(bars.values()) == pytest.approx([0.0, 0.1, 0.2])
 
 
 def test_factors_are_differences_from_what_is_unchanged(results):
-    (axis,) = plot.draw("factors", results / "ablation.csv").axes
+    (axis,) = figures.draw("factors", results / "ablation.csv").axes
     bars = dict(zip((label.get_text() for label in axis.get_yticklabels()), axis.patches, strict=True))
     widths = {label: bar.get_width() for label, bar in bars.items()}
     assert widths == pytest.approx({"gamma: 0.3": -0.1, "gamma: 0.1": 0.1, "unchanged": 0.0})
@@ -134,15 +137,15 @@ def test_failed_runs_and_searches_for_a_rate_are_left_out(results):
     wrong = {**rows[0], "valid_loss": 99}
     rows += [{**wrong, "stage": "rate"}, {**wrong, "status": "error: x"}, {**wrong, "valid_loss": "nan"}]
     write(results / "more.csv", rows)
-    figures = [plot.draw("ablation", results / name) for name in ("comparison.csv", "more.csv")]
-    assert len({str([bar.get_width() for bar in figure.axes[0].patches]) for figure in figures}) == 1
+    drawn = [figures.draw("ablation", results / name) for name in ("comparison.csv", "more.csv")]
+    assert len({str([bar.get_width() for bar in figure.axes[0].patches]) for figure in drawn}) == 1
 
 
 def test_budgets_do_not_share_a_panel(results):
     rows = list(comparison())
     write(results / "two.csv", rows + [{**row, "budget": "9tokens", "valid_loss": 3} for row in rows])
-    assert len(plot.draw("quality", results / "two.csv").axes) == 2
-    assert len(plot.draw("ablation", results / "two.csv").axes) == 4
+    assert len(figures.draw("quality", results / "two.csv").axes) == 2
+    assert len(figures.draw("ablation", results / "two.csv").axes) == 4
 
 
 def test_one_figure_goes_beside_its_csv(results):
@@ -177,3 +180,21 @@ def test_plotting_needs_neither_torch_nor_fairseq(results):
     code += f"plot.main(['quality', '--results', {str(results)!r}]); "
     code += "sys.exit(any(name in sys.modules for name in ('torch', 'fairseq')))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_help_needs_nothing_that_is_not_installed_and_drawing_says_what_is_missing(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "report.figures", None)
+    with pytest.raises(SystemExit) as stopped:
+        plot.main(["--help"])
+    assert stopped.value.code == 0
+    with pytest.raises(SystemExit) as stopped:
+        plot.main(["quality"])
+    assert stopped.value.code == 2
+    assert 'pip install -e ".[plot]"' in capsys.readouterr().err
+
+
+def test_committed_figures_are_small(results):
+    sizes = {path.name: path.stat().st_size for path in (plot.RESULTS / "figures").iterdir()}
+    assert len(sizes) == 7
+    assert {name.rpartition(".")[2] for name in sizes} == {"png"}
+    assert max(sizes.values()) < 250_000, sizes

@@ -210,9 +210,7 @@ def test_folders_named_after_splits_are_the_splits(tmp_path):
         name = {"valid": "val"}.get(split, split)
         assert [line for line in lines if line.startswith("Part")] == [f"Part {name}."] * 2
         assert lines[151] == ""  # fairseq's mark between two documents
-    message = run(
-        "--text", tmp_path / "books", "--output", tmp_path / "x", "--valid-fraction", 0.1, expect=2
-    )
+    message = run("--text", tmp_path / "books", "--output", tmp_path / "x", "--valid-fraction", 0.1, expect=2)
     assert "--valid-fraction 0.1" in message
 
 
@@ -315,3 +313,13 @@ def test_a_killed_run_leaves_nothing_that_looks_finished(corpus, tmp_path):
 
 def _try(command):
     return subprocess.run(command, capture_output=True, text=True).stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_file_whose_name_is_not_utf8_is_named(tmp_path):
+    folder = tmp_path / "books"
+    folder.mkdir()
+    (folder / os.fsdecode(b"caf\xe9.txt")).write_text("a line\n")
+    assert "caf\\xe9.txt': the name is not UTF-8" in run(
+        "--text", folder, "--output", tmp_path / "x", expect=2
+    )

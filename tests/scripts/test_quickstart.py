@@ -1,6 +1,5 @@
 """Proves that one command trains, reuses and resumes, whatever ends it, in any folder and environment."""
 
-import importlib
 import os
 import re
 import shutil
@@ -16,9 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts"
 SMALL = "--tokens-per-sample 64 --max-tokens 256 --layers 2 --embed-dim 64 --max-valid-steps 1"
-# what stands in for pip, ruff and pytest: it only records how it was called
+# what stands in for pip, ruff, mypy and pytest: it only records how it was called
 FAKE_MODULE = "import os, sys; open(os.environ['CALLS'], 'a').write(repr(sys.argv[1:]) + '\\n')\n"
-
 
 
 @pytest.fixture
@@ -33,7 +31,7 @@ def copy(tmp_path):
 
 @pytest.fixture
 def environment(tmp_path):
-    """A virtual environment whose pip, ruff and pytest write their arguments to the file ``calls``."""
+    """A virtual environment whose pip, ruff, mypy and pytest write their arguments to the file ``calls``."""
     folder = tmp_path / "an env"
     venv.create(folder, symlinks=True)
     _add_fakes(folder)
@@ -42,7 +40,7 @@ def environment(tmp_path):
 
 def _add_fakes(folder):
     (packages,) = folder.glob("lib/python3*/site-packages")
-    for name in ("pip", "ruff", "pytest"):
+    for name in ("pip", "ruff", "mypy", "pytest"):
         (packages / name).mkdir()
         (packages / name / "__main__.py").write_text(FAKE_MODULE)
 
@@ -106,58 +104,18 @@ def test_the_test_script_selects_and_passes_on(copy, environment, tmp_path):
     calls, script = tmp_path / "calls", copy / "scripts" / "test.sh"
     shell(script, "-k", "two words", calls=calls, VIRTUAL_ENV=environment, CI="true")
     shell(script, "--all", calls=calls, VIRTUAL_ENV=environment)
-    pip, ruff, chosen, ruff_again, everything = calls.read_text().splitlines()
+    pip, *first, chosen, lint, form, types, everything = calls.read_text().splitlines()
     assert f"{copy}[test]" in pip
-    assert ruff == ruff_again == "['check']"
+    assert first == [lint, form, types] == ["['check']", "['format', '--check', '--quiet']", "[]"]
     assert re.fullmatch(r"\['-n', '\d+', '-m', 'not long', '-k', 'two words'\]", chosen)
     assert re.fullmatch(r"\['-n', '\d+'\]", everything)
 
 
-@pytest.mark.parametrize("broken", ["ruff", "pytest"])
+@pytest.mark.parametrize("broken", ["ruff", "mypy", "pytest"])
 def test_a_failure_is_the_test_scripts_status(copy, environment, tmp_path, broken):
     (packages,) = environment.glob("lib/python3*/site-packages")
     (packages / broken / "__main__.py").write_text("raise SystemExit(5)")
     shell(copy / "scripts" / "test.sh", calls=tmp_path / "calls", VIRTUAL_ENV=environment, expect=5)
-
-
-
-@pytest.fixture
-def checkpoints(monkeypatch):
-    """The script's module that mends."""
-    monkeypatch.syspath_prepend(SCRIPTS)
-    return importlib.import_module("runs.checkpoints")
-
-
-def test_a_cut_checkpoint_gives_way_to_the_newest_whole_one(checkpoints, tmp_path):
-    import torch
-
-    for update in (9, 20, 100):
-        torch.save({"update": update, "weights": torch.zeros(1000)}, tmp_path / f"checkpoint_1_{update}.pt")
-    whole = (tmp_path / "checkpoint_1_20.pt").read_bytes()
-    for name in ("last", "best"):
-        (tmp_path / f"checkpoint_{name}.pt").write_bytes(whole[: len(whole) // 2])
-    middle = len(whole) // 2
-    (tmp_path / "checkpoint_1_100.pt").write_bytes(whole[:middle] + b"\xff" + whole[middle + 1 :])
-    checkpoints.mend_checkpoints(tmp_path)
-    assert (tmp_path / "checkpoint_last.pt").read_bytes() == whole
-    assert (tmp_path / "checkpoint_best.pt").read_bytes() == whole
-
-
-def test_whole_checkpoints_stay_and_hopeless_ones_go(checkpoints, tmp_path):
-    import torch
-
-    torch.save({"update": 7}, tmp_path / "checkpoint_last.pt")
-    torch.save({"update": 5}, tmp_path / "checkpoint_1_5.pt")
-    before = (tmp_path / "checkpoint_last.pt").read_bytes()
-    checkpoints.mend_checkpoints(tmp_path)
-    assert (tmp_path / "checkpoint_last.pt").read_bytes() == before
-    assert not (tmp_path / "checkpoint_best.pt").exists()
-    for name in ("last", "1_5"):
-        (tmp_path / f"checkpoint_{name}.pt").write_bytes(b"PK")
-    checkpoints.mend_checkpoints(tmp_path)
-    assert not (tmp_path / "checkpoint_last.pt").exists()
-    checkpoints.mend_checkpoints(tmp_path / "missing")
-
 
 
 @pytest.fixture
@@ -229,8 +187,6 @@ def test_an_ended_run_resumes_where_it_was(tmp_path, text, number):
     process.send_signal(number)
     if number == signal.SIGKILL:
         process.wait()
-        last = log.parent / "checkpoints" / "checkpoint_last.pt"
-        os.truncate(last, last.stat().st_size // 2)
     else:
         assert "the same command goes on" in finish(process, expect=130)
     time.sleep(1)

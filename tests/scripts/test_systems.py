@@ -14,7 +14,7 @@ def health():
 @pytest.mark.parametrize("size", ["tiny", pytest.param("base", marks=pytest.mark.long)])
 def test_all_systems_have_the_parameters_of_the_baseline(health, size):
     counts = {}
-    for system in systems.language_models(size):
+    for system in systems.systems_of(size):
         model = health.build(systems.architecture(system, size), 8000)
         counts[system] = sum(parameter.numel() for parameter in model.parameters())
     assert {systems.BASELINE, "flash_lm", "flash_quad_lm", "transformer_pp_lm"} < set(counts)

@@ -9,7 +9,7 @@ import torch
 
 from bench import clock
 from runs import provenance
-from runs.table import Table
+from runs.table import Table, read
 
 COLUMNS = ("name", "n", "device", "median_ms")
 MIB = 1 << 20
@@ -152,3 +152,38 @@ def test_a_row_says_from_which_commit_and_device_it_is():
     assert found == "unknown" or resolved[0].stdout == resolved[1].stdout
     assert provenance.device_name("cpu") == "cpu"
     assert clock.clock("cpu") < clock.clock("cpu")
+
+
+def test_a_cell_is_no_formula_to_a_spreadsheet_and_reads_as_it_was_written(path):
+    cells = ["=1+2", "+cmd", "@x", "-x", "'=quoted", "'plain", "a=b", "-1.5", "--dropout 0.1"]
+    for cell in cells:
+        table(path).add([{"name": cell, "n": 1}])
+    stored = [row["name"] for row in rows_of(path)][2:]
+    assert [cell for cell in stored if cell[0] in "=+@" or (cell[0] == "-" and cell != "-1.5")] == []
+    assert [row["name"] for row in read(path)][2:] == cells
+    assert all(table(path).has([cell], n=1) for cell in cells)
+
+
+def test_rows_are_forgotten_and_the_others_stay(path):
+    known = table(path)
+    known.forget(lambda row: row["name"] == "a")
+    assert not known.has(["a"], n=256)
+    assert [row["name"] for row in rows_of(path)] == ["b"]
+
+
+def test_data_are_known_by_what_belongs_to_them(tmp_path):
+    folder = tmp_path / "data-bin"
+    (folder / "en-de").mkdir(parents=True)
+    (folder / "dict.txt").write_text("a 1\n")
+    (folder / "train.idx").write_bytes(b"1")
+    name = provenance.data_name(folder)
+    (folder / "en-de" / "dict.en.txt").write_text("b 1\n")
+    (folder / "en-de" / "train.en-de.en.idx").write_bytes(b"2")
+    assert provenance.data_name(folder) == name
+    (folder / "train.idx").write_bytes(b"3")
+    assert provenance.data_name(folder) != name
+    (tmp_path / "classes" / "input0").mkdir(parents=True)
+    (tmp_path / "classes" / "input0" / "dict.txt").write_text("a 1\n")
+    name = provenance.data_name(tmp_path / "classes")
+    (tmp_path / "classes" / "input0" / "train.idx").write_bytes(b"1")
+    assert provenance.data_name(tmp_path / "classes") != name

@@ -5,7 +5,6 @@ import torch
 from fairseq_flash.modules import (
     GatedAttentionUnit,
     GatedCrossAttention,
-    RMSNorm,
     RotaryBias,
     ScaleNorm,
     Stack,
@@ -18,7 +17,7 @@ def norm(module: torch.nn.Module) -> tuple[str, dict]:
     """The oracle's name of a norm and its arguments."""
     if isinstance(module, ScaleNorm):
         return "scale_norm", dict(g=module.scale, eps=module.eps)
-    if isinstance(module, RMSNorm):
+    if isinstance(module, torch.nn.RMSNorm):
         return "rms_norm", dict(weight=module.weight, eps=module.eps)
     return "layer_norm", dict(weight=module.weight, bias=module.bias, eps=module.eps)
 

@@ -1,0 +1,192 @@
+"""Layers as the options ask for them: the block, its compilation, then activation checkpointing."""
+
+import functools
+import importlib.util
+import os
+import shutil
+from typing import Any, Optional
+
+import torch
+from fairseq.modules.checkpoint_activations import checkpoint_wrapper
+from torch import nn
+
+from fairseq_flash.models._embedding import embed_scale
+from fairseq_flash.models._options import FlashConfig, check_layers, check_sizes
+from fairseq_flash.modules import (
+    DecoderLayer,
+    GatedAttentionUnit,
+    GatedCrossAttention,
+    Rows,
+    Stack,
+    TransformerBlock,
+)
+
+__all__ = [
+    "build_stack",
+    "compile_objections",
+    "compiled_layer",
+    "resolve_n_ref",
+    "whole_rows",
+]
+
+#: Graphs of one layer's code before PyTorch gives up: two stacks, with and without gradient and padding,
+#: batches of one row, rows of one token and rows below a chunk come to fewer.
+GRAPHS = 64
+
+
+def build_stack(
+    cfg: FlashConfig, embed_tokens: nn.Module, *, causal: bool, n_ref: int, reads_source: bool = False
+) -> Stack:
+    """The embedding, the layers and the final norm as the options ask for.
+
+    Args:
+        cfg: The options.
+        embed_tokens: From tokens ``(b, n)`` to ``(b, n, d)``.
+        causal: Whether a token sees only tokens before it; a Transformer layer is always causal.
+        n_ref: Resolved length that causal quadratic scores of a gated attention unit are divided by.
+        reads_source: Whether each layer attends to a source as well.
+
+    Returns:
+        The stack.
+
+    Raises:
+        ValueError: an option has a value that is not allowed, would have no effect, or ``--compile`` cannot
+            run here.
+    """
+    check_sizes(cfg)
+    check_layers(cfg)
+    layers = []
+    for _ in range(cfg.layers):
+        layer = _build_block(cfg, causal, n_ref)
+        if reads_source:
+            layer = DecoderLayer(layer, _build_cross(cfg))
+        layers.append(_wrapped(cfg, layer))
+    return Stack(
+        embed_tokens,
+        layers,
+        embed_dim=cfg.embed_dim,
+        attention_dim=cfg.attention_dim,
+        norm=str(cfg.norm),
+        scaled_sin=cfg.scaled_sin,
+        embed_scale=embed_scale(cfg),
+        dropout=cfg.dropout,
+    )
+
+
+def _build_block(cfg: FlashConfig, causal: bool, n_ref: int) -> nn.Module:
+    options = dict(
+        attention=str(cfg.attention),
+        attention_dim=cfg.attention_dim,
+        chunk_size=cfg.chunk_size,
+        linear_norm=str(cfg.linear_norm),
+        norm=str(cfg.norm),
+        init=str(cfg.init),
+        dropout=cfg.dropout,
+        backend=str(cfg.backend),
+    )
+    if cfg.block == "transformer":
+        options.update(ffn_embed_dim=cfg.ffn_embed_dim, glu=cfg.glu, attention_dropout=cfg.attention_dropout)
+        return TransformerBlock(cfg.embed_dim, **options)
+    relative_bias = None if cfg.relative_bias is None else str(cfg.relative_bias)
+    options.update(expansion_factor=cfg.expansion_factor, relative_bias=relative_bias)
+    return GatedAttentionUnit(
+        cfg.embed_dim, causal=causal, n_ref=n_ref, adopt_n_ref=cfg.n_ref is None, **options
+    )
+
+
+def _build_cross(cfg: FlashConfig) -> GatedCrossAttention:
+    return GatedCrossAttention(
+        cfg.embed_dim,
+        expansion_factor=cfg.expansion_factor,
+        attention_dim=cfg.attention_dim,
+        norm=str(cfg.norm),
+        init=str(cfg.init),
+        dropout=cfg.dropout,
+        backend=str(cfg.backend),
+    )
+
+
+def _wrapped(cfg: FlashConfig, layer: nn.Module) -> nn.Module:
+    """The same layer, whose parameters keep their names, with another ``forward``."""
+    if cfg.compile:
+        objections = compile_objections()
+        if objections:
+            raise ValueError(f"--compile cannot run: {'; '.join(objections)}; allowed: without --compile")
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+        # As a partial, a deep copy such as EMA's is bound to the copied layer.
+        layer.forward = functools.partial(_forward, layer)
+    if cfg.checkpoint_activations or cfg.offload_activations:
+        # Around the compiled layer: fairseq's checkpointing is no part of a graph.
+        layer = checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)
+    return layer
+
+
+def compile_objections() -> list[str]:
+    """Why ``--compile`` cannot run on this machine; nothing if it can."""
+    found = []
+    if not torch._dynamo.is_dynamo_supported():
+        found.append(f"torch {torch.__version__} does not compile on this Python or system")
+    if torch.cuda.is_available():
+        if importlib.util.find_spec("triton") is None:
+            found.append("Triton, which compiles for a GPU, is not installed")
+    elif shutil.which(os.environ.get("CXX", "g++")) is None:
+        found.append(f"there is no C++ compiler {os.environ.get('CXX', 'g++')} (CXX names another)")
+    return found
+
+
+def _forward(
+    layer: nn.Module,
+    x: torch.Tensor,
+    padding_mask: Optional[torch.Tensor] = None,
+    state: Any = None,
+    *,
+    rows: Optional[Rows] = None,
+    **source: Optional[torch.Tensor],
+) -> tuple[torch.Tensor, Any]:
+    """A layer on whole rows through its compiled code, which all layers of its kind share."""
+    if state is not None or rows is None:
+        return type(layer).forward(layer, x, padding_mask, state, rows=rows, **source)
+    _mark_dynamic(x, 0, 1)
+    for tensor, axes in (
+        (rows.padding_mask, (0, 1)),
+        (rows.positions, (0,)),
+        (rows.cos, (0,)),
+        (rows.sin, (0,)),
+        *((tensor, (0, 1)) for tensor in source.values()),
+    ):
+        if tensor is not None:
+            _mark_dynamic(tensor, *axes)
+    # What no layer needs would be guarded on, and compiled anew.
+    return compiled_layer()(layer, x, rows._replace(given_mask=None, shift=None), source)
+
+
+def _mark_dynamic(tensor: torch.Tensor, *axes: int) -> None:
+    for axis in axes:
+        torch._dynamo.maybe_mark_dynamic(tensor, axis)
+
+
+@functools.cache
+def compiled_layer() -> Any:
+    """:func:`whole_rows` for this machine."""
+    return torch.compile(whole_rows, fullgraph=True)
+
+
+def whole_rows(layer: nn.Module, x: torch.Tensor, rows: Rows, source: dict) -> tuple[torch.Tensor, None]:
+    """A layer on aligned rows, without a state: what is one graph, shared by all layers of a kind."""
+    return type(layer).forward(layer, x, rows=rows, **source)
+
+
+def resolve_n_ref(cfg: Any, task: Any) -> int:
+    """The length that causal quadratic scores are divided by, where no checkpoint says it.
+
+    Args:
+        cfg: The options of the model.
+        task: Whose rows' length counts if ``--n-ref`` is not given.
+
+    Returns:
+        The length.
+    """
+    options = getattr(task, "cfg", None) or getattr(task, "args", None)
+    names = ("tokens_per_sample", "max_positions", "max_target_positions")
+    candidates = [cfg.n_ref, *(getattr(options, name, None) for name in names)]
+    return next((n for n in candidates if isinstance(n, int)), 1024)

@@ -1,0 +1,284 @@
+"""Options of the three models, and what refuses those that are not allowed or would be ignored."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Optional
+
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+
+from fairseq_flash.models._loss import LOSSES
+from fairseq_flash.modules import ATTENTIONS, BACKENDS, INITS, LINEAR_NORMS, NORMS, RELATIVE_BIASES
+
+__all__ = [
+    "BLOCKS",
+    "NO_MAXIMUM",
+    "FlashConfig",
+    "FlashLanguageModelConfig",
+    "FlashMaskedLMConfig",
+    "FlashSeq2SeqConfig",
+    "UnitConfig",
+    "check_layers",
+    "check_masked_lm",
+    "check_sizes",
+    "stack_options",
+]
+
+BLOCKS = ("gau", "transformer")
+#: Ours have no maximum; fairseq wants an integer, and silently skips rows beyond it.
+NO_MAXIMUM = 2**30
+
+
+@dataclass
+class UnitConfig(FairseqDataclass):
+    """What all models share; one field an option, ``embed_dim`` for ``--embed-dim``."""
+
+    embed_dim: int = field(default=512, metadata={"help": "model dimension d, even"})
+    expansion_factor: int = field(
+        default=2, metadata={"help": "expanded dimension e of --block gau as a multiple of d"}
+    )
+    attention_dim: int = field(
+        default=128, metadata={"help": "dimension s of the single head, even; of each head of a transformer"}
+    )
+    attention: ChoiceEnum(list(ATTENTIONS)) = field(
+        default="mixed_chunk",
+        metadata={
+            "help": "mixed_chunk is FLASH, quadratic FLASH-Quad; local, global: one branch of FLASH; with "
+            "--block transformer, softmax takes the place of squared ReLU"
+        },
+    )
+    chunk_size: int = field(default=256, metadata={"help": "tokens c that attend to each other directly"})
+    linear_norm: ChoiceEnum(list(LINEAR_NORMS)) = field(
+        default="mean",
+        metadata={"help": "divide the linear branch by the chunk size (the paper) or by the tokens summed"},
+    )
+    norm: ChoiceEnum(list(NORMS)) = field(default="layernorm", metadata={"help": "norm before each layer"})
+    relative_bias: Optional[ChoiceEnum(list(RELATIVE_BIASES))] = field(
+        default=None,
+        metadata={
+            "help": "bias of the squared-ReLU scores: rotary (the default), without a maximum length, or "
+            "toeplitz, a table"
+        },
+    )
+    init: ChoiceEnum(list(INITS)) = field(
+        default="fan_in",
+        metadata={"help": "fan_in starts all branches and gradients at a like size; paper: all N(0, 0.02)"},
+    )
+    scaled_sin: bool = field(
+        default=False,
+        metadata={"help": "add sinusoidal absolute positions to the embedding, as the paper does"},
+    )
+    n_ref: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "length that causal quadratic scores are divided by; default: tokens per sample, or in "
+            "translation --max-target-positions, kept in the checkpoint"
+        },
+    )
+    dropout: float = field(
+        default=0.1, metadata={"help": "dropout of the embeddings and of each layer's branch"}
+    )
+    checkpoint_activations: bool = field(
+        default=False, metadata={"help": "recompute each layer in the backward pass to save memory"}
+    )
+    offload_activations: bool = field(
+        default=False,
+        metadata={"help": "as --checkpoint-activations, with the layers' inputs kept in CPU memory"},
+    )
+    change_trained_options: bool = field(
+        default=False,
+        metadata={
+            "help": "take a checkpoint that was trained with other options, such as another --chunk-size, "
+            "where its weights fit: a warning in place of an error"
+        },
+    )
+    compile: bool = field(
+        default=False,
+        metadata={"help": "torch.compile for each layer, one graph; decoding stays as it is"},
+    )
+    backend: ChoiceEnum(list(BACKENDS)) = field(
+        default="auto",
+        metadata={"help": "implementation of the attention: auto takes the fastest that can run"},
+    )
+
+
+@dataclass
+class FlashConfig(UnitConfig):
+    """Options of one stack of layers: gated attention units, or Transformer layers to compare them with."""
+
+    block: ChoiceEnum(list(BLOCKS)) = field(
+        default="gau", metadata={"help": "gated attention units, or Transformer layers to compare them with"}
+    )
+    layers: int = field(default=12, metadata={"help": "blocks; two units stand for a Transformer layer"})
+    ffn_embed_dim: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "width of the feed-forward network of --block transformer; default: 4 d, with --glu "
+            "8 d / 3"
+        },
+    )
+    glu: bool = field(
+        default=False, metadata={"help": "gated feed-forward network of --block transformer (Transformer++)"}
+    )
+    attention_dropout: float = field(
+        default=0.0,
+        metadata={"help": "for the softmax of --block transformer alone: other rows are not normalised"},
+    )
+    diagnostics_interval: int = field(
+        default=0,
+        metadata={
+            "help": "updates between two reports on the layers (sizes of branches, gates, sparsity of the "
+            "attention) to --tensorboard-logdir and the log; 0: none, at no cost"
+        },
+    )
+
+
+@dataclass
+class FlashLanguageModelConfig(FlashConfig):
+    """Options of ``--arch flash_lm``; names as in ``transformer_lm`` where it has them."""
+
+    share_decoder_input_output_embed: bool = field(
+        default=False, metadata={"help": "share decoder input and output embeddings"}
+    )
+    adaptive_input: bool = field(default=False, metadata={"help": "if set, uses adaptive input"})
+    adaptive_input_factor: float = field(default=4, metadata={"help": "adaptive input factor"})
+    adaptive_input_cutoff: Optional[str] = field(
+        default=None, metadata={"help": "comma separated list of adaptive input cutoff points"}
+    )
+    adaptive_softmax_cutoff: Optional[str] = field(
+        default=None,
+        metadata={"help": "comma separated list of adaptive softmax cutoff points, for adaptive_loss"},
+    )
+    adaptive_softmax_dropout: float = field(
+        default=0, metadata={"help": "dropout of the adaptive softmax's tail projections"}
+    )
+    adaptive_softmax_factor: float = field(default=4, metadata={"help": "adaptive softmax factor"})
+    tie_adaptive_weights: bool = field(
+        default=False, metadata={"help": "tie the weights of adaptive softmax and adaptive input"}
+    )
+    tie_adaptive_proj: bool = field(
+        default=False, metadata={"help": "tie the projections of adaptive softmax and adaptive input"}
+    )
+    vocabulary_loss: Optional[ChoiceEnum(list(LOSSES))] = field(
+        default=None,
+        metadata={
+            "help": "how --criterion cross_entropy takes the loss over the vocabulary in training: plain, "
+            "compiled (the default with --compile), or chunked, which never holds all logits"
+        },
+    )
+    no_graph: bool = field(
+        default=False,
+        metadata={"help": "do not record the steps of generation on a GPU as CUDA graphs"},
+    )
+
+
+@dataclass
+class FlashMaskedLMConfig(FlashConfig):
+    """Options of ``--arch flash_masked_lm``; names as in ``roberta`` where it has them."""
+
+    embed_dim: int = field(default=768, metadata={"help": "model dimension d, even"})
+    layers: int = field(default=24, metadata={"help": "units; two stand for a Transformer layer"})
+    untie_weights_roberta: bool = field(
+        default=False, metadata={"help": "give the output its own weights in place of the embeddings"}
+    )
+    pooler_dropout: float = field(default=0.0, metadata={"help": "dropout inside classification heads"})
+    load_checkpoint_heads: bool = field(
+        default=False, metadata={"help": "register the classification heads that a checkpoint holds"}
+    )
+    max_positions: int = field(
+        default=512,
+        metadata={"help": "longest row that --task sentence_prediction takes; the model has no maximum"},
+    )
+
+
+@dataclass
+class FlashSeq2SeqConfig(UnitConfig):
+    """Options of ``--arch flash_seq2seq``; names as in ``flash_lm`` and ``transformer``."""
+
+    encoder_layers: int = field(default=7, metadata={"help": "gated attention units of the encoder"})
+    decoder_layers: int = field(
+        default=6, metadata={"help": "layers of the decoder: each a unit of the target and one of the source"}
+    )
+    share_decoder_input_output_embed: bool = field(
+        default=False, metadata={"help": "share decoder input and output embeddings"}
+    )
+    share_all_embeddings: bool = field(
+        default=False,
+        metadata={"help": "share encoder, decoder and output embeddings; needs a joined dictionary"},
+    )
+
+
+def stack_options(cfg: FlashSeq2SeqConfig, layers: int) -> FlashLanguageModelConfig:
+    """The options of the encoder or the decoder, with so many ``layers``, as those of a flash_lm."""
+    shared = {option.name: getattr(cfg, option.name) for option in dataclasses.fields(UnitConfig)}
+    del shared["_name"]
+    tied = cfg.share_decoder_input_output_embed or cfg.share_all_embeddings
+    return FlashLanguageModelConfig(layers=layers, share_decoder_input_output_embed=tied, **shared)
+
+
+def check_sizes(cfg: FlashConfig) -> None:
+    """Refuses a model dimension or a number of layers that cannot be.
+
+    Raises:
+        ValueError: so it is.
+    """
+    if cfg.embed_dim < 1 or cfg.embed_dim % 2:
+        raise ValueError(f"--embed-dim {cfg.embed_dim} is not allowed; allowed: even numbers from 2 on")
+    if cfg.layers < 1:
+        raise ValueError(f"--layers {cfg.layers} is not allowed; allowed: 1 or more")
+
+
+def check_layers(cfg: FlashConfig) -> None:
+    """Refuses options that would have no effect; silence would make a comparison wrong.
+
+    Raises:
+        ValueError: so it is.
+    """
+    gau = cfg.block == "gau"
+    if cfg.n_ref is not None and not (gau and cfg.attention == "quadratic"):
+        raise ValueError(
+            f"--n-ref {cfg.n_ref} has no effect with --block {cfg.block} --attention {cfg.attention}; "
+            "allowed: --block gau --attention quadratic"
+        )
+    if cfg.relative_bias is not None and (not gau or cfg.attention == "global"):
+        raise ValueError(
+            f"--relative-bias {cfg.relative_bias} has no effect with --block {cfg.block} --attention "
+            f"{cfg.attention}; allowed: --block gau and any --attention but global"
+        )
+    if gau and cfg.attention_dropout != 0:
+        raise ValueError(
+            f"--attention-dropout {cfg.attention_dropout} is not allowed: the rows of squared-ReLU "
+            "attention are not normalised; allowed: 0"
+        )
+    if cfg.attention == "global" and cfg.attention_dropout != 0:
+        raise ValueError(
+            f"--attention-dropout {cfg.attention_dropout} has no effect with --attention global, which has "
+            "no softmax; allowed: 0"
+        )
+    if gau and (cfg.glu or cfg.ffn_embed_dim is not None):
+        raise ValueError(
+            f"--glu and --ffn-embed-dim {cfg.ffn_embed_dim} have no effect with --block gau, which has no "
+            "feed-forward network; allowed: --block transformer"
+        )
+    if not gau and cfg.expansion_factor != UnitConfig.expansion_factor:
+        raise ValueError(
+            f"--expansion-factor {cfg.expansion_factor} has no effect with --block transformer; allowed: "
+            "--ffn-embed-dim"
+        )
+
+
+def check_masked_lm(cfg: FlashMaskedLMConfig) -> None:
+    """Refuses what a bidirectional encoder cannot be, and what would be ignored.
+
+    Raises:
+        ValueError: so it is.
+    """
+    if not 0 <= cfg.pooler_dropout < 1:
+        raise ValueError(f"--pooler-dropout {cfg.pooler_dropout} is not allowed; allowed: 0 to below 1")
+    if cfg.block != "gau":
+        raise ValueError(f"--block {cfg.block} is not allowed: it is causal; allowed: gau")
+    table = cfg.attention == "quadratic" and cfg.relative_bias == "toeplitz"
+    if cfg.n_ref is not None and not table:
+        raise ValueError(
+            f"--n-ref {cfg.n_ref} has no effect: bidirectional scores are divided by the words of the row; "
+            "allowed: with --attention quadratic --relative-bias toeplitz, as the longest row of the table"
+        )

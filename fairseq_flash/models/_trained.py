@@ -1,0 +1,204 @@
+"""What a checkpoint was trained with, kept beside its weights: options that no weight tells, and the words.
+
+A model read with another chunk size, or divided by something else, computes without complaint and predicts
+worse. So each state dict carries the options that decide what is computed, whoever loads it and however:
+resuming, fine-tuning, evaluation with ``--model-overrides``, or plain PyTorch. It is JSON as a vector of
+float64, because all that handles state dicts (averages, EMA, noise) then leaves it as it is.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+from typing import Any, Optional
+
+import torch
+from fairseq import checkpoint_utils
+from fairseq.data import Dictionary
+from fairseq.models import ARCH_MODEL_NAME_REGISTRY, BaseFairseqModel
+from omegaconf import open_dict
+
+from fairseq_flash.models._options import (
+    FlashLanguageModelConfig,
+    FlashMaskedLMConfig,
+    FlashSeq2SeqConfig,
+)
+
+__all__ = ["RememberingModel", "remember_options_of_checkpoints", "trained_options"]
+
+logger = logging.getLogger(__name__)
+
+#: Where ``torch.nn.Module`` keeps extra state of the outermost module.
+KEY = "_extra_state"
+CONFIGS = {
+    "flash_lm": FlashLanguageModelConfig,
+    "flash_masked_lm": FlashMaskedLMConfig,
+    "flash_seq2seq": FlashSeq2SeqConfig,
+}
+#: Change neither what is computed nor, but for ``n_ref`` and ``ffn_embed_dim``, which weights tell, a weight.
+#: Every other option is compared, new ones too.
+FREE = {
+    *("_name", "init", "n_ref", "ffn_embed_dim", "max_positions", "load_checkpoint_heads"),
+    *("dropout", "attention_dropout", "adaptive_softmax_dropout", "pooler_dropout"),
+    *("checkpoint_activations", "offload_activations", "compile", "backend", "diagnostics_interval"),
+    *("vocabulary_loss", "no_graph"),
+    "change_trained_options",
+}
+
+
+def trained_options(cfg: Any, config: type) -> dict[str, Any]:
+    """The options that decide what a model computes from its weights.
+
+    Args:
+        cfg: Of one of the three models, as fairseq gives it; options that it lacks have their defaults.
+        config: The dataclass of the model.
+
+    Returns:
+        Plain values by name, without those that have no effect beside the others.
+    """
+    options = {
+        option.name: _plain(getattr(cfg, option.name, option.default))
+        for option in dataclasses.fields(config)
+        if option.name not in FREE
+    }
+    attention, gau = options["attention"], options.get("block", "gau") == "gau"
+    without_effect = {
+        "chunk_size": attention == "quadratic",
+        "linear_norm": attention in ("quadratic", "local"),
+        "relative_bias": attention == "global" or not gau,
+        "expansion_factor": not gau,
+        "glu": gau,
+    }
+    options["relative_bias"] = options["relative_bias"] or "rotary"
+    return {name: value for name, value in options.items() if not without_effect.get(name)}
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool):
+        return value
+    return float(value) if isinstance(value, (int, float)) else str(value)
+
+
+def _encode(record: dict[str, Any]) -> torch.Tensor:
+    text = json.dumps(record, sort_keys=True)
+    return torch.tensor(list(text.encode()), dtype=torch.float64, device="cpu")
+
+
+def _decode(vector: torch.Tensor) -> dict[str, Any]:
+    try:
+        return dict(json.loads(bytes(vector.double().round().int().tolist())))
+    except (AttributeError, TypeError, ValueError):
+        logger.warning("the checkpoint's record of its options is not readable; they are not compared")
+        return {}
+
+
+class RememberingModel(BaseFairseqModel):
+    """A model whose state dict says what it was trained with; refuses one of other options."""
+
+    _record: Optional[dict[str, Any]] = None
+
+    def remember(self, cfg: Any, config: type, *dictionaries: Dictionary) -> None:
+        """Takes down the options and the words that the model is built with."""
+        words = "\n".join("\n".join(dictionary.symbols) for dictionary in dictionaries)
+        digest = hashlib.sha256(words.encode()).hexdigest()[:16]
+        self._record = {"options": trained_options(cfg, config), "words": digest}
+        self._may_change = bool(getattr(cfg, "change_trained_options", False))
+
+    def get_extra_state(self) -> torch.Tensor:
+        """The record, as it stands in the state dict."""
+        return _encode(self._record or {})
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """The record stays that of this model: what differs was refused, or is meant."""
+
+    def load_state_dict(
+        self, state_dict: dict[str, Any], strict: bool = True, model_cfg: Any = None, args: Any = None
+    ) -> Any:
+        """As fairseq's, after comparing what the checkpoint was trained with.
+
+        Raises:
+            ValueError: an option differs, or weights are missing, unknown or of another shape.
+        """
+        stored = _decode(state_dict[KEY]) if KEY in state_dict else {}
+        self._compare_options(stored.get("options", {}))
+        words = stored.get("words")
+        if self._record and words and words != self._record["words"]:
+            _warn_once(
+                "the dictionary has other words than that which the checkpoint was trained with; allowed for "
+                "the same text: data prepared with its dict.txt"
+            )
+        # Checkpoints of before have no record.
+        state_dict[KEY] = self.get_extra_state()
+        try:
+            return super().load_state_dict(state_dict, strict, model_cfg, args)
+        except RuntimeError as error:
+            causes = " ".join(str(error).split())
+            raise ValueError(
+                f"the checkpoint does not fit the options of this model: {causes}; allowed: the --arch and "
+                "the options that it was trained with"
+            ) from error
+
+    def _compare_options(self, stored: dict[str, Any]) -> None:
+        own = self._record["options"] if self._record else {}
+        differing = [
+            f"--{name.replace('_', '-')} {_shown(own[name])} (trained with {_shown(stored[name])})"
+            for name in own
+            if name in stored and stored[name] != own[name]
+        ]
+        # An option that has an effect on one side alone follows from another that differs.
+        if not differing:
+            return
+        text = f"options differ from those that the checkpoint was trained with: {', '.join(differing)}"
+        if not self._may_change:
+            raise ValueError(
+                f"{text}; allowed: its own, or --change-trained-options (change_trained_options=True among "
+                "overrides) where the weights fit all the same"
+            )
+        _warn_once(f"{text}; used all the same, as --change-trained-options asks for")
+
+
+def _shown(value: Any) -> str:
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    logger.warning(text)
+
+
+def remember_options_of_checkpoints() -> None:
+    """Gives checkpoints of before their record, from their own configuration, as fairseq reads them.
+
+    fairseq lays ``--model-overrides`` over a checkpoint's configuration while it reads it, and tells a model
+    that loads only the result.
+    """
+    if hasattr(checkpoint_utils, "_flash_options"):
+        return
+    overwrite, upgrade = checkpoint_utils.overwrite_args_by_name, checkpoint_utils._upgrade_state_dict
+    checkpoint_utils._flash_options = True
+
+    def remembering(cfg: Any, overrides: dict[str, Any]) -> None:
+        options = cfg.__dict__["_flash_options"] = _options_of(cfg)
+        if options and "change_trained_options" not in cfg.model:
+            # An override of what a checkpoint's configuration lacks would be dropped.
+            with open_dict(cfg):
+                cfg.model.change_trained_options = False
+        overwrite(cfg, overrides)
+
+    def recording(state: dict[str, Any]) -> dict[str, Any]:
+        state = upgrade(state)
+        cfg = state.get("cfg")
+        options = getattr(cfg, "__dict__", {}).get("_flash_options") or _options_of(cfg)
+        if options and isinstance(state.get("model"), dict):
+            state["model"].setdefault(KEY, _encode({"options": options}))
+        return state
+
+    checkpoint_utils.overwrite_args_by_name, checkpoint_utils._upgrade_state_dict = remembering, recording
+
+
+def _options_of(cfg: Any) -> Optional[dict[str, Any]]:
+    model = cfg.get("model") if hasattr(cfg, "get") else None
+    name = getattr(model, "_name", None)
+    config = CONFIGS.get(ARCH_MODEL_NAME_REGISTRY.get(name, name))
+    return config and trained_options(model, config)

@@ -1,0 +1,108 @@
+"""Where the real tokens of a batch lie: every row is aligned on its first real token, once for all layers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+import torch
+
+from fairseq_flash.modules.checks import require
+from fairseq_flash.ops import rotary_angles, trailing_padding
+
+__all__ = ["Rows", "align_rows", "restore_rows"]
+
+
+class Rows(NamedTuple):
+    """The geometry of aligned rows, which keep their length: no shape depends on where padding lies.
+
+    Attributes:
+        positions: Index of each token in its row, ``(n,)`` or, with a state, ``(b, n)``.
+        cos: Rotary cosines, ``(n, s/2)`` or ``(b, n, s/2)``.
+        sin: Rotary sines, likewise.
+        lengths: Valid tokens of each row, ``(b,)``, behind which all padding trails; None without a mask.
+        padding_mask: The same as ``(b, n)``, True at padding; None without a mask.
+        given_mask: The mask before the alignment, ``(b, n)``; None without one.
+        shift: Leading padding of each row before the alignment, ``(b,)``; None without a mask.
+    """
+
+    positions: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+    lengths: Optional[torch.Tensor] = None
+    padding_mask: Optional[torch.Tensor] = None
+    given_mask: Optional[torch.Tensor] = None
+    shift: Optional[torch.Tensor] = None
+
+
+def align_rows(
+    x: torch.Tensor,
+    padding_mask: Optional[torch.Tensor],
+    start: Optional[torch.Tensor],
+    attention_dim: int,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, Rows]:
+    """Shifts every row to the left until its first real token leads, and blanks the padding behind.
+
+    Args:
+        x: Vectors ``(b, n, d)`` or tokens ``(b, n)``.
+        padding_mask: ``(b, n)``, True at padding, leading or trailing; None without padding. A mask costs the
+            same whatever it holds.
+        start: Position of each row's first real token, ``(b,)``; None for 0.
+        attention_dim: ``s``.
+        dtype: Of the queries and keys; the angles are float32 or wider.
+
+    Returns:
+        The aligned ``x``, zero at padding, and its :class:`Rows`.
+
+    Raises:
+        ValueError: the mask has another shape or dtype, or there is padding between two real tokens of a row;
+            the latter stops a GPU with an error of its own, as the numbers are not waited for.
+    """
+    n = x.shape[1]
+    positions = torch.arange(n, device=x.device)
+    if start is not None:
+        positions = positions + start.unsqueeze(1)
+    rows = Rows(positions, *rotary_angles(positions, attention_dim, dtype))
+    if padding_mask is None:
+        return x, rows
+    _check_mask(padding_mask, x)
+    if n == 0:
+        return x, rows
+    real = ~padding_mask
+    # Real tokens are contiguous if they begin at most once.
+    begins = torch.cat((real[:, :1], real[:, 1:] & padding_mask[:, :-1]), dim=1)
+    message = "padding_mask has padding between real tokens; allowed: leading and trailing"
+    require((begins.sum(1) <= 1).all(), message)
+    shift, lengths = begins.int().argmax(dim=1), real.sum(1)
+    trailing = trailing_padding(lengths, n)
+    columns = torch.arange(n, device=x.device) + shift.unsqueeze(1)
+    x = _blanked(_columns(x, columns.clamp(max=n - 1)), trailing)
+    return x, rows._replace(lengths=lengths, padding_mask=trailing, given_mask=padding_mask, shift=shift)
+
+
+def restore_rows(x: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """Undoes :func:`align_rows` on ``(b, n, d)``, with zeros at padding."""
+    if rows.shift is None:
+        return x
+    columns = torch.arange(x.shape[1], device=x.device) - rows.shift.unsqueeze(1)
+    return _blanked(_columns(x, columns.clamp(min=0)), rows.given_mask)
+
+
+def _check_mask(padding_mask: torch.Tensor, x: torch.Tensor) -> None:
+    if padding_mask.dtype != torch.bool:
+        raise ValueError(f"padding_mask has dtype {padding_mask.dtype}; allowed: torch.bool, True at padding")
+    if padding_mask.shape != x.shape[:2]:
+        raise ValueError(
+            f"padding_mask has shape {tuple(padding_mask.shape)}; allowed: {tuple(x.shape[:2])}, that of x"
+        )
+
+
+def _blanked(x: torch.Tensor, padding_mask: torch.Tensor) -> torch.Tensor:
+    return x.masked_fill(padding_mask if x.dim() == 2 else padding_mask.unsqueeze(-1), 0)
+
+
+def _columns(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Picks ``columns`` (b, n) of each row of (b, n, ...)."""
+    b, n = columns.shape
+    places = columns + n * torch.arange(b, device=x.device).unsqueeze(1)
+    return x.flatten(0, 1).index_select(0, places.flatten()).unflatten(0, (b, n))

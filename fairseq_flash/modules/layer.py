@@ -1,0 +1,79 @@
+"""What all layers do alike: align their rows, attend, restore them."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch import nn
+
+from fairseq_flash.modules.alignment import Rows, align_rows, restore_rows
+
+__all__ = ["Layer"]
+
+
+class Layer(nn.Module):
+    """A layer on rows of any padding, whole or in pieces.
+
+    Attributes:
+        attention_dim: Width that is rotated, ``s``, or the size of a head where there are several.
+    """
+
+    attention_dim: int
+
+    def describe_state(self, like: torch.Tensor) -> Any:
+        """A state before the first token without numbers, for ``like`` ``(b, 0)`` on the meta device.
+
+        Axes whose length is free, such as that of a cache or a source, have length 0.
+        """
+        return self.empty_state(like)
+
+    def aligned(
+        self, x: torch.Tensor, rows: Rows, state: Optional[Any]
+    ) -> tuple[torch.Tensor, Optional[Any]]:
+        """The layer itself, on rows whose padding trails.
+
+        Args:
+            x: ``(b, n, d)``, finite.
+            rows: Their geometry.
+            state: What came before; None for whole rows.
+
+        Returns:
+            ``(b, n, d)``, anything finite at padding, and the state after each row's last real token.
+        """
+        raise NotImplementedError
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        padding_mask: Optional[torch.Tensor] = None,
+        state: Optional[Any] = None,
+        *,
+        rows: Optional[Rows] = None,
+        **source: Optional[torch.Tensor],
+    ) -> tuple[torch.Tensor, Optional[Any]]:
+        """Applies the layer.
+
+        Args:
+            x: ``(b, n, d)``; anything, even NaN, at padding.
+            padding_mask: ``(b, n)``, True at padding, leading or trailing; None without padding.
+            state: What came before, from ``empty_state`` or an earlier call; None for whole rows.
+                Outside of autograd its tensors may be overwritten: use only the state that comes back.
+            rows: Geometry of rows that a stack has aligned already, in place of ``padding_mask``.
+            source: What the layer reads beside its row, of layers that read a source.
+
+        Returns:
+            ``(b, n, d)``, zero at padding (anything there if ``rows`` was given), and the state after each
+            row's last real token, None if none came in.
+
+        Raises:
+            ValueError: the mask has another shape or dtype, padding in the middle of a row, a state for a
+                bidirectional layer, or a row beyond the table of a Toeplitz bias.
+        """
+        given = rows
+        if rows is None:
+            start = None if state is None else state.position
+            x, rows = align_rows(x, padding_mask, start, self.attention_dim, x.dtype)
+        if x.shape[1]:
+            x, state = self.aligned(x, rows, state, **source)
+        return (x if given is not None else restore_rows(x, rows)), state

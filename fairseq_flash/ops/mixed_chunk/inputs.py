@@ -1,0 +1,67 @@
+"""What mixed chunk attention is given."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+import torch
+
+__all__ = ["Carry", "Inputs", "Options", "Pair"]
+
+
+class Pair(NamedTuple):
+    """Queries and keys of a branch, each ``(b, n, s)``, rotated, not scaled."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+
+
+class Inputs(NamedTuple):
+    """Tensors of one call.
+
+    Attributes:
+        quad: Of the quadratic branch; None for GlobalOnly.
+        lin: Of the linear branch; None for LocalOnly.
+        v: Values, ``(b, n, e)``; anything finite at padding.
+        bias: Relative position bias, ``(c, c)``, or its leading corner ``(n, n)`` for a shorter row that
+            starts here; None without a quadratic branch, and for softmax attention.
+        lengths: Valid tokens of each row, ``(b,)``, all padding trails; None for ``n``.
+    """
+
+    quad: Optional[Pair]
+    lin: Optional[Pair]
+    v: torch.Tensor
+    bias: Optional[torch.Tensor] = None
+    lengths: Optional[torch.Tensor] = None
+
+
+class Options(NamedTuple):
+    """What is fixed when a layer is built.
+
+    Attributes:
+        chunk_size: ``c``, at least 1; what scores are divided by, however short the row.
+        causal: Whether a token sees only tokens before it.
+        linear_norm: ``"chunk"`` divides the linear branch by ``c``, ``"mean"`` by the tokens summed.
+        softmax: Whether the quadratic branch is causal softmax attention (MC-TFM++).
+        dropout: Of the normalised scores of softmax attention, 0 to below 1.
+        branches: ``"quad"``, ``"lin"`` or both, in this order.
+    """
+
+    chunk_size: int
+    causal: bool
+    linear_norm: str = "mean"
+    softmax: bool = False
+    dropout: float = 0.0
+    branches: tuple[str, ...] = ("quad", "lin")
+
+
+class Carry(NamedTuple):
+    """What lies outside of the tensors of a call, for their linear branch.
+
+    Attributes:
+        kv_sum: Sum of ``k_lin^T v``, ``(b, s, e)``, float32 or wider.
+        count: Tokens that were summed, ``(b,)``.
+    """
+
+    kv_sum: torch.Tensor
+    count: torch.Tensor  # type: ignore[assignment]  # a tuple has a method of that name

@@ -1,0 +1,279 @@
+"""The fast path in PyTorch: keeps pre-activations and what is dear, and computes the rest again.
+
+Kept for the backward pass are ``uvz``, the output before the gate (up to ``c + s`` multiply-adds a number)
+and the sums that the chunks read (``c`` multiply-adds a number): ``3e + s + s e / c`` numbers a token.
+Autograd on the reference keeps both sides of every SiLU, product and sum. SiLU, the rotated copies and the
+scores are computed again.
+
+Scores above the diagonal are left out block by block, nobody sums the last chunk of a causal row, the running
+sum is added up in place, and gradients are written where they belong: no concatenation, no zeros to add to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, Optional
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from fairseq_flash.ops.mixed_chunk.gated import Projected
+from fairseq_flash.ops.mixed_chunk.inputs import Carry, Options
+from fairseq_flash.ops.mixed_chunk.linear import linear_denominator
+from fairseq_flash.ops.positions import trailing_padding
+from fairseq_flash.ops.precision import widened
+
+__all__ = ["objections", "run"]
+
+#: Queries in a block: the smaller, the less is computed above the diagonal, and the slower each product.
+BLOCK = 128
+
+_silu, _silu_backward = nn.functional.silu, torch.ops.aten.silu_backward
+
+
+def objections(projected: Projected, options: Options) -> list[str]:
+    """Why the fast path cannot run."""
+    uvz, found = projected.uvz, []
+    if uvz.device.type != "cpu":
+        found.append(f"uvz is on {uvz.device.type}; this path was measured to win on a CPU alone")
+    if uvz.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+        found.append(f"uvz is {uvz.dtype}, whose squared scores would overflow")
+    if options.softmax or options.dropout:
+        found.append("softmax and dropout are the reference's alone")
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        found.append("a compiler is reading the operations; it fuses those of the reference")
+    return found
+
+
+def run(projected: Projected, options: Options, carry: Optional[Carry]) -> torch.Tensor:
+    """As :func:`~fairseq_flash.ops.gated_mixed_chunk`; computes in the dtype of ``uvz``, sums in float32."""
+    uvz, gamma, beta, cos, sin, bias, lengths = projected
+    n = uvz.shape[1]
+    if n == 0:
+        return uvz[..., : (uvz.shape[2] - gamma.shape[1]) // 2]
+    missing = -n % min(options.chunk_size, n)
+    if missing:
+        # Zeros need no mask: their values are silu(0) = 0.
+        uvz, cos, sin = (nn.functional.pad(x, (0, 0, 0, missing)) for x in (uvz, cos, sin))
+    kv_sum, count = (None, None) if carry is None else carry
+    if lengths is not None and uvz.is_cpu and bool((lengths == n).all()):
+        lengths = None  # a look costs less than blanking what is not there, and on a CPU nobody waits
+    if lengths is None and not options.causal:
+        lengths = uvz.new_full((uvz.shape[0],), n, dtype=torch.long)
+    fixed = _Fixed(options, min(options.chunk_size, n))
+    return _Recomputed.apply(uvz, gamma, beta, bias, kv_sum, cos, sin, lengths, count, fixed)[:, :n]
+
+
+class _Fixed(NamedTuple):
+    options: Options
+    c: int
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *arguments):
+        uvz, *rest, fixed = arguments
+        with torch.autocast(uvz.device.type, enabled=False):
+            grid = _Grid(*arguments)
+            out, sums = grid.attend()
+            ctx.save_for_backward(uvz, *rest, out, sums)
+            ctx.fixed = fixed
+            return (_silu(grid.u) * out).flatten(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_gated):
+        *arguments, out, sums = ctx.saved_tensors
+        with torch.autocast(d_gated.device.type, enabled=False):
+            grid = _Grid(*arguments, ctx.fixed)
+            return (*grid.gradients(d_gated, out, sums), None, None, None, None, None)
+
+
+class _Grid:
+    """Rows as chunks, and what is cheap to compute of them: made anew in each pass."""
+
+    def __init__(self, uvz, gamma, beta, bias, kv_sum, cos, sin, lengths, count, fixed):
+        self.options, c = fixed
+        s, self.c, self.causal = gamma.shape[1], c, self.options.causal
+        self.e = e = (uvz.shape[2] - s) // 2
+        self.uvz, self.gamma, self.angles, self.kv_sum = uvz, gamma, (cos, sin), kv_sum
+        self.u, self.v_pre, self.z_pre = uvz.unflatten(1, (-1, c)).split([e, e, s], dim=-1)
+        self.v, self.z, self.padding = _silu(self.v_pre), _silu(uvz[..., 2 * e :]), None
+        if lengths is not None:
+            self.padding = trailing_padding(lengths, uvz.shape[1]).view(*self.v.shape[:3], 1)
+            self.v.masked_fill_(self.padding, 0)
+        copies = torch.addcmul(beta[:, None, None], self.z, gamma[:, None, None])
+        copies = _rotated(copies, cos, sin).unflatten(2, (-1, c))
+        pairs = dict(zip(self.options.branches, copies.unflatten(0, (-1, 2)), strict=True))
+        self.quad, self.lin = pairs.get("quad"), pairs.get("lin")
+        if self.quad is not None:
+            hidden = torch.ones(c, c, dtype=torch.bool, device=bias.device).triu(1)
+            self.bias = (bias.masked_fill(hidden, -torch.inf) if self.causal else bias).to(uvz.dtype)
+        if self.lin is not None:
+            self.denominators = self._denominators(lengths, count)
+
+    def attend(self) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """The output before the gate (b, g, c, e), and what the chunks read, (g or 1, b, s, e)."""
+        out = torch.zeros_like(self.v) if self.quad is None else torch.empty_like(self.v)
+        for rows, columns in self._blocks():
+            attention = self._relu(rows, columns).square_()
+            torch.bmm(attention, self.v.flatten(0, 1)[:, columns], out=out.flatten(0, 1)[:, rows])
+        if self.lin is None:
+            return out, None
+        sums = self._sums()
+        for queries, seen, reached in self._readers(self.lin[0], sums, out):
+            reached.baddbmm_(queries, seen)
+        return out, sums
+
+    def gradients(self, d_gated, out, sums):
+        """Gradients of uvz, gamma, beta, bias and kv_sum."""
+        d_gated = d_gated.unflatten(1, (-1, self.c))
+        d_uvz = torch.empty_like(self.uvz)
+        d_u, d_v_pre, d_z_pre = d_uvz.unflatten(1, (-1, self.c)).split(
+            [self.e, self.e, self.gamma.shape[1]], dim=-1
+        )
+        _silu_backward(d_gated * out, self.u, grad_input=d_u)
+        d_out = _silu(self.u).mul_(d_gated)
+        d_v = torch.zeros_like(self.v) if self.quad is None else torch.empty_like(self.v)
+        d_copies, d_bias, d_kv_sum = [], None, None
+        if self.quad is not None:
+            *d_pair, d_bias = self._quad_gradients(d_out, d_v)
+            d_copies += d_pair
+        if self.lin is not None:
+            *d_pair, d_kv_sum = self._lin_gradients(d_out, d_v, sums)
+            d_copies += d_pair
+        if self.padding is not None:
+            d_v.masked_fill_(self.padding, 0)
+        _silu_backward(d_v, self.v_pre, grad_input=d_v_pre)
+        d_z, d_gamma, d_beta = self._offset_scale_gradients(torch.stack(d_copies).flatten(2, 3))
+        _silu_backward(d_z.unflatten(1, (-1, self.c)), self.z_pre, grad_input=d_z_pre)
+        return d_uvz, d_gamma, d_beta, d_bias, d_kv_sum
+
+    def _quad_gradients(self, d_out, d_v):
+        (q, k), v = (x.flatten(0, 1) for x in self.quad), self.v.flatten(0, 1)
+        d_out, d_v = d_out.flatten(0, 1), d_v.flatten(0, 1)
+        d_q, d_k = torch.empty_like(q), torch.empty_like(k)
+        d_bias = torch.zeros_like(self.bias, dtype=widened(v.dtype))
+        scale = 2 / self.options.chunk_size
+        # The widest block comes first: it writes all keys, and the others add to it.
+        for rows, columns in reversed(list(self._blocks())):
+            relu = self._relu(rows, columns)
+            half = torch.bmm(d_out[:, rows], v[:, columns].transpose(1, 2)).mul_(relu)
+            d_bias[rows, columns] = half.sum(0, dtype=d_bias.dtype).mul_(2)
+            torch.bmm(half, k[:, columns] * scale, out=d_q[:, rows])
+            _add_or_put(d_k, columns, half.transpose(1, 2), q[:, rows] * scale)
+            _add_or_put(d_v, columns, relu.square_().transpose(1, 2), d_out[:, rows])
+        return d_q.view_as(self.quad[0]), d_k.view_as(self.quad[1]), d_bias
+
+    def _lin_gradients(self, d_out, d_v, sums):
+        q, k = self.lin
+        d_q, d_k = torch.empty_like(q), torch.empty_like(k)
+        if self.causal:
+            # Nobody is seen by the first chunk, and nobody sees the last one.
+            d_q[:, 0].zero_()
+            d_k[:, -1].zero_()
+        for d_queries, seen, d_reached in self._readers(d_q, sums, d_out):
+            torch.bmm(d_reached, seen.transpose(1, 2), out=d_queries)
+        d_sum = torch.zeros_like(sums[0], dtype=widened(q.dtype))
+        if not self.causal:
+            _add_product(d_sum, q.flatten(1, 2).transpose(1, 2), d_out.flatten(1, 2))
+            d_sum.div_(self.denominators[0])
+            self._summary_gradients(d_sum, *(x.flatten(1, 2) for x in (k, self.v, d_k, d_v)))
+            return d_q, d_k, d_sum if self.kv_sum is not None else None
+        for g in reversed(range(len(sums))):
+            if g < len(sums) - 1:
+                self._summary_gradients(d_sum, k[:, g], self.v[:, g], d_k[:, g], d_v[:, g])
+            if g > 0 or self.kv_sum is not None:
+                narrow = (q[:, g] / self.denominators[g]).to(q.dtype)
+                _add_product(d_sum, narrow.transpose(1, 2), d_out[:, g])
+        return d_q, d_k, d_sum if self.kv_sum is not None else None
+
+    @staticmethod
+    def _summary_gradients(d_sum, k, v, d_k, d_v):
+        """Of ``k^T v`` (b, s, e): puts that of k, adds that of v."""
+        d_sum = d_sum.to(v.dtype)
+        d_v.baddbmm_(k, d_sum)
+        torch.bmm(v, d_sum.transpose(1, 2), out=d_k)
+
+    def _offset_scale_gradients(self, d_copies):
+        cos, sin = self.angles
+        d_copies = _rotated(d_copies, cos, -sin)
+        d_gamma = torch.stack([(copy * self.z).sum((0, 1)) for copy in d_copies])
+        d_z = d_copies[0] * self.gamma[0]
+        for copy, scale in zip(d_copies[1:], self.gamma[1:], strict=True):
+            d_z.addcmul_(copy, scale)
+        return d_z, d_gamma, d_copies.sum((1, 2))
+
+    def _blocks(self) -> Iterator[tuple[slice, slice]]:
+        """Queries, and the keys that they see, of the quadratic branch."""
+        step = BLOCK if self.causal else self.c
+        for start in range(0, self.c, step) if self.quad is not None else ():
+            end = min(start + step, self.c)
+            yield slice(start, end), slice(0, end if self.causal else self.c)
+
+    def _relu(self, rows, columns):
+        q, k = (x.flatten(0, 1) for x in self.quad)
+        keys = k[:, columns].transpose(1, 2)
+        scale = 1 / self.options.chunk_size
+        return torch.baddbmm(self.bias[rows, columns], q[:, rows], keys, alpha=scale).relu_()
+
+    def _readers(self, queries, sums, out):
+        """Queries, what they see and where it goes: chunk by chunk, or the whole row."""
+        if not self.causal:
+            return [(queries.flatten(1, 2), sums[0], out.flatten(1, 2))]
+        first = 1 if self.kv_sum is None else 0
+        return [(queries[:, g], sums[g], out[:, g]) for g in range(first, len(sums))]
+
+    def _sums(self):
+        k, v = self.lin[1], self.v
+        b, g, _, s = k.shape
+        total = v.new_zeros(b, s, self.e, dtype=widened(v.dtype))
+        if self.kv_sum is not None:
+            total += self.kv_sum
+        if not self.causal:
+            _add_product(total, k.flatten(1, 2).transpose(1, 2), v.flatten(1, 2))
+            # The sum grows with the position: divided before it is narrowed.
+            return total.div_(self.denominators[0]).to(v.dtype).unsqueeze(0)
+        sums = v.new_empty(g, b, s, self.e)
+        for index in range(g):
+            if index > 0:
+                _add_product(total, k[:, index - 1].transpose(1, 2), v[:, index - 1])
+            sums[index] = total / self.denominators[index]
+        return sums
+
+    def _denominators(self, lengths, count):
+        """Of every chunk, or of the whole row: (g or 1, b or 1, 1, 1)."""
+        device = self.v.device
+        counts = torch.arange(self.v.shape[1], device=device).view(-1, 1) * self.c
+        if not self.causal:
+            counts = lengths.view(1, -1)
+        if count is not None:
+            counts = counts + count
+        options, wide = self.options, widened(self.v.dtype)
+        return linear_denominator(options.linear_norm, options.chunk_size, counts, wide)[:, :, None, None]
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """As ``apply_rotary``, written half by half into the result."""
+    wide = x.to(torch.promote_types(x.dtype, cos.dtype))
+    out = torch.empty_like(wide)
+    (x1, x2), (y1, y2) = wide.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-1)
+    torch.mul(x2, cos, out=y2).addcmul_(x1, sin)
+    return out.to(x.dtype)
+
+
+def _add_product(total, a, b):
+    """A product of narrower tensors is rounded once, the sum never."""
+    if a.dtype == total.dtype:
+        total.baddbmm_(a, b)
+    else:
+        total.add_(torch.bmm(a, b))
+
+
+def _add_or_put(total, columns, a, b):
+    if columns.stop == total.shape[1]:
+        torch.bmm(a, b, out=total)
+    else:
+        total[:, columns].baddbmm_(a, b)

@@ -1,0 +1,134 @@
+"""Proves that --compile changes speed alone: the same numbers, names and checkpoints, in few graphs.
+
+Float32, compared with layers that run as they are.
+"""
+
+import argparse
+import copy
+
+import pytest
+import torch
+from fairseq.data import Dictionary
+
+from fairseq_flash.models import _layers
+from fairseq_flash.models.flash_lm import FlashLanguageModel, FlashLanguageModelConfig
+from fairseq_flash.models.flash_masked_lm import FlashMaskedLM, FlashMaskedLMConfig
+from fairseq_flash.models.flash_seq2seq import FlashSeq2Seq, FlashSeq2SeqConfig
+
+TOLERANCE = 100 * torch.finfo(torch.float32).eps
+WORDS = 20
+SIZES = dict(embed_dim=8, attention_dim=4, chunk_size=4, dropout=0.0)
+MODELS = {
+    "gau": (FlashLanguageModel, FlashLanguageModelConfig, dict(layers=2)),
+    "quadratic": (FlashLanguageModel, FlashLanguageModelConfig, dict(layers=2, attention="quadratic")),
+    "transformer": (FlashLanguageModel, FlashLanguageModelConfig, dict(layers=2, block="transformer")),
+    "masked": (FlashMaskedLM, FlashMaskedLMConfig, dict(layers=2)),
+    "seq2seq": (FlashSeq2Seq, FlashSeq2SeqConfig, dict(encoder_layers=2, decoder_layers=2)),
+}
+SHAPES = [(3, 9), (2, 12), (5, 6), (4, 17), (2, 30), (6, 11)]
+
+
+def build(kind, **changes):
+    dictionary = Dictionary()
+    for word in range(WORDS - len(dictionary)):
+        dictionary.add_symbol(str(word))
+    model, config, options = MODELS[kind]
+    task = argparse.Namespace(source_dictionary=dictionary, target_dictionary=dictionary)
+    torch.manual_seed(0)
+    return model.build_model(config(**{**SIZES, **options, **changes}), task)
+
+
+def run(model, tokens):
+    """Logits, whatever the model reads."""
+    if isinstance(model, FlashSeq2Seq):
+        return model(tokens, None, tokens.flip(1))[0]
+    return model(tokens)[0]
+
+
+def gradients(model, tokens):
+    model.zero_grad()
+    torch.manual_seed(1)
+    run(model, tokens).square().sum().backward()
+    return {name: weight.grad for name, weight in model.named_parameters()}
+
+
+def tokens_of(b, n):
+    return torch.randint(4, WORDS, (b, n), generator=torch.Generator().manual_seed(n))
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Counts graphs from nothing; what is compiled runs as PyTorch does, which takes less time."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(_layers.whole_rows, fullgraph=True, backend="eager")
+    monkeypatch.setattr(_layers, "compiled_layer", lambda: compiled)
+    return lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def assert_close(found, expected):
+    assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max().clamp(min=1e-3)
+
+
+def assert_same(compiled, plain, tokens):
+    found = gradients(compiled, tokens)
+    for name, expected in gradients(plain, tokens).items():
+        assert_close(found[name], expected)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", MODELS)
+def test_training_on_six_shapes_is_the_same_in_few_graphs(kind, graphs):
+    plain, compiled = build(kind), build(kind, compile=True)
+    for shape in SHAPES:
+        assert_same(compiled, plain, tokens_of(*shape))
+    assert 0 < graphs() <= 3 * (2 if kind == "seq2seq" else 1)
+
+
+@pytest.mark.parametrize("kind", ["gau", "transformer"])
+def test_two_layers_share_a_graph_with_checkpointing_and_dropout(kind, graphs):
+    options = dict(dropout=0.3, checkpoint_activations=True)
+    plain, compiled = build(kind, **options), build(kind, compile=True, **options)
+    assert plain.state_dict().keys() == compiled.state_dict().keys()
+    assert_same(compiled, plain, tokens_of(3, 9))
+    # Without and with gradients: checkpointing runs each layer both ways.
+    assert graphs() == 2
+
+
+def test_a_copy_such_as_emas_computes_with_its_own_weights(graphs):
+    model, tokens = build("quadratic", compile=True), tokens_of(2, 9)
+    before = run(model, tokens)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(2)
+    assert_close(run(copied, tokens), before)
+    assert not torch.equal(run(model, tokens), before)
+    assert graphs() > 0
+
+
+def test_decoding_compiles_nothing(graphs):
+    model, tokens = build("gau", compile=True).eval(), tokens_of(2, 6)
+    state = {}
+    with torch.no_grad():
+        steps = [model(tokens[:, : end + 1], incremental_state=state)[0] for end in range(6)]
+        assert graphs() == 0
+        assert_close(torch.cat(steps, dim=1), run(build("gau").eval(), tokens))
+
+
+def test_all_objections_come_at_once_before_training(monkeypatch):
+    monkeypatch.setattr(torch._dynamo, "is_dynamo_supported", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(_layers.shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match=r"--compile cannot run: torch .*; there is no C\+\+ compiler"):
+        build("gau", compile=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_layers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"--compile cannot run: torch .*; Triton"):
+        build("gau", compile=True)
+
+
+@pytest.mark.long
+def test_compiled_for_this_machine_it_is_the_same():
+    torch._dynamo.reset()
+    assert_same(build("gau", compile=True), build("gau"), tokens_of(3, 9))
