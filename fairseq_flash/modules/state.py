@@ -10,10 +10,12 @@ from typing import Any, NamedTuple, Union
 import torch
 
 from fairseq_flash.modules.attention import LayerState
-from fairseq_flash.modules.checks import require
+from fairseq_flash.modules.checks import check_instance, check_tensor, require
 
-__all__ = ["DecodingState", "check_state"]
+__all__ = ["DecodingState", "check_layer_state", "check_state"]
 
+#: Beyond, rotary angles would be of no position.
+POSITIONS = 2**33
 FORMAT, OLD_FORMAT = "fairseq_flash decoding state 2", "fairseq_flash decoding state 1"
 
 
@@ -106,6 +108,7 @@ class DecodingState(NamedTuple):
         state = cls(tuple(_filled(f"{path}, layer {index}", *pair) for index, pair in pairs))
         try:
             check_state(state, like, state.position)
+            _check_finite(state)
         except ValueError as error:
             raise ValueError(f"{path} does not fit this stack: {error}") from None
         return state, beside
@@ -121,20 +124,27 @@ def check_state(state: DecodingState, expected: DecodingState, like: torch.Tenso
 
     Raises:
         ValueError: number or kind of layers, sizes, dtypes or device differ, or on a CPU a position is
-            negative.
+            out of range or not that of the other layers.
     """
+    check_instance("state", state, DecodingState)
+    check_instance("state.layers", state.layers, tuple)
     if len(state.layers) != len(expected.layers):
         raise ValueError(
             f"state has {len(state.layers)} layers; allowed: {len(expected.layers)}, as the stack"
         )
     for index, (found, wanted) in enumerate(zip(state.layers, expected.layers, strict=True)):
-        where = f"state, layer {index}"
-        if type(found) is not type(wanted):
-            raise ValueError(f"{where} is a {type(found).__name__}; allowed: {type(wanted).__name__}")
-        _check_fields(where, dict(_fields(found)), dict(_fields(wanted)), like)
-    if like.is_cpu:
-        positions = torch.stack([layer.position for layer in state.layers])
-        require((positions >= 0).all(), "state has a negative position; allowed: 0 or more")
+        _check_layer(f"state, layer {index}", found, wanted, like)
+    _check_positions([layer.position for layer in state.layers])
+
+
+def check_layer_state(state: LayerState, expected: LayerState, like: torch.Tensor) -> None:
+    """As :func:`check_state`, of one layer.
+
+    Raises:
+        ValueError: the state does not fit.
+    """
+    _check_layer("state", state, expected, like)
+    _check_positions([state.position])
 
 
 def _fields(layer: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -162,17 +172,39 @@ def _filled(where: str, layer: Any, stored: dict[str, Any]) -> Any:
     return filled(layer, "")
 
 
-def _check_fields(where: str, found: dict, wanted: dict, like: torch.Tensor) -> None:
-    if found.keys() != wanted.keys():
-        raise ValueError(f"{where} has {', '.join(found)}; allowed: {', '.join(wanted)}")
-    for name, expected in wanted.items():
-        x = found[name]
-        if not isinstance(expected, torch.Tensor):
-            continue
-        sizes = (like.shape[0], *expected.shape[1:])
-        if x.dim() != len(sizes) or any(a not in (0, b) for a, b in zip(sizes, x.shape, strict=True)):
-            shown = ", ".join(str(size or "any") for size in sizes)
-            raise ValueError(f"{where}: {name} has shape {tuple(x.shape)}; allowed: ({shown})")
-        for kind, a, b in (("dtype", x.dtype, expected.dtype), ("device", x.device, like.device)):
-            if a != b:
-                raise ValueError(f"{where}: {name} has {kind} {a}; allowed: {b}")
+def _check_layer(where: str, found: Any, wanted: Any, like: torch.Tensor) -> None:
+    """Refuses another kind of state, or one with other fields; lengths that are free agree within it."""
+    check_instance(where, found, type(wanted))
+    if any((x is None) != (y is None) for x, y in zip(found, wanted, strict=True)):
+        shown = (", ".join(name for name, _ in _fields(state)) for state in (found, wanted))
+        raise ValueError("{} has {}; allowed: {}".format(where, *shown))
+    free = None
+    for (name, expected), x in zip(wanted._asdict().items(), found, strict=True):
+        if isinstance(expected, tuple):
+            _check_layer(f"{where}: {name}", x, expected, like)
+        elif isinstance(expected, torch.Tensor):
+            shape = [like.shape[0], *(size or free for size in expected.shape[1:])]
+            check_tensor(f"{where}: {name}", x, shape, [expected.dtype], like.device)
+            if 0 in expected.shape[1:]:
+                free = x.shape[1]
+        elif expected is not None and (type(x) is not int or not 0 <= x <= free):
+            raise ValueError(f"{where}: {name} is {x!r}; allowed: integers from 0 to {free}")
+
+
+def _check_positions(positions: list[torch.Tensor]) -> None:
+    if not positions[0].is_cpu or not positions[0].numel():
+        return
+    stacked = torch.stack(positions)
+    lowest, highest = stacked.aminmax()
+    require(lowest >= 0, "state has a negative position; allowed: 0 or more")
+    require(highest < POSITIONS, f"state has a position out of range; allowed: below {POSITIONS}")
+    if len(positions) > 1:
+        same = (stacked == stacked[0]).all()
+        require(same, "state has layers at different positions; allowed: all at the same")
+
+
+def _check_finite(state: DecodingState) -> None:
+    for index, layer in enumerate(state.layers):
+        for name, x in _fields(layer):
+            if isinstance(x, torch.Tensor) and x.is_floating_point() and not x.isfinite().all():
+                raise ValueError(f"state, layer {index}: {name} has NaN or infinity; allowed: finite numbers")
