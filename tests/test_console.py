@@ -213,7 +213,7 @@ def test_a_wheel_holds_every_file_that_a_command_needs(wheel):
 
 @pytest.fixture
 def installed(wheel, tmp_path):
-    """How to run a command of an installed wheel in an empty folder, where the wheel is, and the folder."""
+    """How to run an installed command in an empty folder, where it is installed, and the folder."""
     python, here = bare_environment(tmp_path / "venv"), tmp_path / "here"
     install(python, wheel)
     here.mkdir()

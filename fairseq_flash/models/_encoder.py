@@ -7,7 +7,7 @@ from fairseq.data import Dictionary
 from fairseq.models import FairseqEncoder
 from torch import nn
 
-from fairseq_flash.models._layers import adopt_n_ref, build_stack
+from fairseq_flash.models._layers import build_stack
 from fairseq_flash.models._options import NO_MAXIMUM, FlashConfig
 
 __all__ = ["EncoderOut", "FlashEncoder"]
@@ -31,7 +31,6 @@ class FlashEncoder(FairseqEncoder):
     def __init__(self, cfg: FlashConfig, dictionary: Dictionary, embed_tokens: nn.Module, n_ref: int) -> None:
         super().__init__(dictionary)
         self.padding_idx = embed_tokens.padding_idx
-        self.n_ref_is_default = cfg.n_ref is None
         self.stack = build_stack(cfg, embed_tokens, causal=False, n_ref=n_ref)
 
     def features(self, src_tokens: torch.Tensor) -> torch.Tensor:
@@ -70,9 +69,3 @@ class FlashEncoder(FairseqEncoder):
     def max_positions(self) -> int:
         """No maximum."""
         return NO_MAXIMUM
-
-    def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> dict[str, Any]:
-        """Takes over the checkpoint's ``n_ref`` where the user gave none."""
-        if self.n_ref_is_default:
-            adopt_n_ref(self.stack, state_dict, f"{name}.stack")
-        return state_dict

@@ -6,6 +6,7 @@ from typing import Optional
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
+from fairseq_flash.models._loss import LOSSES
 from fairseq_flash.modules import ATTENTIONS, BACKENDS, INITS, LINEAR_NORMS, NORMS, RELATIVE_BIASES
 
 __all__ = [
@@ -156,6 +157,17 @@ class FlashLanguageModelConfig(FlashConfig):
     )
     tie_adaptive_proj: bool = field(
         default=False, metadata={"help": "tie the projections of adaptive softmax and adaptive input"}
+    )
+    vocabulary_loss: Optional[ChoiceEnum(list(LOSSES))] = field(
+        default=None,
+        metadata={
+            "help": "how --criterion cross_entropy takes the loss over the vocabulary in training: plain, "
+            "compiled (the default with --compile), or chunked, which never holds all logits"
+        },
+    )
+    no_graph: bool = field(
+        default=False,
+        metadata={"help": "do not record the steps of generation on a GPU as CUDA graphs"},
     )
 
 

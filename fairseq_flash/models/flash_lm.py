@@ -9,11 +9,12 @@ from torch import nn
 
 from fairseq_flash.models._diagnostics import watch_layers
 from fairseq_flash.models._embedding import build_adaptive_softmax, build_input
-from fairseq_flash.models._layers import adopt_n_ref, build_stack, resolve_n_ref
+from fairseq_flash.models._layers import build_stack, compile_objections, resolve_n_ref
+from fairseq_flash.models._loss import LazyLogits, resolve_loss
 from fairseq_flash.models._options import NO_MAXIMUM, FlashLanguageModelConfig, check_sizes
 from fairseq_flash.models._presets import LANGUAGE_MODELS, register
 from fairseq_flash.models._trained import RememberingModel
-from fairseq_flash.modules import DecodingState, RowMemory
+from fairseq_flash.modules import DecodingState, RowMemory, StepGraphs
 
 __all__ = ["PRESETS", "FlashDecoder", "FlashLanguageModel", "FlashLanguageModelConfig", "normalized_probs"]
 
@@ -42,7 +43,6 @@ class FlashDecoder(FairseqIncrementalDecoder):
     ) -> None:
         super().__init__(dictionary)
         self.padding_idx = embed_tokens.padding_idx
-        self.n_ref_is_default = cfg.n_ref is None
         self.stack = build_stack(cfg, embed_tokens, causal=True, n_ref=n_ref, reads_source=self.reads_source)
         self.adaptive_softmax = self.output_projection = None
         if cfg.adaptive_softmax_cutoff is not None:
@@ -52,6 +52,8 @@ class FlashDecoder(FairseqIncrementalDecoder):
             nn.init.normal_(self.output_projection.weight, std=0.02)
             if cfg.share_decoder_input_output_embed:
                 self.output_projection.weight = embed_tokens.weight
+        self.vocabulary_loss = resolve_loss(cfg, compile_objections)
+        self.step_graphs = None if cfg.no_graph else StepGraphs()
 
     def forward(
         self,
@@ -81,7 +83,11 @@ class FlashDecoder(FairseqIncrementalDecoder):
             ValueError: padding in the middle of a row, or a row longer than a Toeplitz table.
         """
         x, extra = self.extract_features(prev_output_tokens, encoder_out, incremental_state, memory)
-        return (x if features_only else self.output_layer(x)), extra
+        if features_only:
+            return x, extra
+        if self.training and self.vocabulary_loss != "plain" and self.output_projection is not None:
+            return LazyLogits(x, self.output_projection.weight, self.vocabulary_loss), extra
+        return self.output_layer(x), extra
 
     def extract_features(
         self,
@@ -114,6 +120,8 @@ class FlashDecoder(FairseqIncrementalDecoder):
                     "--adaptive-softmax-cutoff cannot train with this --criterion; allowed: adaptive_loss"
                 )
             return super().get_normalized_probs(net_output, log_probs, sample)
+        if log_probs and isinstance(net_output[0], LazyLogits):
+            return net_output[0].normalized()
         return normalized_probs(net_output[0], log_probs)
 
     def reorder_incremental_state(self, incremental_state: dict[str, Any], new_order: torch.Tensor) -> None:
@@ -122,8 +130,8 @@ class FlashDecoder(FairseqIncrementalDecoder):
         if key not in incremental_state:
             return
         consumed, state = incremental_state[key]
-        # Without beams the order stays: a look costs less than a copy, but would make a device wait.
-        if new_order.is_cpu and torch.equal(new_order, torch.arange(state.position.shape[0])):
+        # Without beams the order stays: a look costs less than a copy, and fairseq waits for a device anyway.
+        if torch.equal(new_order, torch.arange(state.position.shape[0], device=new_order.device)):
             return
         incremental_state[key] = consumed, state.reorder(new_order)
 
@@ -140,12 +148,6 @@ class FlashDecoder(FairseqIncrementalDecoder):
         """No maximum."""
         return NO_MAXIMUM
 
-    def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> dict[str, Any]:
-        """Takes over the checkpoint's ``n_ref`` where the user gave none: scores stay as trained."""
-        if self.n_ref_is_default:
-            adopt_n_ref(self.stack, state_dict, f"{name}.stack")
-        return state_dict
-
     def _advance(
         self, tokens: torch.Tensor, incremental_state: dict[str, Any], **source: Optional[torch.Tensor]
     ) -> torch.Tensor:
@@ -158,8 +160,12 @@ class FlashDecoder(FairseqIncrementalDecoder):
             )
         new = tokens[:, consumed:]
         # A single new token is never padding: no look at the device for each step.
-        padding_mask = None if new.shape[1] == 1 else new.eq(self.padding_idx)
-        features, state = self.stack(new, padding_mask, state)
+        if new.shape[1] > 1:
+            features, state = self.stack(new, new.eq(self.padding_idx), state)
+        elif self.step_graphs is None or self.step_graphs.objections(self.stack, new, state):
+            features, state = self.stack(new, None, state)
+        else:
+            features, state = self.step_graphs(self.stack, new, state)
         incremental_state[key] = tokens.shape[1], state
         return features[:, -1:]
 
