@@ -90,10 +90,7 @@ def _check_adaptive(cfg: FlashLanguageModelConfig) -> None:
             "--tie-adaptive-weights"
         )
     if cfg.adaptive_input_cutoff is not None and not cfg.adaptive_input:
-        raise ValueError(
-            f"--adaptive-input-cutoff {cfg.adaptive_input_cutoff!r} has no effect; allowed: with "
-            "--adaptive-input"
-        )
+        raise ValueError(f"--adaptive-input-cutoff {cfg.adaptive_input_cutoff!r} needs --adaptive-input")
     for name, factor in (("input", cfg.adaptive_input_factor), ("softmax", cfg.adaptive_softmax_factor)):
         if not 1 <= factor < math.inf:
             raise ValueError(f"--adaptive-{name}-factor {factor} is not allowed; allowed: 1 or more")
