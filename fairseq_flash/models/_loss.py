@@ -45,14 +45,28 @@ class LazyLogits(torch.Tensor):
         shape = (*features.shape[:-1], weight.shape[0])
         lazy = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=features.device)
         lazy.features, lazy.weight, lazy.loss, lazy.log_probs = features, weight, loss, log_probs
+        lazy.version = weight._version
         return lazy
 
     def normalized(self) -> "LazyLogits":
         """Their log-probabilities, as lazy."""
         return LazyLogits(self.features, self.weight, self.loss, log_probs=True)
 
+    def check(self) -> None:
+        """Refuses to be computed with other weights than those that it was made with.
+
+        Raises:
+            RuntimeError: the weights have changed in between.
+        """
+        if self.weight._version != self.version:
+            raise RuntimeError(
+                "the weights of the output have changed since these logits were made; allowed: to use them "
+                "before, or --vocabulary-loss plain"
+            )
+
     def computed(self) -> torch.Tensor:
         """The tensor that this one stands for."""
+        self.check()
         logits = functional.linear(self.features, self.weight)
         return torch.log_softmax(logits, dim=-1, dtype=self.dtype) if self.log_probs else logits
 
@@ -94,6 +108,7 @@ def _reduces(args: tuple, kwargs: dict) -> bool:
 def _loss(
     lazy: LazyLogits, target: torch.Tensor, ignore_index: int = -100, reduction: str = "sum"
 ) -> torch.Tensor:
+    lazy.check()
     if lazy.loss == "compiled":
         torch._dynamo.maybe_mark_dynamic(lazy.features, 0)
         torch._dynamo.maybe_mark_dynamic(target, 0)
