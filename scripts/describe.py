@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode, bmm_flop, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from bench.models import build, bytes_of, language_models
 from fairseq_flash.modules import GatedAttentionUnit
@@ -167,8 +167,6 @@ class Sketch:
     def _count(self, n: int) -> float:
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         formulas = {fused: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
-        # PyTorch counts the product that makes a sum, but not the one that adds to it.
-        formulas[torch.ops.aten.baddbmm_] = lambda to, a, b, *_, **__: bmm_flop(a, b)
         self.model.eval()
         counter = FlopCounterMode(display=False, custom_mapping=formulas)
         with self._fake, NoNumbers(), counter:

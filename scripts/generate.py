@@ -1,8 +1,8 @@
-"""Lets a flash_lm go on from a prompt, and shows the text as it is made: flash-generate, in a clone.
+"""Lets a flash_lm go on from a prompt, and shows the text as it is made.
 
     python scripts/generate.py checkpoints/ --data data-bin/books --prompt "It was" --top-k 10
 
-The rest stands in fairseq_flash/generation/command.py; --help shows it.
+As flash-generate; the rest stands in fairseq_flash/generation/command.py, and --help shows it.
 """
 
 import sys

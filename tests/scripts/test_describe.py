@@ -54,8 +54,7 @@ def by_hand(arch, n, b, skip_future):
         return layers * (4 * d * d + ffn + inside) + d * words
     e, s, layers = 2 * d, 128, 12
     # A rotary bias is a product, which rows share, and chunks of a row too.
-    # Blocks of half a chunk leave out a quarter, above the diagonal. No sum for the first chunk, none of the last.
-    local, across = 0.75 * c * (s + e) + c * c * s / (b * n), s * e * (2 - 2 * c / n)
+    local, across = c * (s + e) + c * c * s / (b * n), s * e * (2 - c / n)
     bias = causal * s / b
     attention = {
         "flash_lm": local + across,

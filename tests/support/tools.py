@@ -113,7 +113,7 @@ def perturbed(path: Path, seed: int) -> Path:
     noise = torch.Generator().manual_seed(seed)
     for name, weight in content["model"].items():
         # What a model remembers of its training is no weight.
-        if weight.is_floating_point() and not name.endswith("_extra_state"):
+        if weight.is_floating_point() and not name.endswith(("_extra_state", "n_ref")):
             scale = 20 if "output_projection" in name else 1
             weight.add_(0.1 * torch.randn(weight.shape, generator=noise)).mul_(scale)
     torch.save(content, path.with_name(f"perturbed_{seed}.pt"))
