@@ -1,5 +1,7 @@
 """What stands before the layers and after them: embeddings of words, and an adaptive softmax."""
 
+import math
+
 import torch
 from fairseq.data import Dictionary
 from fairseq.modules import AdaptiveInput, AdaptiveSoftmax
@@ -99,15 +101,17 @@ def _check_adaptive(cfg: FlashLanguageModelConfig) -> None:
             "--tie-adaptive-weights (without which --tie-adaptive-proj has no effect) needs --adaptive-input "
             f"with the cutoffs and factor of the adaptive softmax; got {inputs} and {outputs}"
         )
-    if cfg.share_decoder_input_output_embed and (cfg.adaptive_input or cfg.adaptive_softmax_cutoff):
+    if cfg.share_decoder_input_output_embed and (
+        cfg.adaptive_input or cfg.adaptive_softmax_cutoff is not None
+    ):
         raise ValueError(
             "--share-decoder-input-output-embed is not allowed with adaptive input or softmax; allowed: "
             "--tie-adaptive-weights"
         )
-    if cfg.adaptive_input_cutoff and not cfg.adaptive_input:
-        raise ValueError(f"--adaptive-input-cutoff {cfg.adaptive_input_cutoff} needs --adaptive-input")
+    if cfg.adaptive_input_cutoff is not None and not cfg.adaptive_input:
+        raise ValueError(f"--adaptive-input-cutoff {cfg.adaptive_input_cutoff!r} needs --adaptive-input")
     for name, factor in (("input", cfg.adaptive_input_factor), ("softmax", cfg.adaptive_softmax_factor)):
-        if factor < 1:
+        if not 1 <= factor < math.inf:
             raise ValueError(f"--adaptive-{name}-factor {factor} is not allowed; allowed: 1 or more")
     if not 0 <= cfg.adaptive_softmax_dropout < 1:
         raise ValueError(

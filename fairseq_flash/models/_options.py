@@ -274,6 +274,8 @@ def check_masked_lm(cfg: FlashMaskedLMConfig) -> None:
     """
     if not 0 <= cfg.pooler_dropout < 1:
         raise ValueError(f"--pooler-dropout {cfg.pooler_dropout} is not allowed; allowed: 0 to below 1")
+    if cfg.max_positions < 1:
+        raise ValueError(f"--max-positions {cfg.max_positions} is not allowed; allowed: 1 or more")
     if cfg.block != "gau":
         raise ValueError(f"--block {cfg.block} is not allowed: it is causal; allowed: gau")
     table = cfg.attention == "quadratic" and cfg.relative_bias == "toeplitz"

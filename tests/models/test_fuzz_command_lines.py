@@ -5,7 +5,9 @@ import math
 import re
 
 import pytest
+from hydra.errors import ConfigCompositionException
 
+from fairseq_flash.models._loss import LOSSES
 from fairseq_flash.models._options import FlashLanguageModelConfig, FlashMaskedLMConfig, FlashSeq2SeqConfig
 from fairseq_flash.modules import ATTENTIONS, BACKENDS, INITS, LINEAR_NORMS, NORMS, RELATIVE_BIASES
 from support import tools
@@ -82,6 +84,8 @@ OPTIONS = {
     "adaptive_softmax_factor": FACTOR,
     "tie_adaptive_weights": SWITCH,
     "tie_adaptive_proj": SWITCH,
+    "vocabulary_loss": (["plain", "chunked"], choice(*LOSSES)[1]),
+    "no_graph": SWITCH,
     "untie_weights_roberta": SWITCH,
     "pooler_dropout": RATE,
     "load_checkpoint_heads": SWITCH,
@@ -92,7 +96,13 @@ ELSEWHERE = {"compile"}
 #: What may be refused beside other values, though allowed beside some.
 COMBINED = {
     *("block", "attention", "n_ref", "relative_bias", "ffn_embed_dim", "glu", "attention_dropout"),
-    *("expansion_factor", "attention_dim", "embed_dim", "share_decoder_input_output_embed"),
+    *(
+        "expansion_factor",
+        "attention_dim",
+        "embed_dim",
+        "vocabulary_loss",
+        "share_decoder_input_output_embed",
+    ),
     *(name for name in OPTIONS if "adaptive" in name),
 }
 
@@ -123,11 +133,7 @@ def data(data_bin, tmp_path_factory):
 
 def words_of(name, value):
     option = f"--{name.replace('_', '-')}"
-    return (
-        [option]
-        if value is None
-        else [f"{option}={value}" if value == "--" else option, *([value] * (value != "--"))]
-    )
+    return option if value is None else f"{option}={value}"
 
 
 def outcome(capsys, *words):
@@ -137,11 +143,11 @@ def outcome(capsys, *words):
         return tools.call("train", *words), None
     except SystemExit:
         return "", capsys.readouterr().err.strip().splitlines()[-1]
-    except ValueError as error:
-        return "", str(error)
+    except (ValueError, ConfigCompositionException) as error:
+        return "", f"{error} {error.__cause__ or ''}"
 
 
-@fuzzed(8, 200)
+@fuzzed(8, 160)
 def test_command_lines(tries, robustness, data, tmp_path, capsys):
     def case(draw):
         model = draw(MODELS, "model")
@@ -149,9 +155,13 @@ def test_command_lines(tries, robustness, data, tmp_path, capsys):
         names = {draw(set(options_of(config)) - ELSEWHERE, "option") for _ in range(draw([1, 2, 3, 4]))}
         spoilt = {draw(sorted(names), "spoilt")} if draw([True, False]) else set()
         chosen = {name: draw(OPTIONS[name][name in spoilt], name) for name in sorted(names)}
-        words = [word for name, value in chosen.items() for word in words_of(name, value)]
+        words = [words_of(name, value) for name, value in chosen.items()]
         if model == "flash_lm":
-            words += ["--criterion", "adaptive_loss"] if "adaptive_softmax_cutoff" in names else []
+            words += (
+                ["--criterion", "adaptive_loss", "--ddp-backend", "legacy_ddp"]
+                if "adaptive_softmax_cutoff" in names
+                else []
+            )
         base = (
             data[model],
             "--user-dir",
@@ -172,8 +182,8 @@ def test_command_lines(tries, robustness, data, tmp_path, capsys):
         assert spoilt or names & COMBINED, f"{words}: {refusal}"
         named = "|".join(name.replace("_", "[-_]") for name in names)
         assert re.search(rf"({named})\b", refusal), f"{words}: {refusal}"
-        assert re.search("allowed|choose from|invalid|unrecognized|expected|needs", refusal), (
-            f"{words}: {refusal}"
-        )
+        assert re.search(
+            "allowed|choose from|invalid|ignored|expected|needs|could not be converted", refusal
+        ), f"{words}: {refusal}"
 
     try_out(tries, robustness, "command lines of fairseq-train", case)

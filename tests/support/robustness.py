@@ -19,8 +19,13 @@ class Tally:
     @contextlib.contextmanager
     def attempt(self, attack: str) -> Iterator[None]:
         """One try of an attack that the table has a row for."""
+        try:
+            yield
+        except BaseException as error:
+            # What hypothesis stops by itself, such as a draw of too many values, was no try.
+            self.tries[attack] += not type(error).__module__.startswith("hypothesis")
+            raise
         self.tries[attack] += 1
-        yield
         self.survived[attack] += 1
 
     def fill(self, table: str) -> str:
