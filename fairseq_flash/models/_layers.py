@@ -149,6 +149,7 @@ def _forward(
     _mark_dynamic(x, 0, 1)
     for tensor, axes in (
         (rows.padding_mask, (0, 1)),
+        (rows.lengths, (0,)),
         (rows.positions, (0,)),
         (rows.cos, (0,)),
         (rows.sin, (0,)),

@@ -37,6 +37,8 @@ class FlashDecoder(FairseqIncrementalDecoder):
 
     #: Whether each layer attends to a source as well.
     reads_source = False
+    #: Whether there are weights that align words, as ``--print-alignment`` needs them.
+    has_attention_weights = False
 
     def __init__(
         self, cfg: FlashLanguageModelConfig, dictionary: Dictionary, embed_tokens: nn.Module, n_ref: int

@@ -370,7 +370,9 @@ def test_dropout_is_the_options_and_only_in_training(model):
 def test_one_chunk_as_long_as_the_row_is_the_quadratic_attention(data):
     sizes = ("--relative-bias", "toeplitz", "--chunk-size", "16")
     local, _ = build(data, "--attention", "local", *sizes)
-    quadratic, _ = build(data, "--attention", "quadratic", "--n-ref", "16", *sizes)
+    quadratic, _ = build(
+        data, "--attention", "quadratic", "--n-ref", "16", *sizes, "--change-trained-options"
+    )
     weights = quadratic.state_dict()
     kept = weights["_extra_state"]  # says what they were trained with, which is not the same
     weights.update(local.state_dict() | {"_extra_state": kept})

@@ -290,7 +290,7 @@ def test_there_is_no_maximum_length(model, kind):
 def test_one_chunk_as_long_as_the_row_is_the_quadratic_attention(data):
     sizes = ("--relative-bias", "toeplitz", "--chunk-size", "16")
     local = build(data, "--attention", "local", *sizes)
-    quadratic = build(data, "--attention", "quadratic", "--n-ref", "16", *sizes)
+    quadratic = build(data, "--attention", "quadratic", "--n-ref", "16", *sizes, "--change-trained-options")
     weights = quadratic.state_dict()
     kept = weights["_extra_state"]  # says what they were trained with, which is not the same
     weights.update(local.state_dict() | {"_extra_state": kept})

@@ -635,3 +635,19 @@ def write_data(folder, data_bin, **texts):
     words = tools.preprocess_arguments(folder, list(texts))
     tools.call("preprocess", *words[: words.index("--nwordssrc")], "--srcdict", data_bin / "dict.txt")
     return folder / "bin"
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("--decoder-layers", "--layers"),
+        ("--decoder-attention-heads=2", "--attention-dim"),
+        ("--no-such", None),
+    ],
+)
+def test_a_name_of_fairseqs_own_model_is_answered_with_ours(data_bin, tmp_path, capsys, theirs, ours):
+    with pytest.raises(SystemExit):
+        tools.train(data_bin, tmp_path, theirs, "4")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "unrecognized arguments: " + theirs in last
+    assert (f" is {ours}" in last) if ours else last.endswith(f"{theirs} 4")
