@@ -1,4 +1,4 @@
-"""Proves that a training that is killed while it saves, or at its end, goes on to the bit as if it had not."""
+"""Proves that a killed training goes on to the bit, wherever it is killed while it saves or ends."""
 
 import re
 import shutil
