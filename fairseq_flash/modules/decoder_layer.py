@@ -91,9 +91,14 @@ class DecoderLayer(Layer):
 
         Returns:
             The state.
+
+        Raises:
+            ValueError: the source does not fit the layer, or has another number of rows.
         """
-        own = self.self_attention.empty_state(like)
-        return DecoderLayerState(own, self.cross_attention.read(source, source_padding_mask))
+        memory = self.cross_attention.read(source, source_padding_mask)
+        if source.shape[0] != like.shape[0]:
+            raise ValueError(f"source has {source.shape[0]} rows; allowed: {like.shape[0]}, as like")
+        return DecoderLayerState(self.self_attention.empty_state(like), memory)
 
     def describe_state(self, like: torch.Tensor) -> DecoderLayerState:
         """As :meth:`Layer.describe_state`, with a source of no tokens."""
