@@ -2,13 +2,14 @@
 
 import math
 
+import torch
 from fairseq.data import Dictionary
 from fairseq.modules import AdaptiveInput, AdaptiveSoftmax
 from torch import nn
 
 from fairseq_flash.models._options import FlashConfig, FlashLanguageModelConfig
 
-__all__ = ["build_adaptive_softmax", "build_embedding", "build_input", "embed_scale"]
+__all__ = ["build_adaptive_softmax", "build_embedding", "build_input", "embed_scale", "padding_as_words"]
 
 
 def build_embedding(cfg: FlashConfig, dictionary: Dictionary) -> nn.Embedding:
@@ -46,6 +47,24 @@ def build_input(cfg: FlashLanguageModelConfig, dictionary: Dictionary) -> nn.Mod
         cfg.embed_dim,
         cutoffs,
     )
+
+
+def padding_as_words(tokens: torch.Tensor, dictionary: Dictionary) -> torch.Tensor:
+    """The same tokens, with ``<unk>`` for padding between two real tokens of a row.
+
+    In data it is a word like others: a text that has ``<pad>`` in it, or words drawn at random, as
+    ``--task denoising --mask-random`` draws them.
+
+    Args:
+        tokens: ``(b, n)``.
+        dictionary: Tells which is padding.
+
+    Returns:
+        ``(b, n)``, whose padding leads or trails.
+    """
+    real = tokens.ne(dictionary.pad())
+    before, after = real.cumsum(1) > 0, real.flip(1).cumsum(1).flip(1) > 0
+    return tokens.masked_fill(~real & before & after, dictionary.unk())
 
 
 def embed_scale(cfg: FlashConfig) -> float:

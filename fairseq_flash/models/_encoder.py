@@ -7,6 +7,7 @@ from fairseq.data import Dictionary
 from fairseq.models import FairseqEncoder
 from torch import nn
 
+from fairseq_flash.models._embedding import padding_as_words
 from fairseq_flash.models._layers import build_stack
 from fairseq_flash.models._options import NO_MAXIMUM, FlashConfig
 
@@ -35,6 +36,7 @@ class FlashEncoder(FairseqEncoder):
 
     def features(self, src_tokens: torch.Tensor) -> torch.Tensor:
         """Features ``(b, m, d)`` of tokens ``(b, m)``, zero at padding; errors as :meth:`forward`."""
+        src_tokens = padding_as_words(src_tokens, self.dictionary)
         return self.stack(src_tokens, src_tokens.eq(self.padding_idx))[0]
 
     def forward(
@@ -43,7 +45,7 @@ class FlashEncoder(FairseqEncoder):
         """Reads a source.
 
         Args:
-            src_tokens: ``(b, m)``; padding leads or trails.
+            src_tokens: ``(b, m)``; padding leads or trails, and is a word elsewhere.
             src_lengths: Ignored: the padding tells.
             unused: What fairseq passes to every encoder.
 
@@ -52,9 +54,9 @@ class FlashEncoder(FairseqEncoder):
             ``encoder_padding_mask``, a list of one ``(b, m)``, True at padding.
 
         Raises:
-            ValueError: padding in the middle of a row, or a row longer than a Toeplitz table.
+            ValueError: a row is longer than a Toeplitz table.
         """
-        padding_mask = src_tokens.eq(self.padding_idx)
+        padding_mask = padding_as_words(src_tokens, self.dictionary).eq(self.padding_idx)
         encoder_out = self.features(src_tokens).transpose(0, 1)
         return {"encoder_out": [encoder_out], "encoder_padding_mask": [padding_mask]}
 

@@ -17,6 +17,7 @@ import torch
 from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
 from fairseq.models import ARCH_MODEL_NAME_REGISTRY, BaseFairseqModel
+from fairseq.trainer import Trainer
 from omegaconf import open_dict
 
 from fairseq_flash.models._options import (
@@ -171,12 +172,13 @@ def remember_options_of_checkpoints() -> None:
     """Gives checkpoints of before their record, from their own configuration, as fairseq reads them.
 
     fairseq lays ``--model-overrides`` over a checkpoint's configuration while it reads it, and tells a model
-    that loads only the result.
+    that loads only the result. ``--store-ema`` on a run that had none begins at the checkpoint's weights.
     """
     if hasattr(checkpoint_utils, "_flash_options"):
         return
     overwrite, upgrade = checkpoint_utils.overwrite_args_by_name, checkpoint_utils._upgrade_state_dict
-    checkpoint_utils._flash_options = True
+    load = Trainer.load_checkpoint
+    checkpoint_utils._flash_options, wants_ema = True, []
 
     def remembering(cfg: Any, overrides: dict[str, Any]) -> None:
         options = cfg.__dict__["_flash_options"] = _options_of(cfg)
@@ -192,9 +194,21 @@ def remember_options_of_checkpoints() -> None:
         options = getattr(cfg, "__dict__", {}).get("_flash_options") or _options_of(cfg)
         if options and isinstance(state.get("model"), dict):
             state["model"].setdefault(KEY, _encode({"options": options}))
+            if wants_ema and state.get("extra_state") is not None:
+                state["extra_state"].setdefault("ema", dict(state["model"]))
         return state
 
+    @functools.wraps(load)
+    def starting_ema(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        # A checkpoint without EMA starts it, as fairseq means to; its own way looks for deleted weights.
+        wants_ema[:] = [True] if self.cfg.ema.store_ema else []
+        try:
+            return load(self, *args, **kwargs)
+        finally:
+            wants_ema.clear()
+
     checkpoint_utils.overwrite_args_by_name, checkpoint_utils._upgrade_state_dict = remembering, recording
+    Trainer.load_checkpoint = starting_ema
 
 
 def _options_of(cfg: Any) -> Optional[dict[str, Any]]:

@@ -8,7 +8,7 @@ from fairseq.models import FairseqIncrementalDecoder, FairseqLanguageModel, regi
 from torch import nn
 
 from fairseq_flash.models._diagnostics import watch_layers
-from fairseq_flash.models._embedding import build_adaptive_softmax, build_input
+from fairseq_flash.models._embedding import build_adaptive_softmax, build_input, padding_as_words
 from fairseq_flash.models._layers import build_stack, compile_objections, resolve_n_ref
 from fairseq_flash.models._loss import LazyLogits, resolve_loss
 from fairseq_flash.models._options import NO_MAXIMUM, FlashLanguageModelConfig, check_sizes
@@ -67,7 +67,7 @@ class FlashDecoder(FairseqIncrementalDecoder):
         """Predicts the next token at every position.
 
         Args:
-            prev_output_tokens: ``(b, n)``; padding leads or trails.
+            prev_output_tokens: ``(b, n)``; padding leads or trails, and is a word elsewhere.
             encoder_out: Ignored: a language model has no encoder.
             incremental_state: fairseq's, during generation; then only the last position is returned.
             features_only: Whether to stop before the vocabulary.
@@ -80,7 +80,7 @@ class FlashDecoder(FairseqIncrementalDecoder):
             softmax; and None, in place of attention weights.
 
         Raises:
-            ValueError: padding in the middle of a row, or a row longer than a Toeplitz table.
+            ValueError: a row is longer than a Toeplitz table.
         """
         x, extra = self.extract_features(prev_output_tokens, encoder_out, incremental_state, memory)
         if features_only:
@@ -100,6 +100,7 @@ class FlashDecoder(FairseqIncrementalDecoder):
         """As :meth:`forward` with ``features_only``."""
         if incremental_state is not None:
             return self._advance(prev_output_tokens, incremental_state), None
+        prev_output_tokens = padding_as_words(prev_output_tokens, self.dictionary)
         state = None if memory is None else memory.recall(self.stack, prev_output_tokens)
         features, state = self.stack(prev_output_tokens, prev_output_tokens.eq(self.padding_idx), state)
         if memory is not None:
@@ -161,6 +162,7 @@ class FlashDecoder(FairseqIncrementalDecoder):
         new = tokens[:, consumed:]
         # A single new token is never padding: no look at the device for each step.
         if new.shape[1] > 1:
+            new = padding_as_words(new, self.dictionary)
             features, state = self.stack(new, new.eq(self.padding_idx), state)
         elif self.step_graphs is None or self.step_graphs.objections(self.stack, new, state):
             features, state = self.stack(new, None, state)
@@ -190,6 +192,20 @@ class FlashLanguageModel(RememberingModel, FairseqLanguageModel):
         model.remember(cfg, FlashLanguageModelConfig, task.target_dictionary)
         watch_layers(model, model.decoder.stack.blocks, cfg.diagnostics_interval)
         return model
+
+    def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> None:
+        """Refuses a checkpoint of another dictionary.
+
+        Raises:
+            ValueError: it has another size.
+        """
+        stored, words = state_dict.get("decoder.output_projection.weight"), len(self.decoder.dictionary)
+        if stored is not None and len(stored) != words:
+            raise ValueError(
+                f"the dictionary has {words} words; allowed: {len(stored)}, those that the checkpoint was "
+                "trained with"
+            )
+        super().upgrade_state_dict_named(state_dict, name)
 
 
 def normalized_probs(logits: torch.Tensor, log_probs: bool) -> torch.Tensor:

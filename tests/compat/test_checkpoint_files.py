@@ -136,7 +136,7 @@ def test_a_class_that_the_user_lists_passes(checkpoint, tmp_path):
 
 def test_infinite_weights_are_said(checkpoint, tmp_path, caplog):
     def change(state):
-        next(iter(state["model"].values())).view(-1)[0] = torch.inf
+        hostile.weight_of(state).view(-1)[0] = torch.inf
 
     path = hostile.changed(checkpoint, tmp_path / "infinite.pt", change)
     checkpoint_utils.load_checkpoint_to_cpu(str(path))

@@ -1,5 +1,7 @@
 """Proves that options of fairseq's generation hold for any batch, or are refused by name."""
 
+import re
+
 import pytest
 import torch
 from fairseq.search import DiverseBeamSearch
@@ -81,3 +83,29 @@ def test_batches_in_buckets_of_lengths_train(words_of_training, tmp_path):
     output = tools.call("train", *words, "--save-dir", tmp_path, "--max-update", 2)
     assert "bucketing source lengths" in output
     assert (tmp_path / "checkpoint_last.pt").exists()
+
+
+def validate(data_bin, path, *arguments):
+    plug_in = ("--user-dir", tools.USER_DIR, "--path", path, "--cpu", "--valid-subset", "valid")
+    return tools.call("validate", data_bin, *plug_in, "--batch-size", 2, *arguments)
+
+
+@pytest.mark.parametrize("arguments", [(), ("--carry-state",)])
+def test_validation_with_another_task_is_refused_by_name(data_bin, trained, arguments):
+    told = "--task flash_language_modeling is not allowed with fairseq-validate.*--task language_modeling;"
+    with pytest.raises(ValueError, match=told):
+        validate(data_bin, trained["flash_lm"], "--task", "flash_language_modeling", *arguments)
+
+
+def test_validation_carries_the_state_where_the_task_can(data_bin, words_of_training, tmp_path):
+    task = ("--task", "flash_language_modeling")
+    tools.call("train", *words_of_training["flash_lm"], *task, "--save-dir", tmp_path, "--max-update", 2)
+    path, blocks = tmp_path / "checkpoint_last.pt", ("--tokens-per-sample", "8")
+    plain, carried = (
+        float(re.search(r"ppl ([\d.]+)", validate(data_bin, path, *task, *blocks, *carry))[1])
+        for carry in ((), ("--carry-state",))
+    )
+    test = ("--user-dir", tools.USER_DIR, "--path", path, "--cpu", "--gen-subset", "valid", "--batch-size", 2)
+    evaluated = tools.perplexity(tools.call("eval-lm", data_bin, *test, *task, *blocks, "--carry-state"))
+    assert carried == pytest.approx(evaluated, rel=1e-3)
+    assert carried != plain

@@ -266,11 +266,14 @@ def test_a_row_without_a_known_word_gives_finite_numbers_and_gradients(model, wo
         assert parameter.grad.isfinite().all(), name
 
 
-def test_padding_between_words_is_refused(model):
+def test_padding_between_words_is_a_word(model):
     tokens = draw(2, 7)
     tokens[0, 3] = model.encoder.padding_idx
-    with pytest.raises(ValueError, match="padding between real tokens"):
-        model(tokens)
+    tokens[1, 5:] = model.encoder.padding_idx
+    found = outputs(model, tokens)
+    tokens[0, 3] = model.encoder.dictionary.unk()
+    for name, expected in outputs(model, tokens).items():
+        assert torch.equal(found[name], expected), name
 
 
 def test_there_is_no_maximum_length(model, kind):

@@ -44,6 +44,11 @@ def changed(good: Path, target: Path, change, **how) -> Path:
     return target
 
 
+def weight_of(state: dict) -> torch.Tensor:
+    """A weight of a checkpoint's model."""
+    return next(weight for name, weight in state["model"].items() if name.endswith("weight"))
+
+
 def records(path: Path) -> dict[str, bytes]:
     """What lies in the archive, by name."""
     with zipfile.ZipFile(path) as archive:
@@ -131,7 +136,7 @@ def damaged(good: Path, folder: Path) -> dict[str, Path]:
     }
 
     def spoil(state):
-        next(iter(state["model"].values())).view(-1)[-1] = torch.nan
+        weight_of(state).view(-1)[-1] = torch.nan
 
     files["NaN"] = changed(good, folder / "nan.pt", spoil)
     return files
