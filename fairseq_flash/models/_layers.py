@@ -89,9 +89,11 @@ def _build_block(cfg: FlashConfig, causal: bool, n_ref: int) -> nn.Module:
         return TransformerBlock(cfg.embed_dim, **options)
     relative_bias = None if cfg.relative_bias is None else str(cfg.relative_bias)
     options.update(expansion_factor=cfg.expansion_factor, relative_bias=relative_bias)
-    return GatedAttentionUnit(
+    unit = GatedAttentionUnit(
         cfg.embed_dim, causal=causal, n_ref=n_ref, adopt_n_ref=cfg.n_ref is None, **options
     )
+    unit.check_backend_on("cuda" if torch.cuda.is_available() else "cpu")
+    return unit
 
 
 def _build_cross(cfg: FlashConfig) -> GatedCrossAttention:

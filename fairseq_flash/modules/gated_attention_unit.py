@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from torch import nn
@@ -26,11 +26,13 @@ from fairseq_flash.ops import (
     LINEAR_NORMS,
     Options,
     Pair,
+    Projected,
     apply_rotary,
     quadratic_scores,
     split_silu,
     widened,
 )
+from fairseq_flash.ops.dispatch import choose
 
 __all__ = ["INITS", "GatedAttentionUnit"]
 
@@ -153,6 +155,18 @@ class GatedAttentionUnit(Layer):
                     f"{n_ref}; allowed in several processes: n_ref={n_ref}"
                 )
             self.bias = ToeplitzBias(n_ref).to(self.bias.table)
+
+    def check_backend_on(self, device: Union[str, torch.device]) -> None:
+        """Refuses, before the first pass, a backend that was asked for by name and cannot run on ``device``.
+
+        Raises:
+            ValueError: it cannot; the message lists every objection.
+        """
+        if self.attend.gated and self.attend.backend != "auto":
+            uvz = self.uvz.weight.new_empty(1, 1, self.uvz.out_features, device=device)
+            scale = uvz.new_empty(2 * len(self.branches), self.attention_dim)
+            projected = Projected(uvz, scale, scale, uvz, uvz, None)
+            choose(self.attend.backend, projected, self.attend.options)
 
     def empty_state(self, like: torch.Tensor) -> LayerState:
         """A state before the first token, for rows ``like`` ``(b, ...)`` in dtype and device.

@@ -69,7 +69,7 @@ def choose(backend: str, *arguments: Any, among: Optional[Mapping[str, str]] = N
         if not objections:
             return module.run
         refused.append(f"backend={name!r} cannot run: {'; '.join(objections)}")
-    raise ValueError(". ".join(refused))
+    raise ValueError(". ".join(refused) + ("" if backend == "auto" else "; allowed: auto"))
 
 
 def _reasons(backend: str, module: Any, arguments: tuple) -> list[str]:

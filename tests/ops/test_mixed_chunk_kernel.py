@@ -100,7 +100,11 @@ def test_errors_are_at_most_twice_the_reference_s(kernel, n, e, causal, dtype):
     reference = exact.results(gated.run, options, inputs, dtype, DEVICE)
     for name, exactly in want.items():
         errors = [(x[name].double() - exactly).square().mean().sqrt() for x in (ours, reference)]
-        assert errors[0] <= 2 * errors[1] + torch.finfo(dtype).eps / 8 * exactly.square().mean().sqrt(), name
+        # Of one token, the reference's numbers may happen to be exact.
+        few = 1 / 8 if n > 1 else 2
+        assert errors[0] <= 2 * errors[1] + few * torch.finfo(dtype).eps * exactly.square().mean().sqrt(), (
+            name
+        )
 
 
 @run_here
@@ -132,6 +136,7 @@ def test_the_operator_is_sound_and_lives_in_a_compiled_graph(kernel):
     def loss(projected):
         return ops.gated_mixed_chunk(projected, options, backend="triton").sum()
 
+    dispatch.check_backend("triton")  # as a layer does when it is built: a compiler cannot import
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     found, want = (torch.autograd.grad(f(projected), narrow[0])[0] for f in (compiled, loss))
     assert torch.equal(found, want)
