@@ -86,7 +86,7 @@ DOORS = (
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", DOORS)
-def test_no_door_lets_a_hostile_file_in(doors, trained, tmp_path, name):
+def test_no_door_lets_a_hostile_file_in(doors, trained, tmp_path, name, robustness):
     door, model = doors[name]
     shutil.copy(trained[model], tmp_path / "good_lm.pt")
     marker = tmp_path / "ran"
@@ -108,5 +108,6 @@ def test_no_door_lets_a_hostile_file_in(doors, trained, tmp_path, name):
             said = str(error)
             if path.name not in said or "weights_only" in said or len(said) > 700:
                 wrong[kind] = repr(error)
+    robustness.count("hostile files at every door", len(files), len(files) - len(wrong))
     assert wrong == {}
     assert not marker.exists()

@@ -300,7 +300,8 @@ def test_a_killed_run_leaves_nothing_that_looks_finished(corpus, tmp_path):
     while not (partial / "log").exists():
         assert process.poll() is None
         time.sleep(0.01)
-    # while the first works, a second one must not disturb it
+    # while the first works, which is held so that it does, a second one must not disturb it
+    process.send_signal(signal.SIGSTOP)
     assert "another run" in run("--text", text, "--output", output, "--vocab-size", 320, expect=2)
     process.send_signal(signal.SIGKILL)
     process.wait()

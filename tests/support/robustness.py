@@ -28,6 +28,11 @@ class Tally:
         self.tries[attack] += 1
         self.survived[attack] += 1
 
+    def count(self, attack: str, tries: int, survived: int) -> None:
+        """Several tries of an attack at once."""
+        self.tries[attack] += tries
+        self.survived[attack] += survived
+
     def fill(self, table: str) -> str:
         """The table with this run's numbers in the rows of its attacks; what was found stays.
 
