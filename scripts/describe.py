@@ -10,9 +10,9 @@ PyTorch chooses between implementations (attention, dropout), it is the choice f
 Multiply-adds are those of matrix products, two floating point operations each; all other work is small
 beside them, but takes time: where training steps of both were measured, the crossover in time stands there
 too. "Skipping the future" is what a perfect kernel of quadratic attention would do, which computes the scores
-on and below the diagonal alone; mixed chunk attention is always counted as it is computed. The crossover is
-the shortest row, in whole chunks, from which on a token costs at most what it costs in a Transformer of the
-same width, depth (two gated attention units for a layer) and, but for rounding, number of parameters.
+on and below the diagonal alone; mixed chunk attention is counted as its reference computes it. The crossover
+is the shortest row, in whole chunks, from which on a token costs at most what it costs in a Transformer of
+the same width, depth (two gated attention units for a layer) and, but for rounding, number of parameters.
 Activations are what the forward pass keeps for the backward pass, each memory block once.
 """
 
@@ -82,7 +82,10 @@ class Sketch:
             # Not converted afterwards: PyTorch cannot exchange a fake weight that two modules share.
             torch.set_default_dtype(dtype)
             with self._fake:
-                self.model = build(words, vocabulary)
+                self.model = self._counted_model = build(words, vocabulary)
+                if hasattr(self.model.decoder, "stack"):
+                    # As defined: a fast path works chunk by chunk, and the longest rows have many.
+                    self._counted_model = build(["--backend", "reference", *words], vocabulary)
         finally:
             torch.set_default_dtype(usual)
         self.name, self.batch = words[words.index("--arch") + 1], batch
@@ -98,6 +101,9 @@ class Sketch:
         self.is_quadratic = block is None or block.attention == "quadratic"
         self.is_transformer = not isinstance(block, GatedAttentionUnit) and self.is_quadratic
         self.chunk_size = 1 if self.is_quadratic else block.chunk_size
+        #: Tokens that a table of relative positions ends at; None without one.
+        bias = getattr(block, "bias", None) if self.is_quadratic else None
+        self.longest = getattr(bias, "limit", None)
         self._counted = functools.cache(self._count)
 
     def parameters(self) -> tuple[int, int]:
@@ -114,7 +120,14 @@ class Sketch:
         Args:
             n: Tokens a row.
             skip_future: Whether quadratic attention leaves out what lies above the diagonal.
+
+        Raises:
+            ValueError: the rows end before, at a table.
         """
+        if self.longest is not None and n > self.longest:
+            raise ValueError(
+                f"n={n} is beyond the table of relative positions; allowed: {self.longest} or less"
+            )
         whole = self._counted(n)
         if not (self.is_quadratic and skip_future) or n == 1:
             return whole
@@ -167,10 +180,10 @@ class Sketch:
     def _count(self, n: int) -> float:
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         formulas = {fused: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
-        self.model.eval()
+        self._counted_model.eval()
         counter = FlopCounterMode(display=False, custom_mapping=formulas)
         with self._fake, NoNumbers(), counter:
-            self.model(self._tokens(self.batch, n))
+            self._counted_model(self._tokens(self.batch, n))
         return counter.get_total_flops() / 2 / (self.batch * n)
 
 
@@ -275,7 +288,7 @@ def measured_crossovers(ours: str, theirs: str) -> Iterator[str]:
         ours: An architecture.
         theirs: A system, which is compared at the size of ``ours``.
     """
-    size, ending = max(SIZES.items(), key=lambda each: ours.endswith(each[1]) * len(each[1]))
+    size, ending = max(SIZES.items(), key=lambda each: (ours.endswith(each[1]), len(each[1])))
     names = {ours.removesuffix(ending): 0, theirs: 1}
     steps: dict[str, tuple[dict, dict]] = {}
     for row in read(MEASURED):

@@ -168,6 +168,8 @@ def test_attention_that_never_wins_has_no_crossover(describe, sketch):
     assert describe.crossover(quadratic, theirs, skip_future=True) is None
     table = sketch(*small("flash_quad_lm"), "--relative-bias", "toeplitz", "--n-ref", "64")
     assert any("rows of this model end at its table" in line for line in describe.crossovers(table))
+    chunks = sketch(*small("flash_lm"), "--relative-bias", "toeplitz")
+    assert chunks.multiply_adds(1 << 14, skip_future=False) > 0, "a table for a chunk ends no row"
 
 
 def test_the_crossover_says_its_unit_and_the_measured_one_stands_beside_it(describe, tmp_path, monkeypatch):
@@ -177,12 +179,13 @@ def test_the_crossover_says_its_unit_and_the_measured_one_stands_beside_it(descr
             f"flash_lm,tiny,cpu,float32,2,{n},{ours},ok",
             f"transformer_lm,tiny,cpu,float32,2,{n},{theirs},ok",
         ]
-    rows += ["flash_lm,tiny,cpu,float32,2,16384,,out of memory", "flash_lm,base,cpu,float32,2,512,1,ok"]
+    rows += ["flash_lm,tiny,cpu,float32,2,16384,,out of memory"]
     monkeypatch.setattr(describe, "MEASURED", tmp_path / "training.csv")
     (tmp_path / "training.csv").write_text("\n".join(rows) + "\n")
     found = list(describe.measured_crossovers("flash_lm_tiny", "transformer_lm"))
     assert found == ["from 4096 tokens on, in the time of a training step on cpu, float32, 2 threads"]
     assert "not measured" in next(describe.measured_crossovers("flash_lm_gpt", "transformer_lm"))
+    assert "not measured" in next(describe.measured_crossovers("flash_lm", "transformer_lm"))
 
 
 @pytest.mark.parametrize("arch", ["flash_lm_tiny", "flash_lm", "mc_transformer_pp_lm_gpt"])
