@@ -7,6 +7,8 @@ same.
 
 import importlib.util
 
+__version__ = "0.1.0"
+
 if importlib.util.find_spec("fairseq") is not None:
     from fairseq_flash._compat import prepare_host
 

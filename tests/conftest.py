@@ -1,8 +1,11 @@
 """Data and models that many tests share, made once for each process that runs tests."""
 
+import os
+
 import pytest
 
 from support import tools
+from support.robustness import TABLE, Tally
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +37,12 @@ def second_checkpoint(data_bin, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained_again")
     tools.train(data_bin, folder, "--seed", "2", updates=4)
     return folder / "checkpoint_last.pt"
+
+
+@pytest.fixture(scope="session")
+def robustness():
+    """Counts attacks; with FAIRSEQ_FLASH_ROBUSTNESS set, writes the counts to the table in docs/."""
+    tally = Tally()
+    yield tally
+    if os.environ.get("FAIRSEQ_FLASH_ROBUSTNESS"):
+        TABLE.write_text(tally.fill(TABLE.read_text()))

@@ -4,6 +4,8 @@
     names and defaults that have changed since;
 ``checkpoints``
     why no checkpoint runs code or takes the memory, with ``dry_run``, which looks at its file;
+``hub``
+    archives and addresses that ``from_pretrained`` opens;
 ``saving``
     one training a folder, and no cut file in it;
 ``training``
@@ -23,7 +25,7 @@ Two things happen before ``--user-dir`` is read and so cannot be healed from her
 tensorboardX" (hence tensorboardX is a dependency of this package) and warnings about fairseq's own syntax.
 """
 
-from fairseq_flash._compat import checkpoints, data, generation, messages, saving, training, versions
+from fairseq_flash._compat import checkpoints, data, generation, hub, messages, saving, training, versions
 
 __all__ = ["prepare_host"]
 
@@ -35,5 +37,5 @@ def prepare_host() -> None:
     registered.
     """
     # Messages first: the others import the modules whose noise is to be hidden.
-    for kind in (messages, versions, checkpoints, saving, training, data, generation):
+    for kind in (messages, versions, checkpoints, hub, saving, training, data, generation):
         kind.prepare()

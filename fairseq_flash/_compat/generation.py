@@ -1,4 +1,4 @@
-"""Generation: options that fail for some models or batches, and text that is not what was meant."""
+"""Generation and evaluation: options that fail for some models or are ignored, and text not meant."""
 
 import re
 from collections.abc import Callable
@@ -16,6 +16,7 @@ def prepare() -> None:
     _accept_blank_prompts()
     _diversify_every_batch()
     _refuse_constraints_by_name()
+    _refuse_another_task()
     _join_byte_pieces()
 
 
@@ -92,6 +93,32 @@ def _refuse_constraints_by_name() -> None:
 
     wrap(FairseqTask, "build_generator", heal_build)
     wrap(LexicallyConstrainedBeamSearch, "init_constraints", heal_init)
+
+
+def _refuse_another_task() -> None:
+    """Says that fairseq-validate takes the task from the checkpoint; it ignores another and its options.
+
+    So ``--task flash_language_modeling --carry-state`` evaluated a checkpoint of ``language_modeling`` in
+    blocks, without a word. No other tool passes a task on as an option of the checkpoint's.
+    """
+    from fairseq import checkpoint_utils
+
+    def heal(load: Callable) -> Callable:
+        def healed(path: Any, arg_overrides: Any = None, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            state = load(path, arg_overrides, *args, **kwargs)
+            asked = (arg_overrides or {}).get("task")
+            task = (state.get("cfg") or {}).get("task") or {}
+            name = task.get("_name") if hasattr(task, "get") else getattr(task, "task", None)
+            if isinstance(asked, str) and name not in (None, asked):
+                raise ValueError(
+                    f"--task {asked} is not allowed with fairseq-validate and {path!r}, a checkpoint of "
+                    f"--task {name}; allowed: that one, or fairseq-eval-lm, which takes any"
+                )
+            return state
+
+        return healed
+
+    wrap(checkpoint_utils, "load_checkpoint_to_cpu", heal)
 
 
 def _join_byte_pieces() -> None:

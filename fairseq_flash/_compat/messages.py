@@ -1,5 +1,6 @@
 """What a user reads: no noise that they can do nothing about, and errors that say the cause."""
 
+import argparse
 import logging
 import os
 import warnings
@@ -35,12 +36,31 @@ _CONFIG_LOGGERS = (
 )
 
 
+# What transformer, transformer_lm and roberta call the options of our models.
+_OPTIONS = {
+    "--decoder-layers": "--layers",
+    "--encoder-layers": "--layers",
+    "--decoder-embed-dim": "--embed-dim",
+    "--encoder-embed-dim": "--embed-dim",
+    "--decoder-input-dim": "--embed-dim",
+    "--decoder-output-dim": "--embed-dim",
+    "--decoder-ffn-embed-dim": "--ffn-embed-dim (with --block transformer; of units, --expansion-factor)",
+    "--encoder-ffn-embed-dim": "--ffn-embed-dim (with --block transformer; of units, --expansion-factor)",
+    "--decoder-attention-heads": "--attention-dim (the size of the single head, or of each)",
+    "--encoder-attention-heads": "--attention-dim (the size of the single head, or of each)",
+    "--activation-dropout": "--dropout",
+    "--relu-dropout": "--dropout",
+}
+
+
 def prepare() -> None:
     """Applies every healing of this file."""
     _silence_noise()
     _shorten_config_dump()
     _explain_fp16_without_gpu()
     _explain_unfit_checkpoints()
+    _name_our_options()
+    _refuse_alignments()
 
 
 def _silence_noise() -> None:
@@ -110,3 +130,42 @@ def _explain_unfit_checkpoints() -> None:
         return healed
 
     wrap(Trainer, "load_checkpoint", heal)
+
+
+def _name_our_options() -> None:
+    """Tells who gives one of our models an option of fairseq's by the name it has there."""
+    from fairseq import options
+
+    def heal(parse: Callable) -> Callable:
+        def healed(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+            refuse = parser.error
+
+            def explained(message: str) -> None:
+                given = [word.partition("=")[0] for word in message.split()]
+                names = [f"{name} is {_OPTIONS[name]}" for name in given if name in _OPTIONS]
+                hint = f" (for the models of fairseq_flash, {'; '.join(names)})" if names else ""
+                refuse(message + hint)
+
+            parser.error = explained
+            return parse(parser, *args, **kwargs)
+
+        return healed
+
+    wrap(options, "parse_args_and_arch", heal)
+
+
+def _refuse_alignments() -> None:
+    """Says before the first sentence that ``--print-alignment`` needs weights, which ours lack."""
+    from fairseq.sequence_generator import SequenceGeneratorWithAlignment
+
+    def heal(init: Callable) -> Callable:
+        def healed(self, models: Any, *args: Any, **kwargs: Any) -> None:
+            if not all(getattr(model.decoder, "has_attention_weights", True) for model in models):
+                raise ValueError(
+                    "--print-alignment is not allowed: gated attention gives no weights to align"
+                )
+            init(self, models, *args, **kwargs)
+
+        return healed
+
+    wrap(SequenceGeneratorWithAlignment, "__init__", heal)

@@ -1,12 +1,15 @@
 """What stands before the layers and after them: embeddings of words, and an adaptive softmax."""
 
+import math
+
+import torch
 from fairseq.data import Dictionary
 from fairseq.modules import AdaptiveInput, AdaptiveSoftmax
 from torch import nn
 
 from fairseq_flash.models._options import FlashConfig, FlashLanguageModelConfig
 
-__all__ = ["build_adaptive_softmax", "build_embedding", "build_input", "embed_scale"]
+__all__ = ["build_adaptive_softmax", "build_embedding", "build_input", "embed_scale", "padding_as_words"]
 
 
 def build_embedding(cfg: FlashConfig, dictionary: Dictionary) -> nn.Embedding:
@@ -46,6 +49,24 @@ def build_input(cfg: FlashLanguageModelConfig, dictionary: Dictionary) -> nn.Mod
     )
 
 
+def padding_as_words(tokens: torch.Tensor, dictionary: Dictionary) -> torch.Tensor:
+    """The same tokens, with ``<unk>`` for padding between two real tokens of a row.
+
+    In data it is a word like others: a text that has ``<pad>`` in it, or words drawn at random, as
+    ``--task denoising --mask-random`` draws them.
+
+    Args:
+        tokens: ``(b, n)``.
+        dictionary: Tells which is padding.
+
+    Returns:
+        ``(b, n)``, whose padding leads or trails.
+    """
+    real = tokens.ne(dictionary.pad())
+    before, after = real.cumsum(1) > 0, real.flip(1).cumsum(1).flip(1) > 0
+    return tokens.masked_fill(~real & before & after, dictionary.unk())
+
+
 def embed_scale(cfg: FlashConfig) -> float:
     """As in transformer_lm; Transformer layers add about one to their input at the start."""
     return cfg.embed_dim**0.5 if cfg.block == "transformer" else 1.0
@@ -80,15 +101,17 @@ def _check_adaptive(cfg: FlashLanguageModelConfig) -> None:
             "--tie-adaptive-weights (without which --tie-adaptive-proj has no effect) needs --adaptive-input "
             f"with the cutoffs and factor of the adaptive softmax; got {inputs} and {outputs}"
         )
-    if cfg.share_decoder_input_output_embed and (cfg.adaptive_input or cfg.adaptive_softmax_cutoff):
+    if cfg.share_decoder_input_output_embed and (
+        cfg.adaptive_input or cfg.adaptive_softmax_cutoff is not None
+    ):
         raise ValueError(
             "--share-decoder-input-output-embed is not allowed with adaptive input or softmax; allowed: "
             "--tie-adaptive-weights"
         )
-    if cfg.adaptive_input_cutoff and not cfg.adaptive_input:
-        raise ValueError(f"--adaptive-input-cutoff {cfg.adaptive_input_cutoff} needs --adaptive-input")
+    if cfg.adaptive_input_cutoff is not None and not cfg.adaptive_input:
+        raise ValueError(f"--adaptive-input-cutoff {cfg.adaptive_input_cutoff!r} needs --adaptive-input")
     for name, factor in (("input", cfg.adaptive_input_factor), ("softmax", cfg.adaptive_softmax_factor)):
-        if factor < 1:
+        if not 1 <= factor < math.inf:
             raise ValueError(f"--adaptive-{name}-factor {factor} is not allowed; allowed: 1 or more")
     if not 0 <= cfg.adaptive_softmax_dropout < 1:
         raise ValueError(

@@ -7,7 +7,8 @@ from fairseq.data import Dictionary
 from fairseq.models import FairseqEncoder
 from torch import nn
 
-from fairseq_flash.models._layers import adopt_n_ref, build_stack
+from fairseq_flash.models._embedding import padding_as_words
+from fairseq_flash.models._layers import build_stack
 from fairseq_flash.models._options import NO_MAXIMUM, FlashConfig
 
 __all__ = ["EncoderOut", "FlashEncoder"]
@@ -31,11 +32,11 @@ class FlashEncoder(FairseqEncoder):
     def __init__(self, cfg: FlashConfig, dictionary: Dictionary, embed_tokens: nn.Module, n_ref: int) -> None:
         super().__init__(dictionary)
         self.padding_idx = embed_tokens.padding_idx
-        self.n_ref_is_default = cfg.n_ref is None
         self.stack = build_stack(cfg, embed_tokens, causal=False, n_ref=n_ref)
 
     def features(self, src_tokens: torch.Tensor) -> torch.Tensor:
         """Features ``(b, m, d)`` of tokens ``(b, m)``, zero at padding; errors as :meth:`forward`."""
+        src_tokens = padding_as_words(src_tokens, self.dictionary)
         return self.stack(src_tokens, src_tokens.eq(self.padding_idx))[0]
 
     def forward(
@@ -44,7 +45,7 @@ class FlashEncoder(FairseqEncoder):
         """Reads a source.
 
         Args:
-            src_tokens: ``(b, m)``; padding leads or trails.
+            src_tokens: ``(b, m)``; padding leads or trails, and is a word elsewhere.
             src_lengths: Ignored: the padding tells.
             unused: What fairseq passes to every encoder.
 
@@ -53,9 +54,9 @@ class FlashEncoder(FairseqEncoder):
             ``encoder_padding_mask``, a list of one ``(b, m)``, True at padding.
 
         Raises:
-            ValueError: padding in the middle of a row, or a row longer than a Toeplitz table.
+            ValueError: a row is longer than a Toeplitz table.
         """
-        padding_mask = src_tokens.eq(self.padding_idx)
+        padding_mask = padding_as_words(src_tokens, self.dictionary).eq(self.padding_idx)
         encoder_out = self.features(src_tokens).transpose(0, 1)
         return {"encoder_out": [encoder_out], "encoder_padding_mask": [padding_mask]}
 
@@ -70,9 +71,3 @@ class FlashEncoder(FairseqEncoder):
     def max_positions(self) -> int:
         """No maximum."""
         return NO_MAXIMUM
-
-    def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> dict[str, Any]:
-        """Takes over the checkpoint's ``n_ref`` where the user gave none."""
-        if self.n_ref_is_default:
-            adopt_n_ref(self.stack, state_dict, f"{name}.stack")
-        return state_dict

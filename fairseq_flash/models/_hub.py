@@ -93,7 +93,7 @@ class FlashHubInterface(RobertaHubInterface):
             ``(b, n, d)``, zero at padding.
 
         Raises:
-            ValueError: padding in the middle of a row, or ``return_all_hiddens``.
+            ValueError: ``return_all_hiddens``.
         """
         features, _ = self.model(
             self._batch(tokens), features_only=True, return_all_hiddens=return_all_hiddens

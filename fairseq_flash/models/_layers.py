@@ -22,7 +22,6 @@ from fairseq_flash.modules import (
 )
 
 __all__ = [
-    "adopt_n_ref",
     "build_stack",
     "compile_objections",
     "compiled_layer",
@@ -90,7 +89,11 @@ def _build_block(cfg: FlashConfig, causal: bool, n_ref: int) -> nn.Module:
         return TransformerBlock(cfg.embed_dim, **options)
     relative_bias = None if cfg.relative_bias is None else str(cfg.relative_bias)
     options.update(expansion_factor=cfg.expansion_factor, relative_bias=relative_bias)
-    return GatedAttentionUnit(cfg.embed_dim, causal=causal, n_ref=n_ref, **options)
+    unit = GatedAttentionUnit(
+        cfg.embed_dim, causal=causal, n_ref=n_ref, adopt_n_ref=cfg.n_ref is None, **options
+    )
+    unit.check_backend_on("cuda" if torch.cuda.is_available() else "cpu")
+    return unit
 
 
 def _build_cross(cfg: FlashConfig) -> GatedCrossAttention:
@@ -148,6 +151,7 @@ def _forward(
     _mark_dynamic(x, 0, 1)
     for tensor, axes in (
         (rows.padding_mask, (0, 1)),
+        (rows.lengths, (0,)),
         (rows.positions, (0,)),
         (rows.cos, (0,)),
         (rows.sin, (0,)),
@@ -189,11 +193,3 @@ def resolve_n_ref(cfg: Any, task: Any) -> int:
     names = ("tokens_per_sample", "max_positions", "max_target_positions")
     candidates = [cfg.n_ref, *(getattr(options, name, None) for name in names)]
     return next((n for n in candidates if isinstance(n, int)), 1024)
-
-
-def adopt_n_ref(stack: Stack, state_dict: dict[str, Any], name: str) -> None:
-    """Sets the ``n_ref`` of a stack's quadratic layers to that of a checkpoint, in which it is ``name``."""
-    for path, module in stack.named_modules():
-        stored = state_dict.get(f"{name}.{path}.n_ref")
-        if stored is not None and isinstance(module, GatedAttentionUnit) and module.attention == "quadratic":
-            module.set_n_ref(int(stored))

@@ -8,12 +8,13 @@ loss are one piece of compiled code, or go through the rows in pieces.
 
 import functools
 import importlib.util
+from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
 from torch.nn import functional
 
-__all__ = ["LOSSES", "LazyLogits", "loss_objections"]
+__all__ = ["LOSSES", "LazyLogits", "resolve_loss"]
 
 #: How the loss is computed: as fairseq does, as compiled code, or in pieces that are never there together.
 LOSSES = ("plain", "compiled", "chunked")
@@ -44,14 +45,28 @@ class LazyLogits(torch.Tensor):
         shape = (*features.shape[:-1], weight.shape[0])
         lazy = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=features.device)
         lazy.features, lazy.weight, lazy.loss, lazy.log_probs = features, weight, loss, log_probs
+        lazy.version = weight._version
         return lazy
 
     def normalized(self) -> "LazyLogits":
         """Their log-probabilities, as lazy."""
         return LazyLogits(self.features, self.weight, self.loss, log_probs=True)
 
+    def check(self) -> None:
+        """Refuses to be computed with other weights than those that it was made with.
+
+        Raises:
+            RuntimeError: the weights have changed in between.
+        """
+        if self.weight._version != self.version:
+            raise RuntimeError(
+                "the weights of the output have changed since these logits were made; allowed: to use them "
+                "before, or --vocabulary-loss plain"
+            )
+
     def computed(self) -> torch.Tensor:
         """The tensor that this one stands for."""
+        self.check()
         logits = functional.linear(self.features, self.weight)
         return torch.log_softmax(logits, dim=-1, dtype=self.dtype) if self.log_probs else logits
 
@@ -93,6 +108,7 @@ def _reduces(args: tuple, kwargs: dict) -> bool:
 def _loss(
     lazy: LazyLogits, target: torch.Tensor, ignore_index: int = -100, reduction: str = "sum"
 ) -> torch.Tensor:
+    lazy.check()
     if lazy.loss == "compiled":
         torch._dynamo.maybe_mark_dynamic(lazy.features, 0)
         torch._dynamo.maybe_mark_dynamic(target, 0)
@@ -120,11 +136,36 @@ def _whole_loss(
     return functional.nll_loss(log_probs, target, ignore_index=ignore_index, reduction="sum")
 
 
-def loss_objections(loss: str) -> list[str]:
-    """Why a loss of ``LOSSES`` cannot run on this machine; nothing if it can, or if it is compiled."""
-    if loss != "chunked" or hasattr(functional, "linear_cross_entropy"):
+def resolve_loss(cfg: Any, compile_objections: Callable[[], list[str]]) -> str:
+    """The loss that the options of a flash_lm ask for.
+
+    Args:
+        cfg: The options.
+        compile_objections: Tells why nothing can be compiled on this machine.
+
+    Returns:
+        One of ``LOSSES``.
+
+    Raises:
+        ValueError: it has no effect with these options, or cannot run here.
+    """
+    if cfg.vocabulary_loss is None:
+        return "compiled" if cfg.compile else "plain"
+    loss = str(cfg.vocabulary_loss)
+    if loss != "plain" and cfg.adaptive_softmax_cutoff is not None:
+        raise ValueError(
+            f"--vocabulary-loss {loss} has no effect with --adaptive-softmax-cutoff; allowed: plain"
+        )
+    objections = {"plain": list, "compiled": compile_objections, "chunked": _chunked_objections}[loss]()
+    if objections:
+        raise ValueError(f"--vocabulary-loss {loss} cannot run: {'; '.join(objections)}; allowed: plain")
+    return loss
+
+
+def _chunked_objections() -> list[str]:
+    if hasattr(functional, "linear_cross_entropy"):
         return []
-    found = [f"torch {torch.__version__} has no linear_cross_entropy (2.13 has)"]
+    found = [f"torch {torch.__version__} has no linear_cross_entropy, which 2.13 has"]
     if importlib.util.find_spec("liger_kernel") is None or not torch.cuda.is_available():
         return [*found, "there is no GPU with the package liger-kernel"]
     return []

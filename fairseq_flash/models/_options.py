@@ -6,6 +6,7 @@ from typing import Optional
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
+from fairseq_flash.models._loss import LOSSES
 from fairseq_flash.modules import ATTENTIONS, BACKENDS, INITS, LINEAR_NORMS, NORMS, RELATIVE_BIASES
 
 __all__ = [
@@ -157,6 +158,17 @@ class FlashLanguageModelConfig(FlashConfig):
     tie_adaptive_proj: bool = field(
         default=False, metadata={"help": "tie the projections of adaptive softmax and adaptive input"}
     )
+    vocabulary_loss: Optional[ChoiceEnum(list(LOSSES))] = field(
+        default=None,
+        metadata={
+            "help": "how --criterion cross_entropy takes the loss over the vocabulary in training: plain, "
+            "compiled (the default with --compile), or chunked, which never holds all logits"
+        },
+    )
+    no_graph: bool = field(
+        default=False,
+        metadata={"help": "do not record the steps of generation on a GPU as CUDA graphs"},
+    )
 
 
 @dataclass
@@ -262,6 +274,8 @@ def check_masked_lm(cfg: FlashMaskedLMConfig) -> None:
     """
     if not 0 <= cfg.pooler_dropout < 1:
         raise ValueError(f"--pooler-dropout {cfg.pooler_dropout} is not allowed; allowed: 0 to below 1")
+    if cfg.max_positions < 1:
+        raise ValueError(f"--max-positions {cfg.max_positions} is not allowed; allowed: 1 or more")
     if cfg.block != "gau":
         raise ValueError(f"--block {cfg.block} is not allowed: it is causal; allowed: gau")
     table = cfg.attention == "quadratic" and cfg.relative_bias == "toeplitz"

@@ -42,6 +42,7 @@ FREE = {
     *("_name", "init", "n_ref", "ffn_embed_dim", "max_positions", "load_checkpoint_heads"),
     *("dropout", "attention_dropout", "adaptive_softmax_dropout", "pooler_dropout"),
     *("checkpoint_activations", "offload_activations", "compile", "backend", "diagnostics_interval"),
+    *("vocabulary_loss", "no_graph"),
     "change_trained_options",
 }
 

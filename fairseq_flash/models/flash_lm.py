@@ -8,12 +8,13 @@ from fairseq.models import FairseqIncrementalDecoder, FairseqLanguageModel, regi
 from torch import nn
 
 from fairseq_flash.models._diagnostics import watch_layers
-from fairseq_flash.models._embedding import build_adaptive_softmax, build_input
-from fairseq_flash.models._layers import adopt_n_ref, build_stack, resolve_n_ref
+from fairseq_flash.models._embedding import build_adaptive_softmax, build_input, padding_as_words
+from fairseq_flash.models._layers import build_stack, compile_objections, resolve_n_ref
+from fairseq_flash.models._loss import LazyLogits, resolve_loss
 from fairseq_flash.models._options import NO_MAXIMUM, FlashLanguageModelConfig, check_sizes
 from fairseq_flash.models._presets import LANGUAGE_MODELS, register
 from fairseq_flash.models._trained import RememberingModel
-from fairseq_flash.modules import DecodingState, RowMemory
+from fairseq_flash.modules import DecodingState, RowMemory, StepGraphs
 
 __all__ = ["PRESETS", "FlashDecoder", "FlashLanguageModel", "FlashLanguageModelConfig", "normalized_probs"]
 
@@ -36,13 +37,14 @@ class FlashDecoder(FairseqIncrementalDecoder):
 
     #: Whether each layer attends to a source as well.
     reads_source = False
+    #: Whether there are weights that align words, as ``--print-alignment`` needs them.
+    has_attention_weights = False
 
     def __init__(
         self, cfg: FlashLanguageModelConfig, dictionary: Dictionary, embed_tokens: nn.Module, n_ref: int
     ) -> None:
         super().__init__(dictionary)
         self.padding_idx = embed_tokens.padding_idx
-        self.n_ref_is_default = cfg.n_ref is None
         self.stack = build_stack(cfg, embed_tokens, causal=True, n_ref=n_ref, reads_source=self.reads_source)
         self.adaptive_softmax = self.output_projection = None
         if cfg.adaptive_softmax_cutoff is not None:
@@ -52,6 +54,8 @@ class FlashDecoder(FairseqIncrementalDecoder):
             nn.init.normal_(self.output_projection.weight, std=0.02)
             if cfg.share_decoder_input_output_embed:
                 self.output_projection.weight = embed_tokens.weight
+        self.vocabulary_loss = resolve_loss(cfg, compile_objections)
+        self.step_graphs = None if cfg.no_graph else StepGraphs()
 
     def forward(
         self,
@@ -65,7 +69,7 @@ class FlashDecoder(FairseqIncrementalDecoder):
         """Predicts the next token at every position.
 
         Args:
-            prev_output_tokens: ``(b, n)``; padding leads or trails.
+            prev_output_tokens: ``(b, n)``; padding leads or trails, and is a word elsewhere.
             encoder_out: Ignored: a language model has no encoder.
             incremental_state: fairseq's, during generation; then only the last position is returned.
             features_only: Whether to stop before the vocabulary.
@@ -78,10 +82,14 @@ class FlashDecoder(FairseqIncrementalDecoder):
             softmax; and None, in place of attention weights.
 
         Raises:
-            ValueError: padding in the middle of a row, or a row longer than a Toeplitz table.
+            ValueError: a row is longer than a Toeplitz table.
         """
         x, extra = self.extract_features(prev_output_tokens, encoder_out, incremental_state, memory)
-        return (x if features_only else self.output_layer(x)), extra
+        if features_only:
+            return x, extra
+        if self.training and self.vocabulary_loss != "plain" and self.output_projection is not None:
+            return LazyLogits(x, self.output_projection.weight, self.vocabulary_loss), extra
+        return self.output_layer(x), extra
 
     def extract_features(
         self,
@@ -94,6 +102,7 @@ class FlashDecoder(FairseqIncrementalDecoder):
         """As :meth:`forward` with ``features_only``."""
         if incremental_state is not None:
             return self._advance(prev_output_tokens, incremental_state), None
+        prev_output_tokens = padding_as_words(prev_output_tokens, self.dictionary)
         state = None if memory is None else memory.recall(self.stack, prev_output_tokens)
         features, state = self.stack(prev_output_tokens, prev_output_tokens.eq(self.padding_idx), state)
         if memory is not None:
@@ -114,6 +123,8 @@ class FlashDecoder(FairseqIncrementalDecoder):
                     "--adaptive-softmax-cutoff cannot train with this --criterion; allowed: adaptive_loss"
                 )
             return super().get_normalized_probs(net_output, log_probs, sample)
+        if log_probs and isinstance(net_output[0], LazyLogits):
+            return net_output[0].normalized()
         return normalized_probs(net_output[0], log_probs)
 
     def reorder_incremental_state(self, incremental_state: dict[str, Any], new_order: torch.Tensor) -> None:
@@ -122,8 +133,8 @@ class FlashDecoder(FairseqIncrementalDecoder):
         if key not in incremental_state:
             return
         consumed, state = incremental_state[key]
-        # Without beams the order stays: a look costs less than a copy, but would make a device wait.
-        if new_order.is_cpu and torch.equal(new_order, torch.arange(state.position.shape[0])):
+        # Without beams the order stays: a look costs less than a copy, and fairseq waits for a device anyway.
+        if torch.equal(new_order, torch.arange(state.position.shape[0], device=new_order.device)):
             return
         incremental_state[key] = consumed, state.reorder(new_order)
 
@@ -140,12 +151,6 @@ class FlashDecoder(FairseqIncrementalDecoder):
         """No maximum."""
         return NO_MAXIMUM
 
-    def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> dict[str, Any]:
-        """Takes over the checkpoint's ``n_ref`` where the user gave none: scores stay as trained."""
-        if self.n_ref_is_default:
-            adopt_n_ref(self.stack, state_dict, f"{name}.stack")
-        return state_dict
-
     def _advance(
         self, tokens: torch.Tensor, incremental_state: dict[str, Any], **source: Optional[torch.Tensor]
     ) -> torch.Tensor:
@@ -158,8 +163,13 @@ class FlashDecoder(FairseqIncrementalDecoder):
             )
         new = tokens[:, consumed:]
         # A single new token is never padding: no look at the device for each step.
-        padding_mask = None if new.shape[1] == 1 else new.eq(self.padding_idx)
-        features, state = self.stack(new, padding_mask, state)
+        if new.shape[1] > 1:
+            new = padding_as_words(new, self.dictionary)
+            features, state = self.stack(new, new.eq(self.padding_idx), state)
+        elif self.step_graphs is None or self.step_graphs.objections(self.stack, new, state):
+            features, state = self.stack(new, None, state)
+        else:
+            features, state = self.step_graphs(self.stack, new, state)
         incremental_state[key] = tokens.shape[1], state
         return features[:, -1:]
 
@@ -184,6 +194,20 @@ class FlashLanguageModel(RememberingModel, FairseqLanguageModel):
         model.remember(cfg, FlashLanguageModelConfig, task.target_dictionary)
         watch_layers(model, model.decoder.stack.blocks, cfg.diagnostics_interval)
         return model
+
+    def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> None:
+        """Refuses a checkpoint of another dictionary.
+
+        Raises:
+            ValueError: it has another size.
+        """
+        stored, words = state_dict.get("decoder.output_projection.weight"), len(self.decoder.dictionary)
+        if stored is not None and len(stored) != words:
+            raise ValueError(
+                f"the dictionary has {words} words; allowed: {len(stored)}, those that the checkpoint was "
+                "trained with"
+            )
+        super().upgrade_state_dict_named(state_dict, name)
 
 
 def normalized_probs(logits: torch.Tensor, log_probs: bool) -> torch.Tensor:

@@ -105,7 +105,7 @@ class FlashMaskedLM(RememberingModel, FairseqEncoderModel):
         """Predicts what stands at every position or at the masked ones, or the class of each row.
 
         Args:
-            src_tokens: ``(b, n)``; padding leads or trails.
+            src_tokens: ``(b, n)``; padding leads or trails, and is a word elsewhere.
             src_lengths: Ignored: the padding tells.
             features_only: Whether to stop before the vocabulary.
             return_all_hiddens: Not available: features are those of the last layer.
@@ -119,8 +119,7 @@ class FlashMaskedLM(RememberingModel, FairseqEncoderModel):
             dictionary, for nothing yet.
 
         Raises:
-            ValueError: no head has that name, padding in the middle of a row, or a row longer than a
-                Toeplitz table.
+            ValueError: no head has that name, or a row is longer than a Toeplitz table.
         """
         if return_all_hiddens:
             raise ValueError("return_all_hiddens=True is not allowed; allowed: False, the last layer's alone")

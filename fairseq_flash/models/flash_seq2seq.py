@@ -5,7 +5,7 @@ from typing import Any, Optional
 import torch
 from fairseq.models import FairseqEncoderDecoderModel, register_model
 
-from fairseq_flash.models._embedding import build_embedding
+from fairseq_flash.models._embedding import build_embedding, padding_as_words
 from fairseq_flash.models._encoder import EncoderOut, FlashEncoder
 from fairseq_flash.models._layers import resolve_n_ref
 from fairseq_flash.models._options import FlashSeq2SeqConfig, check_sizes, stack_options
@@ -46,7 +46,7 @@ class FlashSeq2SeqDecoder(FlashDecoder):
         """Predicts features of the next token at every position.
 
         Args:
-            prev_output_tokens: ``(b, n)``; padding leads or trails.
+            prev_output_tokens: ``(b, n)``; padding leads or trails, and is a word elsewhere.
             encoder_out: From the encoder, of as many rows.
             incremental_state: fairseq's, during generation; then only the last position is returned.
             unused_memory: A target does not continue another batch's.
@@ -56,8 +56,7 @@ class FlashSeq2SeqDecoder(FlashDecoder):
             ``(b, n, d)``; and None, in place of attention weights.
 
         Raises:
-            ValueError: there is no ``encoder_out``, padding in the middle of a row, or a row longer than a
-                Toeplitz table.
+            ValueError: there is no ``encoder_out``, or a row is longer than a Toeplitz table.
         """
         if encoder_out is None:
             raise ValueError("encoder_out=None is not allowed; allowed: what the encoder returned")
@@ -67,6 +66,7 @@ class FlashSeq2SeqDecoder(FlashDecoder):
         }
         if incremental_state is not None:
             return self._advance(prev_output_tokens, incremental_state, **source), None
+        prev_output_tokens = padding_as_words(prev_output_tokens, self.dictionary)
         padding_mask = prev_output_tokens.eq(self.padding_idx)
         return self.stack(prev_output_tokens, padding_mask, **source)[0], None
 
@@ -97,6 +97,11 @@ class FlashSeq2Seq(RememberingModel, FairseqEncoderDecoderModel):
                 f"--share-all-embeddings needs one dictionary; the source's has {len(sources)} words, the "
                 f"target's {len(targets)}, and they differ; allowed: data prepared with a joined dictionary, "
                 "or --share-decoder-input-output-embed"
+            )
+        if getattr(getattr(task, "cfg", None), "load_alignments", False):
+            raise ValueError(
+                "--load-alignments (of label_smoothed_cross_entropy_with_alignment) is not allowed: gated "
+                "attention gives no weights to align; allowed: without"
             )
         n_ref = resolve_n_ref(cfg, task)
         options = stack_options(cfg, cfg.encoder_layers)

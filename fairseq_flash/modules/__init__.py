@@ -18,6 +18,7 @@ from fairseq_flash.modules.positions import (
 from fairseq_flash.modules.row_memory import RowMemory
 from fairseq_flash.modules.stack import Stack
 from fairseq_flash.modules.state import DecodingState
+from fairseq_flash.modules.step_graph import StepGraphs
 from fairseq_flash.modules.transformer_block import TransformerBlock
 from fairseq_flash.ops import BACKENDS, LINEAR_NORMS
 
@@ -43,6 +44,7 @@ __all__ = [
     "ScaledSin",
     "SourceMemory",
     "Stack",
+    "StepGraphs",
     "ToeplitzBias",
     "TransformerBlock",
     "align_rows",

@@ -6,7 +6,7 @@ from typing import NamedTuple, Optional
 
 import torch
 
-from fairseq_flash.modules.checks import require
+from fairseq_flash.modules.checks import check_tensor, require
 from fairseq_flash.ops import rotary_angles, trailing_padding
 
 __all__ = ["Rows", "align_rows", "restore_rows"]
@@ -55,8 +55,8 @@ def align_rows(
         The aligned ``x``, zero at padding, and its :class:`Rows`.
 
     Raises:
-        ValueError: the mask has another shape or dtype, or there is padding between two real tokens of a row;
-            the latter stops a GPU with an error of its own, as the numbers are not waited for.
+        ValueError: the mask has another shape, dtype or device, or there is padding between two real tokens
+            of a row; the latter stops a GPU with an error of its own, as the numbers are not waited for.
     """
     n = x.shape[1]
     positions = torch.arange(n, device=x.device)
@@ -65,7 +65,7 @@ def align_rows(
     rows = Rows(positions, *rotary_angles(positions, attention_dim, dtype))
     if padding_mask is None:
         return x, rows
-    _check_mask(padding_mask, x)
+    check_tensor("padding_mask", padding_mask, x.shape[:2], [torch.bool], x.device)
     if n == 0:
         return x, rows
     real = ~padding_mask
@@ -86,15 +86,6 @@ def restore_rows(x: torch.Tensor, rows: Rows) -> torch.Tensor:
         return x
     columns = torch.arange(x.shape[1], device=x.device) - rows.shift.unsqueeze(1)
     return _blanked(_columns(x, columns.clamp(min=0)), rows.given_mask)
-
-
-def _check_mask(padding_mask: torch.Tensor, x: torch.Tensor) -> None:
-    if padding_mask.dtype != torch.bool:
-        raise ValueError(f"padding_mask has dtype {padding_mask.dtype}; allowed: torch.bool, True at padding")
-    if padding_mask.shape != x.shape[:2]:
-        raise ValueError(
-            f"padding_mask has shape {tuple(padding_mask.shape)}; allowed: {tuple(x.shape[:2])}, that of x"
-        )
 
 
 def _blanked(x: torch.Tensor, padding_mask: torch.Tensor) -> torch.Tensor:

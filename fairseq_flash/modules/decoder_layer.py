@@ -9,6 +9,7 @@ import torch
 
 from fairseq_flash.modules.alignment import Rows
 from fairseq_flash.modules.attention import LayerState
+from fairseq_flash.modules.checks import check_instance
 from fairseq_flash.modules.gated_attention_unit import GatedAttentionUnit
 from fairseq_flash.modules.gated_cross_attention import GatedCrossAttention, SourceMemory
 from fairseq_flash.modules.layer import Layer
@@ -57,12 +58,26 @@ class DecoderLayer(Layer):
     Args:
         self_attention: Causal, of the row.
         cross_attention: Of the source, with the same ``d``.
+
+    Raises:
+        ValueError: one is something else.
     """
+
+    reads_source = True
 
     def __init__(self, self_attention: GatedAttentionUnit, cross_attention: GatedCrossAttention) -> None:
         super().__init__()
+        check_instance("self_attention", self_attention, GatedAttentionUnit)
+        check_instance("cross_attention", cross_attention, GatedCrossAttention)
+        if not self_attention.causal:
+            raise ValueError("self_attention is bidirectional; allowed: causal=True")
+        if cross_attention.embed_dim != self_attention.embed_dim:
+            raise ValueError(
+                f"cross_attention has embed_dim={cross_attention.embed_dim}; allowed: "
+                f"{self_attention.embed_dim}, as self_attention"
+            )
         self.self_attention, self.cross_attention = self_attention, cross_attention
-        self.attention_dim = self_attention.attention_dim
+        self.embed_dim, self.attention_dim = self_attention.embed_dim, self_attention.attention_dim
 
     def empty_state(
         self, like: torch.Tensor, source: torch.Tensor, source_padding_mask: Optional[torch.Tensor] = None
@@ -76,9 +91,14 @@ class DecoderLayer(Layer):
 
         Returns:
             The state.
+
+        Raises:
+            ValueError: the source does not fit the layer, or has another number of rows.
         """
-        own = self.self_attention.empty_state(like)
-        return DecoderLayerState(own, self.cross_attention.read(source, source_padding_mask))
+        memory = self.cross_attention.read(source, source_padding_mask)
+        if source.shape[0] != like.shape[0]:
+            raise ValueError(f"source has {source.shape[0]} rows; allowed: {like.shape[0]}, as like")
+        return DecoderLayerState(self.self_attention.empty_state(like), memory)
 
     def describe_state(self, like: torch.Tensor) -> DecoderLayerState:
         """As :meth:`Layer.describe_state`, with a source of no tokens."""

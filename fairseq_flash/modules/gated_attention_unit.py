@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from torch import nn
 
 from fairseq_flash.modules.alignment import Rows
 from fairseq_flash.modules.attention import ATTENTIONS, LayerState, MixedChunk, Quadratic, is_step
-from fairseq_flash.modules.checks import check_backend, check_choice, check_even, check_rates, check_sizes
+from fairseq_flash.modules.checks import (
+    check_backend,
+    check_choice,
+    check_even,
+    check_flags,
+    check_rates,
+    check_sizes,
+)
 from fairseq_flash.modules.layer import Layer
 from fairseq_flash.modules.normalization import build_norm
 from fairseq_flash.modules.offset_scale import OffsetScale
-from fairseq_flash.modules.positions import RotaryBias, ToeplitzBias, build_relative_bias
+from fairseq_flash.modules.positions import RELATIVE_BIASES, RotaryBias, ToeplitzBias, build_relative_bias
 from fairseq_flash.ops import (
     LINEAR_NORMS,
     Options,
     Pair,
+    Projected,
     apply_rotary,
     quadratic_scores,
     split_silu,
     widened,
 )
+from fairseq_flash.ops.dispatch import choose
 
 __all__ = ["INITS", "GatedAttentionUnit"]
 
@@ -90,7 +99,11 @@ class GatedAttentionUnit(Layer):
         check_backend(backend)
         if attention == "quadratic":
             check_choice("backend", backend, ("auto", "reference"))
+        if attention == "quadratic" or n_ref is not None:
             check_sizes(n_ref=n_ref)
+        if relative_bias is None:
+            relative_bias = "rotary"
+        check_choice("relative_bias", relative_bias, RELATIVE_BIASES)
         check_sizes(
             embed_dim=embed_dim,
             expansion_factor=expansion_factor,
@@ -99,9 +112,10 @@ class GatedAttentionUnit(Layer):
         )
         check_even("attention_dim", attention_dim)
         check_rates(dropout=dropout)
+        check_flags(causal=causal, adopt_n_ref=adopt_n_ref)
         self.attention, self.causal, self.linear_norm, self.backend = attention, causal, linear_norm, backend
         self.branches = ATTENTIONS[attention]
-        self.attention_dim, self.chunk_size = attention_dim, chunk_size
+        self.embed_dim, self.attention_dim, self.chunk_size = embed_dim, attention_dim, chunk_size
         self.expanded_dim = expansion_factor * embed_dim
         self.norm = build_norm(norm, embed_dim)
         self.uvz = nn.Linear(embed_dim, 2 * self.expanded_dim + attention_dim)
@@ -111,7 +125,7 @@ class GatedAttentionUnit(Layer):
         self.bias = None
         if "quad" in self.branches:
             limit = n_ref if attention == "quadratic" else chunk_size
-            self.bias = build_relative_bias(relative_bias or "rotary", limit, attention_dim)
+            self.bias = build_relative_bias(relative_bias, limit, attention_dim)
         if attention == "quadratic":
             self.attend = Quadratic(causal, n_ref)
         else:
@@ -129,8 +143,9 @@ class GatedAttentionUnit(Layer):
         """Changes what causal scores are divided by, and where a table ends, before loading weights.
 
         Raises:
-            ValueError: a table would change its length in several processes.
+            ValueError: it is no length, or a table would change its own in several processes.
         """
+        check_sizes(n_ref=n_ref)
         self.attend = dataclasses.replace(self.attend, n_ref=n_ref)
         if isinstance(self.bias, ToeplitzBias) and self.bias.limit != n_ref:
             if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -140,6 +155,18 @@ class GatedAttentionUnit(Layer):
                     f"{n_ref}; allowed in several processes: n_ref={n_ref}"
                 )
             self.bias = ToeplitzBias(n_ref).to(self.bias.table)
+
+    def check_backend_on(self, device: Union[str, torch.device]) -> None:
+        """Refuses, before the first pass, a backend that was asked for by name and cannot run on ``device``.
+
+        Raises:
+            ValueError: it cannot; the message lists every objection.
+        """
+        if self.attend.gated and self.attend.backend != "auto":
+            uvz = self.uvz.weight.new_empty(1, 1, self.uvz.out_features, device=device)
+            scale = uvz.new_empty(2 * len(self.branches), self.attention_dim)
+            projected = Projected(uvz, scale, scale, uvz, uvz, None)
+            choose(self.attend.backend, projected, self.attend.options)
 
     def empty_state(self, like: torch.Tensor) -> LayerState:
         """A state before the first token, for rows ``like`` ``(b, ...)`` in dtype and device.

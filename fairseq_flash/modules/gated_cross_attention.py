@@ -7,7 +7,16 @@ from typing import NamedTuple, Optional
 import torch
 from torch import nn
 
-from fairseq_flash.modules.checks import check_backend, check_choice, check_rates, check_sizes
+from fairseq_flash.modules.checks import (
+    check_backend,
+    check_choice,
+    check_instance,
+    check_rates,
+    check_sizes,
+    check_tensor,
+    check_vectors,
+    require,
+)
 from fairseq_flash.modules.gated_attention_unit import INITS
 from fairseq_flash.modules.normalization import build_norm
 from fairseq_flash.modules.offset_scale import OffsetScale
@@ -70,7 +79,7 @@ class GatedCrossAttention(nn.Module):
         check_backend(backend)
         check_sizes(embed_dim=embed_dim, expansion_factor=expansion_factor, attention_dim=attention_dim)
         check_rates(dropout=dropout)
-        self.attention_dim = attention_dim
+        self.embed_dim, self.attention_dim = embed_dim, attention_dim
         self.expanded_dim = expansion_factor * embed_dim
         self.norm = build_norm(norm, embed_dim)
         self.uz = nn.Linear(embed_dim, self.expanded_dim + attention_dim)
@@ -89,9 +98,14 @@ class GatedCrossAttention(nn.Module):
 
         Returns:
             What :meth:`forward` attends to, for any number of calls.
+
+        Raises:
+            ValueError: source or mask has another shape, dtype or device.
         """
+        check_vectors("source", source, (None, None, self.embed_dim), self.vz.weight)
         b, m, _ = source.shape
         if padding_mask is not None:
+            check_tensor("source_padding_mask", padding_mask, (b, m), [torch.bool], source.device)
             source = source.masked_fill(padding_mask.unsqueeze(-1), 0)
         v, z = split_silu(self.vz(source), [self.expanded_dim, self.attention_dim])
         if padding_mask is None:
@@ -109,10 +123,26 @@ class GatedCrossAttention(nn.Module):
 
         Returns:
             ``(b, n, d)``.
+
+        Raises:
+            ValueError: the source is not of these rows, or not from this layer's :meth:`read`.
         """
+        check_vectors("x", x, (None, None, self.embed_dim), self.uz.weight)
+        self._check_memory(source, x)
         u, z = split_silu(self.uz(self.norm(x)), [self.expanded_dim, self.attention_dim])
         out = cross_attention(self.q_scale(z)[0], *source)
         return x + self.dropout(self.out(u * out))
+
+    def _check_memory(self, source: SourceMemory, x: torch.Tensor) -> None:
+        check_instance("source", source, SourceMemory)
+        check_tensor("source.valid", source.valid, x.shape[:1], [torch.long], x.device)
+        check_instance("source.k", source.k, torch.Tensor)
+        m = source.k.shape[1] if source.k.dim() == 3 else None
+        for name, width in (("k", self.attention_dim), ("v", self.expanded_dim)):
+            check_vectors(f"source.{name}", getattr(source, name), (len(x), m, width), self.vz.weight)
+        if x.is_cpu and not torch.compiler.is_compiling():
+            possible = (source.valid >= 0) & (source.valid <= m)
+            require(possible.all(), "source.valid counts tokens that are not there; allowed: 0 to {m}", m=m)
 
     def _reset_parameters(self, init: str) -> None:
         for linear in (self.uz, self.vz, self.out):

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from fairseq_flash.modules.alignment import Rows, align_rows, restore_rows
+from fairseq_flash.modules.checks import check_vectors
+from fairseq_flash.modules.state import check_layer_state
 
 __all__ = ["Layer"]
 
@@ -16,10 +18,14 @@ class Layer(nn.Module):
     """A layer on rows of any padding, whole or in pieces.
 
     Attributes:
+        embed_dim: ``d``.
         attention_dim: Width that is rotated, ``s``, or the size of a head where there are several.
     """
 
+    embed_dim: int
     attention_dim: int
+    #: Whether it reads a source beside its row.
+    reads_source = False
 
     def describe_state(self, like: torch.Tensor) -> Any:
         """A state before the first token without numbers, for ``like`` ``(b, 0)`` on the meta device.
@@ -67,13 +73,25 @@ class Layer(nn.Module):
             row's last real token, None if none came in.
 
         Raises:
-            ValueError: the mask has another shape or dtype, padding in the middle of a row, a state for a
-                bidirectional layer, or a row beyond the table of a Toeplitz bias.
+            ValueError: vectors or mask have another shape, dtype or device, padding in the middle of a row,
+                a state of another layer or other rows, or of a bidirectional layer, a source for a layer that
+                reads none, or a row beyond the table of a Toeplitz bias.
         """
+        if source and not self.reads_source:
+            raise ValueError(
+                f"{next(iter(source))} is given to a {type(self).__name__}; allowed: DecoderLayer"
+            )
         given = rows
         if rows is None:
+            self._check(x, state)
             start = None if state is None else state.position
             x, rows = align_rows(x, padding_mask, start, self.attention_dim, x.dtype)
         if x.shape[1]:
             x, state = self.aligned(x, rows, state, **source)
         return (x if given is not None else restore_rows(x, rows)), state
+
+    def _check(self, x: torch.Tensor, state: Optional[Any]) -> None:
+        check_vectors("x", x, (None, None, self.embed_dim), next(self.parameters()))
+        if state is not None and not torch.compiler.is_compiling():
+            empty = self.describe_state(torch.empty(1, 0, dtype=x.dtype, device="meta"))
+            check_layer_state(state, empty, x)

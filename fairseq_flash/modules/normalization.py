@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fairseq_flash.modules.checks import check_choice
+from fairseq_flash.modules.checks import check_choice, check_numbers, check_sizes
 from fairseq_flash.ops.precision import widened
 
 __all__ = ["NORMS", "ScaleNorm", "build_norm"]
@@ -26,6 +26,7 @@ class ScaleNorm(nn.Module):
 
     def __init__(self, eps: float = 1e-5) -> None:
         super().__init__()
+        check_numbers(eps=eps)
         self.eps = eps
         self.scale = nn.Parameter(torch.ones(1))
 
@@ -47,9 +48,10 @@ def build_norm(norm: str, dim: int) -> nn.Module:
         A module from ``(..., d)`` to ``(..., d)``.
 
     Raises:
-        ValueError: ``norm`` is unknown.
+        ValueError: ``norm`` is unknown, or ``dim`` no size.
     """
     check_choice("norm", norm, NORMS)
+    check_sizes(dim=dim)
     if norm == "layernorm":
         return nn.LayerNorm(dim)
     return ScaleNorm() if norm == "scalenorm" else nn.RMSNorm(dim, eps=1e-5)

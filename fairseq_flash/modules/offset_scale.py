@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fairseq_flash.modules.checks import check_sizes
 from fairseq_flash.ops import offset_scale
 
 __all__ = ["OffsetScale"]
@@ -22,6 +23,7 @@ class OffsetScale(nn.Module):
 
     def __init__(self, dim: int, copies: int) -> None:
         super().__init__()
+        check_sizes(dim=dim, copies=copies)
         self.gamma = nn.Parameter(torch.empty(copies, dim).normal_(std=0.02))
         self.beta = nn.Parameter(torch.zeros(copies, dim))
 

@@ -7,7 +7,7 @@ from typing import Optional
 import torch
 from torch import nn
 
-from fairseq_flash.modules.checks import check_choice, check_even, require
+from fairseq_flash.modules.checks import check_choice, check_even, check_sizes, require
 from fairseq_flash.ops import (
     rotary_angles,
     rotary_bias,
@@ -41,6 +41,7 @@ class ScaledSin(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
+        check_sizes(embed_dim=dim)
         check_even("embed_dim", dim)
         self.dim = dim
         self.alpha = nn.Parameter(torch.full((1,), dim**-0.5))
@@ -61,6 +62,7 @@ class ToeplitzBias(nn.Module):
 
     def __init__(self, limit: int) -> None:
         super().__init__()
+        check_sizes(limit=limit)
         self.limit = limit
         self.table = nn.Parameter(torch.empty(2 * limit - 1).normal_(std=0.02))
 
@@ -145,6 +147,8 @@ class RotaryBias(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
+        check_sizes(attention_dim=dim)
+        check_even("attention_dim", dim)
         self.a = nn.Parameter(torch.empty(dim).normal_(std=0.02))
         self.b = nn.Parameter(torch.empty(dim).normal_(std=0.02))
 

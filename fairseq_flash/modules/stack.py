@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Optional
+from collections.abc import Callable, Sequence
+from typing import Any, Optional
 
 import torch
 from torch import nn
 
 from fairseq_flash.modules.alignment import align_rows, restore_rows
-from fairseq_flash.modules.checks import check_sizes
+from fairseq_flash.modules.checks import (
+    check_flags,
+    check_instance,
+    check_numbers,
+    check_rates,
+    check_sizes,
+    check_tensor,
+    require,
+)
+from fairseq_flash.modules.layer import Layer
 from fairseq_flash.modules.normalization import build_norm
 from fairseq_flash.modules.positions import ScaledSin
 from fairseq_flash.modules.state import DecodingState, check_state
@@ -43,7 +52,7 @@ class Stack(nn.Module):
     def __init__(
         self,
         embed_tokens: nn.Module,
-        blocks: list[nn.Module],
+        blocks: list[Layer],
         *,
         embed_dim: int,
         attention_dim: int,
@@ -53,12 +62,18 @@ class Stack(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        check_instance("embed_tokens", embed_tokens, nn.Module)
+        check_sizes(embed_dim=embed_dim, attention_dim=attention_dim)
+        check_flags(scaled_sin=scaled_sin)
+        check_rates(dropout=dropout)
+        check_numbers(embed_scale=embed_scale)
+        _check_blocks(blocks, embed_dim=embed_dim, attention_dim=attention_dim)
         self.embed_tokens = embed_tokens
         self.embed_positions = ScaledSin(embed_dim) if scaled_sin else None
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(blocks)
         self.final_norm = build_norm(norm, embed_dim)
-        self.attention_dim, self.embed_scale = attention_dim, embed_scale
+        self.embed_dim, self.attention_dim, self.embed_scale = embed_dim, attention_dim, embed_scale
         self._description: Optional[tuple[torch.dtype, DecodingState]] = None
 
     def empty_state(self, like: torch.Tensor, **source: Optional[torch.Tensor]) -> DecodingState:
@@ -100,14 +115,25 @@ class Stack(nn.Module):
             in.
 
         Raises:
-            ValueError: padding in the middle of a row, a row beyond the table of a Toeplitz bias, or a state
-                that is not this stack's or not of these rows.
+            ValueError: tokens that are none or not in the dictionary (on a CPU), padding in the middle of a
+                row, a row beyond the table of a Toeplitz bias, or a state that is not this stack's or not of
+                these rows.
         """
+        words = getattr(self.embed_tokens, "num_embeddings", None)
+        if words is not None:
+            device = self.embed_tokens.weight.device
+            check_tensor("tokens", tokens, (None, None), [torch.long, torch.int], device)
         if state is not None and not torch.compiler.is_compiling():
             check_state(state, self._described(), tokens)
         start = None if state is None else state.position
         tokens, rows = align_rows(tokens, padding_mask, start, self.attention_dim, self._dtype())
+        if words is not None and tokens.is_cpu:
+            known = ((tokens >= 0) & (tokens < words)).all()
+            require(known, f"tokens has indices out of range; allowed: 0 to {words - 1}")
         x = self.embed_tokens(tokens) * self.embed_scale
+        if x.shape[-1] != self.embed_dim:
+            found = f"embed_tokens gives vectors of {x.shape[-1]} numbers"
+            raise ValueError(f"{found}; allowed: embed_dim={self.embed_dim}")
         if self.embed_positions is not None:
             x = x + self.embed_positions(rows.positions)
         x = self.dropout(x)
@@ -159,3 +185,15 @@ class Stack(nn.Module):
 
     def _dtype(self) -> torch.dtype:
         return next(self.final_norm.parameters()).dtype
+
+
+def _check_blocks(blocks: Any, **sizes: int) -> None:
+    check_instance("blocks", blocks, Sequence)
+    if not blocks:
+        raise ValueError("blocks is empty; allowed: 1 layer or more")
+    wanted = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    for index, block in enumerate(blocks):
+        check_instance(f"blocks[{index}]", block, Layer)
+        found = ", ".join(f"{name}={getattr(block, name)}" for name in sizes)
+        if found != wanted:
+            raise ValueError(f"blocks[{index}] has {found}; allowed: {wanted}, as the stack")

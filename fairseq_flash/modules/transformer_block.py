@@ -9,7 +9,7 @@ from torch import nn
 
 from fairseq_flash.modules.alignment import Rows
 from fairseq_flash.modules.attention import ATTENTIONS, LayerState, MixedChunk, Softmax
-from fairseq_flash.modules.checks import check_choice, check_rates, check_sizes
+from fairseq_flash.modules.checks import check_choice, check_flags, check_rates, check_sizes
 from fairseq_flash.modules.gated_attention_unit import INITS
 from fairseq_flash.modules.layer import Layer
 from fairseq_flash.modules.normalization import build_norm
@@ -72,14 +72,11 @@ class TransformerBlock(Layer):
         check_choice("linear_norm", linear_norm, LINEAR_NORMS)
         check_choice("init", init, INITS)
         check_choice("backend", backend, ("auto", "reference"))
+        check_flags(glu=glu)
+        check_sizes(embed_dim=embed_dim, attention_dim=attention_dim, chunk_size=chunk_size)
         if ffn_embed_dim is None:
             ffn_embed_dim = 8 * -(-embed_dim // 3) if glu else 4 * embed_dim
-        check_sizes(
-            embed_dim=embed_dim,
-            attention_dim=attention_dim,
-            ffn_embed_dim=ffn_embed_dim,
-            chunk_size=chunk_size,
-        )
+        check_sizes(ffn_embed_dim=ffn_embed_dim)
         if attention_dim % 2 or embed_dim % attention_dim:
             raise ValueError(
                 f"attention_dim={attention_dim}, the size of a head, is not allowed; allowed: even divisors "
@@ -88,7 +85,7 @@ class TransformerBlock(Layer):
         check_rates(dropout=dropout, attention_dropout=attention_dropout)
         self.attention, self.linear_norm, self.backend, self.glu = attention, linear_norm, backend, glu
         self.branches, self.chunk_size = ATTENTIONS[attention], chunk_size
-        self.attention_dim, self.heads = attention_dim, embed_dim // attention_dim
+        self.embed_dim, self.attention_dim, self.heads = embed_dim, attention_dim, embed_dim // attention_dim
         if attention == "quadratic":
             self.attend = Softmax(attention_dropout)
         else:

@@ -4,6 +4,8 @@ import copy
 import logging
 import math
 from collections import defaultdict
+from collections.abc import Iterator
+from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -127,22 +129,23 @@ class PromptPassGenerator(SequenceGenerator):
 
     def _read(self, context: torch.Tensor) -> tuple[list[DecodingState], torch.Tensor]:
         """States before the last token of ``context`` (b, m), and scores (b, m - 1) of all but the first."""
-        models = self.model.models
-        states = [model.decoder.stack.empty_state(context) for model in models]
         step = max(LEAST_PIECE, PIECE_NUMBERS // (len(context) * self.vocab_size))
-        scores = []
-        for start in range(0, context.shape[1] - 1, step):
-            targets = context[:, start + 1 : start + 1 + step]
-            tokens = context[:, start : start + targets.shape[1]]
-            of_models = []
-            for index, model in enumerate(models):
-                features, states[index] = model.decoder.stack(tokens, None, states[index])
-                logits = model.decoder.output_layer(features).div_(self.temperature)
-                log_probs = model.get_normalized_probs((logits, None), log_probs=True, sample=None)
-                of_models.append(log_probs.gather(2, targets.unsqueeze(2)).squeeze(2))
-            mean = torch.logsumexp(torch.stack(of_models), dim=0) - math.log(len(models))
-            scores.append(mean - self.unk_penalty * targets.eq(self.unk))
-        return states, torch.cat(scores, dim=1) if scores else context.new_zeros(len(context), 0)
+        states, of_models = [], []
+        for model in self.model.models:
+            scores = [context.new_zeros(len(context), 0, dtype=torch.float32)]
+            use = partial(self._score, model, iter(context[:, 1:].split(step, dim=1)), scores)
+            states.append(model.decoder.stack.read(context[:, :-1], piece=step, use=use))
+            of_models.append(torch.cat(scores, dim=1))
+        mean = torch.logsumexp(torch.stack(of_models), dim=0) - math.log(len(of_models))
+        return states, mean - self.unk_penalty * context[:, 1:].eq(self.unk)
+
+    def _score(
+        self, model: Any, targets: Iterator[torch.Tensor], scores: list, features: torch.Tensor
+    ) -> None:
+        """Adds the scores of the next piece of ``targets`` (b, m), given ``features`` (b, m, d)."""
+        logits = model.decoder.output_layer(features).div_(self.temperature)
+        log_probs = model.get_normalized_probs((logits, None), log_probs=True, sample=None)
+        scores.append(log_probs.gather(2, next(targets).unsqueeze(2)).squeeze(2))
 
     def _prepend(
         self, prompt: torch.Tensor, before: torch.Tensor, hypothesis: dict[str, torch.Tensor]

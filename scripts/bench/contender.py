@@ -17,7 +17,6 @@ from bench.models import bytes_of, language_models
 from fairseq_flash.modules import DecodingState
 from fairseq_flash.ops import KeyValueCache
 
-PIECE = 4096  # tokens of a prompt that are read at a time
 TOLERANCE = 1e-3  # of the largest logit, in float32; measured: 2e-6
 
 
@@ -83,11 +82,7 @@ class Contender:
 
     def read(self, tokens: torch.Tensor) -> DecodingState:
         """The state that a prompt pass leaves behind."""
-        stack = self.model.decoder.stack
-        state = stack.empty_state(tokens)
-        for piece in tokens.split(PIECE, dim=1):
-            _, state = stack(piece, None, state)
-        return state
+        return self.model.decoder.stack.read(tokens)
 
     def step(self, incremental: dict, tokens: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
         """One token for every row, as fairseq's generator makes it; returns the tokens with it."""

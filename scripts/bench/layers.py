@@ -11,7 +11,8 @@ from typing import NamedTuple, Optional
 import torch
 from torch import nn
 
-from fairseq_flash.modules import GatedAttentionUnit, TransformerBlock
+from fairseq_flash.modules import GatedAttentionUnit, TransformerBlock, align_rows
+from fairseq_flash.modules.layer import Layer
 from fairseq_flash.ops import BACKENDS
 
 __all__ = ["CONTENDERS", "Contender", "Layers", "build", "multiply_adds", "refuse_unequal"]
@@ -23,7 +24,7 @@ CHECKED = 1000
 
 
 class Layers(nn.Module):
-    """Layers one after the other, each called with the row alone.
+    """Layers one after the other; ours share the angles of their positions, as in a stack.
 
     Args:
         layers: From ``(b, n, d)`` to ``(b, n, d)``, or to a tuple that begins with it.
@@ -35,8 +36,11 @@ class Layers(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Takes ``(b, n, d)``, gives ``(b, n, d)``."""
+        rows = None
         for layer in self.layers:
-            out = layer(x)
+            if isinstance(layer, Layer) and rows is None:
+                _, rows = align_rows(x, None, None, layer.attention_dim, x.dtype)
+            out = layer(x) if rows is None else layer(x, rows=rows)
             x = out[0] if isinstance(out, tuple) else out
         return x
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+import fairseq_flash
+
 __all__ = ["ROOT", "commit", "data_name", "device_name", "precision", "provenance"]
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +39,12 @@ def provenance(device: str, dtype: str = "float32") -> dict[str, str]:
 
 
 def commit() -> str:
-    """Of this repository, with a plus if files differ from it."""
+    """Of this repository, with a plus if files differ from it; the release where there is no repository.
+
+    The folder of an installed package may lie in a repository of the user's, whose commit says nothing.
+    """
+    if not (ROOT / "scripts").is_dir():
+        return f"release {fairseq_flash.__version__}"
     words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+"]
     done = subprocess.run(words, capture_output=True, text=True)
     return done.stdout.strip() or "unknown"

@@ -136,8 +136,3 @@ def test_a_block_knows_its_length_however_long_it_is(mode):
         lines, [70_000, 3], block_size=50_000, pad=1, eos=2, break_mode=mode, include_targets=False
     )
     assert [len(blocks[number]) for number in range(len(blocks))] == blocks.sizes.tolist()
-
-
-def test_batches_in_buckets_of_lengths_train(tmp_path, data_bin):
-    lengths = numpy.array([3, 5, 5, 9, 40])
-    assert data_utils.get_buckets(lengths, 2).tolist() == [5, 40]

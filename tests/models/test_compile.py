@@ -96,7 +96,7 @@ def test_two_layers_share_a_graph_with_checkpointing_and_dropout(kind, graphs):
 
 
 def test_a_copy_such_as_emas_computes_with_its_own_weights(graphs):
-    model, tokens = build("quadratic", compile=True), tokens_of(2, 9)
+    model, tokens = build("quadratic", compile=True).eval(), tokens_of(2, 9)
     before = run(model, tokens)
     copied = copy.deepcopy(model)
     with torch.no_grad():

@@ -348,11 +348,14 @@ def test_a_row_of_padding_alone_gives_finite_numbers_and_gradients(model):
     assert logits(model, torch.full((1, 5), model.decoder.padding_idx)).isfinite().all()
 
 
-def test_padding_between_words_is_refused(model):
+def test_padding_between_words_is_a_word(model):
     tokens = draw(2, 7)
     tokens[0, 3] = model.decoder.padding_idx
-    with pytest.raises(ValueError, match="padding between real tokens"):
-        logits(model, tokens)
+    tokens[1, 5:] = model.decoder.padding_idx
+    found, read_at_once = logits(model, tokens), model(tokens[:1], incremental_state={})[0]
+    tokens[0, 3] = model.decoder.dictionary.unk()
+    assert torch.equal(found, logits(model, tokens))
+    assert torch.equal(read_at_once, model(tokens[:1], incremental_state={})[0])
 
 
 def test_dropout_is_the_options_and_only_in_training(model):
@@ -367,9 +370,12 @@ def test_dropout_is_the_options_and_only_in_training(model):
 def test_one_chunk_as_long_as_the_row_is_the_quadratic_attention(data):
     sizes = ("--relative-bias", "toeplitz", "--chunk-size", "16")
     local, _ = build(data, "--attention", "local", *sizes)
-    quadratic, _ = build(data, "--attention", "quadratic", "--n-ref", "16", *sizes)
+    quadratic, _ = build(
+        data, "--attention", "quadratic", "--n-ref", "16", *sizes, "--change-trained-options"
+    )
     weights = quadratic.state_dict()
-    weights.update(local.state_dict())
+    kept = weights["_extra_state"]  # says what they were trained with, which is not the same
+    weights.update(local.state_dict() | {"_extra_state": kept})
     quadratic.load_state_dict(weights)
     with torch.no_grad():
         for length in LENGTHS:

@@ -363,13 +363,15 @@ def test_rows_of_padding_alone_give_finite_numbers_and_gradients(model):
     assert logits(model, nothing, nothing).isfinite().all()
 
 
-def test_padding_between_words_is_refused(model):
+def test_padding_between_words_is_a_word(model):
     source, target = draw(2, 7), draw(2, 7, seed=1)
     for row in (source, target):
         spoilt = row.clone()
         spoilt[0, 3] = PAD
-        with pytest.raises(ValueError, match="padding between real tokens"):
-            logits(model, *(spoilt if other is row else other for other in (source, target)))
+        found = logits(model, *(spoilt if other is row else other for other in (source, target)))
+        spoilt[0, 3] = model.encoder.dictionary.unk()
+        expected = logits(model, *(spoilt if other is row else other for other in (source, target)))
+        assert torch.equal(found, expected)
 
 
 def test_sources_of_unknown_words_and_of_nothing_but_an_end_are_translated(setup):

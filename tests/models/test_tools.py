@@ -561,7 +561,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(data_bin, tmp_path):
     )
     tools.train(data_bin, tmp_path, *transformer)
     before = contents(tmp_path)
-    with pytest.raises(Exception, match="ensure that the architectures match"):
+    with pytest.raises(ValueError, match=r"does not fit the options of this model: .*decoder\.layers\.0"):
         tools.train(data_bin, tmp_path, updates=9)
     assert contents(tmp_path) == before
 
@@ -580,14 +580,14 @@ def test_a_checkpoint_of_another_architecture_is_refused(data_bin, tmp_path):
     ids=" ".join,
 )
 def test_a_checkpoint_of_other_sizes_is_refused(data_bin, kept, change):
-    with pytest.raises(Exception, match="ensure that the architectures match"):
+    with pytest.raises(ValueError, match=rf"{change[0]} {change[1]} \(trained with"):
         tools.train(data_bin, kept, *change, updates=9)
 
 
 def test_another_chunk_size_of_a_table_is_refused(data_bin, tmp_path):
     table = ("--relative-bias", "toeplitz")
     tools.train(data_bin, tmp_path, *table)
-    with pytest.raises(Exception, match="ensure that the architectures match"):
+    with pytest.raises(ValueError, match=r"--chunk-size 16 \(trained with 8\)"):
         tools.train(data_bin, tmp_path, *table, "--chunk-size", "16", updates=9)
 
 
@@ -635,3 +635,19 @@ def write_data(folder, data_bin, **texts):
     words = tools.preprocess_arguments(folder, list(texts))
     tools.call("preprocess", *words[: words.index("--nwordssrc")], "--srcdict", data_bin / "dict.txt")
     return folder / "bin"
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("--decoder-layers", "--layers"),
+        ("--decoder-attention-heads=2", "--attention-dim"),
+        ("--no-such", None),
+    ],
+)
+def test_a_name_of_fairseqs_own_model_is_answered_with_ours(data_bin, tmp_path, capsys, theirs, ours):
+    with pytest.raises(SystemExit):
+        tools.train(data_bin, tmp_path, theirs, "4")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "unrecognized arguments: " + theirs in last
+    assert (f" is {ours}" in last) if ours else last.endswith(f"{theirs} 4")

@@ -320,5 +320,12 @@ def test_another_dictionary_at_fine_tuning_or_generation_is_refused(
 
 def test_a_checkpoint_of_other_sizes_is_refused(second_checkpoint, data_bin, tmp_path):
     fine_tuning = ("--finetune-from-model", second_checkpoint, "--decoder-layers", "1")
-    with pytest.raises(Exception, match="ensure that the architectures match"):
+    with pytest.raises(ValueError, match=r"--decoder-layers 1 \(trained with"):
         train(data_bin, tmp_path, *fine_tuning)
+
+
+def test_alignments_are_refused_before_work_begins(second_checkpoint, data_bin, tmp_path):
+    with pytest.raises(ValueError, match="--print-alignment is not allowed"):
+        generate(data_bin, second_checkpoint, "--print-alignment", "hard")
+    with pytest.raises(ValueError, match=r"--load-alignments .* is not allowed"):
+        train(data_bin, tmp_path, "--load-alignments")

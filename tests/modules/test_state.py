@@ -140,3 +140,115 @@ def test_the_state_of_another_number_of_layers_or_rows_is_refused():
         stack(tokens, None, build("mixed_chunk", layers=3).empty_state(tokens))
     with pytest.raises(ValueError, match=r"has shape \(2, .*; allowed: \(1, "):
         stack(tokens[:1], None, stack.empty_state(tokens))
+
+
+def spoilt_file(path, kind, change, layer=1):
+    """A file of a state after some tokens, in which one layer is changed."""
+    stack, tokens = build(kind), torch.randint(WORDS, (2, N))
+    stack.read(tokens, start(stack, tokens)).save(path)
+    content = torch.load(path, weights_only=True)
+    changed = change(content["layers"][layer])
+    content["layers"][layer] = content["layers"][layer] if changed is None else changed
+    torch.save(content, path)
+    return start(stack, tokens)
+
+
+def put(**fields):
+    return lambda layer: layer.update(fields)
+
+
+def at(name, value):
+    """Sets the first number of a tensor."""
+    return lambda layer: layer[name].view(-1)[:1].fill_(value) and None
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("mixed_chunk", at("v", torch.nan), "layer 1: v holds NaN or infinity; allowed: finite numbers"),
+        ("mixed_chunk", at("kv_sum", torch.inf), "layer 1: kv_sum holds NaN or infinity"),
+        ("quadratic", at("k", torch.nan), "layer 1: k holds NaN or infinity"),
+        ("decoder", at("source.v", torch.nan), "layer 1: source.v holds NaN or infinity"),
+        ("mixed_chunk", at("position", -1), r"negative position; allowed: 0 or more"),
+        ("mixed_chunk", at("position", 10**12), r"position \[10{12}, 21\]; allowed: 0 to 8589934591"),
+        ("mixed_chunk", at("position", 2**62), r"allowed: 0 to 8589934591"),
+        (
+            "mixed_chunk",
+            at("position", 20),
+            r"layer 1: position \[20, 21\]; allowed: \[21, 21\], as in layer 0",
+        ),
+        ("quadratic", put(columns=10**12), f"layer 1: columns {10**12}; allowed: 0 to "),
+        ("quadratic", put(columns=-1), "layer 1: columns -1; allowed: 0 to "),
+        ("quadratic", put(columns=N - 1), "layer 1: key_positions are not those of"),
+        ("quadratic", at("key_positions", -7), "layer 1: key_positions are not those of"),
+        ("quadratic", put(columns=True), "layer 1: columns is a bool; allowed: int"),
+        ("quadratic", put(columns=torch.ones(())), "layer 1: columns is a Tensor; allowed: int"),
+        ("quadratic", lambda x: x.update(k=x["k"][:, :1]), "layer 1: columns 21; allowed: 0 to 1"),
+        ("mixed_chunk", put(v=3), "layer 1: v is a int; allowed: Tensor"),
+        ("mixed_chunk", put(position="3"), "layer 1: position is a str; allowed: Tensor"),
+        ("mixed_chunk", lambda x: x.update(v=x["v"].to_sparse()), "v is not stored number by number"),
+        (
+            "quadratic",
+            put(k=torch.zeros((), dtype=torch.float64).expand(2, 10**12, 4)),
+            "k is not stored number by number",
+        ),
+        ("mixed_chunk", lambda x: [1, 2], "layer 1 has a list; allowed: kv_sum, "),
+        ("mixed_chunk", lambda x: {1: 2}, "layer 1 has 1; allowed: kv_sum, "),
+        ("decoder", at("source.valid", 6), "layer 1: source.valid .* allowed: 0 to 5"),
+    ],
+)
+def test_a_file_with_numbers_that_no_stack_leaves_behind_is_refused(tmp_path, kind, change, message):
+    empty = spoilt_file(tmp_path / "state.pt", kind, change)
+    with pytest.raises(ValueError, match=message) as refused:
+        DecodingState.load(tmp_path / "state.pt", empty)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_first_layer_and_the_number_of_rows_are_looked_at_too(tmp_path):
+    empty = spoilt_file(tmp_path / "state.pt", "mixed_chunk", put(position=3), layer=0)
+    with pytest.raises(ValueError, match="layer 0: position is a int; allowed: Tensor"):
+        DecodingState.load(tmp_path / "state.pt", empty)
+    stack = build("mixed_chunk")
+    stack.empty_state(torch.zeros(2, 0)).save(tmp_path / "state.pt")
+    with pytest.raises(ValueError, match=r"has shape \(2, .*; allowed: \(1, "):
+        DecodingState.load(tmp_path / "state.pt", stack.empty_state(torch.zeros(1, 0)))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [1],
+        {"format": "fairseq_flash decoding state 1"},
+        {"format": "fairseq_flash decoding state 2", "layers": []},
+        {"format": "fairseq_flash decoding state 2", "layers": {}, "beside": {}},
+        {"format": "fairseq_flash decoding state 2", "layers": [], "beside": 1},
+    ],
+)
+def test_a_file_of_another_make_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match="holds something else; allowed: 'fairseq_flash decoding state 2'"):
+        DecodingState.load(tmp_path / "state.pt", build("local").empty_state(torch.zeros(1, 0)))
+
+
+def test_code_in_a_file_is_refused_without_advice_to_run_it(tmp_path):
+    class Harm:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "harm"), "w"))
+
+    torch.save(Harm(), tmp_path / "state.pt")
+    with pytest.raises(ValueError, match="cannot be read as a decoding state: it holds code") as refused:
+        DecodingState.load(tmp_path / "state.pt", build("local").empty_state(torch.zeros(1, 0)))
+    assert "weights_only" not in str(refused.value)
+    assert not (tmp_path / "harm").exists()
+
+
+@torch.no_grad()
+def test_tensors_of_a_file_that_share_memory_are_taken_apart(tmp_path):
+    stack, tokens = build("mixed_chunk"), torch.randint(WORDS, (2, N))
+    state = stack.read(tokens)
+    layers = [layer._asdict() for layer in state.layers]
+    layers[0]["k_quad"] = layers[0]["k_lin"]
+    content = {"format": "fairseq_flash decoding state 2", "layers": layers, "beside": {}}
+    torch.save(content, tmp_path / "state.pt")
+    loaded, _ = DecodingState.load(tmp_path / "state.pt", stack.empty_state(tokens))
+    assert loaded.layers[0].k_quad.data_ptr() != loaded.layers[0].k_lin.data_ptr()

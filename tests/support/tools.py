@@ -112,7 +112,8 @@ def perturbed(path: Path, seed: int) -> Path:
     content = checkpoint_utils.load_checkpoint_to_cpu(str(path))
     noise = torch.Generator().manual_seed(seed)
     for name, weight in content["model"].items():
-        if weight.is_floating_point():
+        # What a model remembers of its training is no weight.
+        if weight.is_floating_point() and not name.endswith(("_extra_state", "n_ref")):
             scale = 20 if "output_projection" in name else 1
             weight.add_(0.1 * torch.randn(weight.shape, generator=noise)).mul_(scale)
     torch.save(content, path.with_name(f"perturbed_{seed}.pt"))

@@ -57,8 +57,6 @@ def run(projected: Projected, options: Options, carry: Optional[Carry]) -> torch
         # Zeros need no mask: their values are silu(0) = 0.
         uvz, cos, sin = (nn.functional.pad(x, (0, 0, 0, missing)) for x in (uvz, cos, sin))
     kv_sum, count = (None, None) if carry is None else carry
-    if lengths is not None and uvz.is_cpu and bool((lengths == n).all()):
-        lengths = None  # a look costs less than blanking what is not there, and on a CPU nobody waits
     if lengths is None and not options.causal:
         lengths = uvz.new_full((uvz.shape[0],), n, dtype=torch.long)
     fixed = _Fixed(options, min(options.chunk_size, n))

@@ -1,0 +1,141 @@
+"""The hub: archives are unpacked without harm, and a checkpoint opens no address of its own."""
+
+import contextlib
+import hashlib
+import lzma
+import os
+import pathlib
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, Optional
+
+import omegaconf
+
+from fairseq_flash._compat.healing import wrap
+
+__all__ = ["prepare"]
+
+#: What an archive may unpack to: so many bytes a byte of it, and so many more.
+_GROWTH, _ALLOWANCE = 20, 2**26
+
+
+def prepare() -> None:
+    """Applies every healing of this file."""
+    _unpack_without_harm()
+    _open_no_address_of_a_checkpoint()
+
+
+def _unpack_without_harm() -> None:
+    """Unpacks ``from_pretrained("model.tar.gz")`` into a folder of its own; any version.
+
+    fairseq unpacks without a filter, so that an archive writes any file of the user's, and puts the folder in
+    the place of the archive. Here members are files and folders below the archive's own only, they go to
+    fairseq's cache under the digest of the archive, and the archive stays.
+    """
+    from fairseq import file_utils
+
+    def heal(load: Callable) -> Callable:
+        def healed(archive_file: Any) -> str:
+            try:
+                path = file_utils.cached_path(archive_file)
+            except OSError:
+                raise FileNotFoundError(
+                    f"{str(archive_file)!r} does not exist; allowed: a folder, a tar archive or its address"
+                ) from None
+            return str(path) if os.path.isdir(path) else _unpacked(str(path), file_utils)
+
+        return healed
+
+    wrap(file_utils, "load_archive_file", heal)
+
+
+def _unpacked(path: str, file_utils: Any) -> str:
+    """The folder that an archive's content lies in, unpacked now or before."""
+    with open(path, "rb") as file:
+        name = hashlib.file_digest(file, "sha256").hexdigest()
+    target = pathlib.Path(file_utils.PYTORCH_FAIRSEQ_CACHE, "unpacked", name)
+    if not target.is_dir():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            _unpack(path, f"{scratch}/content")
+            with contextlib.suppress(FileExistsError):  # another process was faster
+                os.rename(f"{scratch}/content", target)
+    inside = list(target.iterdir())
+    return str(inside[0] if len(inside) == 1 and inside[0].is_dir() else target)
+
+
+def _unpack(path: str, folder: str) -> None:
+    try:
+        with tarfile.open(path) as archive:
+            room = _GROWTH * os.path.getsize(path) + _ALLOWANCE
+            for member in archive:
+                room -= member.size
+                problem = "it unpacks to far more than it has bytes" if room < 0 else _problem_of(member)
+                if problem:
+                    raise ValueError(f"{path!r} was refused and nothing of it unpacked: {problem}")
+            archive.extractall(folder, filter="data")
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        raise ValueError(f"{path!r} is neither a folder nor a whole tar archive: {error}") from None
+
+
+def _problem_of(member: tarfile.TarInfo) -> Optional[str]:
+    """What Python's own filter refuses as well, but some versions can be led past it by links."""
+    parts = pathlib.PurePosixPath(member.name).parts
+    if not member.isreg() and not member.isdir():
+        return f"{member.name!r} is neither a file nor a folder"
+    if member.name.startswith("/") or ".." in parts or len(member.name) > 4096:
+        return f"{member.name[:200]!r} lies outside of its folder"
+    return None
+
+
+def _open_no_address_of_a_checkpoint() -> None:
+    """Refuses a checkpoint whose own ``bpe`` or ``tokenizer`` is fetched from the network; any version.
+
+    The hub builds both from the checkpoint's configuration: whoever wrote the file would learn who loads it,
+    and give them another file. What the caller names is the caller's wish, and fetched as before.
+    """
+    from fairseq import hub_utils
+
+    def heal(load: Callable) -> Callable:
+        def healed(*args: Any, **kwargs: Any) -> dict[str, Any]:
+            loaded = load(*args, **kwargs)
+            for kind in ("tokenizer", "bpe"):
+                wished = {value for value in kwargs.values() if isinstance(value, str)}
+                wished |= set(_strings(kwargs.get(kind), kind))
+                for option, value in _options(loaded["args"].get(kind), kind):
+                    if value not in wished and ("://" in value or value == "bert"):
+                        raise ValueError(
+                            f"the checkpoint's own {kind} would fetch {value!r} ({option}); allowed: "
+                            f"{option}=FILE, or {kind}=None where words are tokens"
+                        )
+            return loaded
+
+        return healed
+
+    wrap(hub_utils, "from_pretrained", heal)
+
+
+def _strings(chosen: Any, kind: str) -> Iterator[str]:
+    return (value for _, value in _options(chosen, kind))
+
+
+def _options(chosen: Any, kind: str) -> Iterator[tuple[str, str]]:
+    """Names and strings of a configuration, with those that the chosen class adds."""
+    from fairseq.registry import REGISTRIES
+
+    given = chosen if isinstance(chosen, str) else _plain(chosen)
+    name = given if isinstance(given, str) else given.get("_name", given.get(kind))
+    defaults = REGISTRIES[kind]["dataclass_registry"].get(name)
+    values = {} if defaults is None else _plain(omegaconf.OmegaConf.structured(defaults))
+    values.update({"_name": name} if isinstance(given, str) else given)
+    return ((option, value) for option, value in values.items() if isinstance(value, str))
+
+
+def _plain(chosen: Optional[Any]) -> dict[str, Any]:
+    if chosen is None:
+        return {}
+    if omegaconf.OmegaConf.is_config(chosen):
+        return omegaconf.OmegaConf.to_container(chosen)
+    return dict(chosen) if isinstance(chosen, dict) else dict(vars(chosen))

@@ -1,0 +1,62 @@
+"""A trained model from its files, and what tells it from another."""
+
+import hashlib
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from fairseq import checkpoint_utils
+from fairseq.data import Dictionary
+
+from fairseq_flash.models.flash_lm import FlashLanguageModel
+
+__all__ = ["fingerprint", "load_model"]
+
+NAMES = ("checkpoint_best.pt", "checkpoint_last.pt")
+#: In a state dict, what a model remembers of its training; states saved without it fit as well.
+RECORD = "_extra_state"
+
+
+def load_model(checkpoint: Path, data: Optional[Path]) -> tuple[FlashLanguageModel, Any, Path]:
+    """Loads a language model.
+
+    Args:
+        checkpoint: A file, or a folder with ``checkpoint_best.pt`` or ``checkpoint_last.pt``.
+        data: Folder of the dictionary; that of the checkpoint by default.
+
+    Returns:
+        The model in evaluation mode, its task, and the folder of its dictionary.
+
+    Raises:
+        ValueError: something is missing or cannot be read, or the model is none of ours.
+    """
+    if checkpoint.is_dir():
+        found = [checkpoint / name for name in NAMES if (checkpoint / name).exists()]
+        if not found:
+            raise ValueError(f"{checkpoint} holds neither {NAMES[0]} nor {NAMES[1]}")
+        checkpoint = found[0]
+    if not checkpoint.exists():
+        raise ValueError(f"{checkpoint} does not exist")
+    data = data or checkpoint.parent
+    if not (data / "dict.txt").exists():
+        raise ValueError(f"{data} holds no dict.txt; --data names the folder that the model was trained on")
+    try:
+        loaded = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], {"data": str(data)})
+    except Exception as error:  # of many kinds: files, configurations, weights
+        said = " ".join(str(error).split()) or type(error).__name__
+        named = said if str(checkpoint) in said else f"{checkpoint} cannot be loaded with {data}: {said}"
+        raise ValueError(named) from None
+    (model,), _, task = loaded
+    if not isinstance(model, FlashLanguageModel):
+        raise ValueError(f"{checkpoint} holds a {type(model).__name__}; allowed: models such as flash_lm")
+    return model.eval(), task, data
+
+
+def fingerprint(model: torch.nn.Module, dictionary: Dictionary) -> str:
+    """A digest of the weights and the dictionary."""
+    digest = hashlib.sha256("\n".join(dictionary.symbols).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if not name.endswith(RECORD):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,200 @@
+"""Proves that from_pretrained writes into its own folder only, and opens only what its caller names."""
+
+import io
+import pathlib
+import shutil
+import tarfile
+
+import pytest
+import torch
+from fairseq import file_utils
+
+from fairseq_flash.models.flash_lm import FlashLanguageModel
+from fairseq_flash.models.flash_masked_lm import FlashMaskedLM
+from fairseq_flash.models.flash_seq2seq import FlashSeq2Seq
+from support import hostile
+
+CLASSES = {"flash_lm": FlashLanguageModel, "flash_masked_lm": FlashMaskedLM, "flash_seq2seq": FlashSeq2Seq}
+ADDRESS = "http://127.0.0.1:9/model"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(file_utils, "PYTORCH_FAIRSEQ_CACHE", tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+@pytest.fixture(autouse=True)
+def opened(monkeypatch):
+    """Addresses that anybody asks for; nothing is fetched."""
+    asked = []
+
+    def fetch(address, cache_dir=None):
+        asked.append(address)
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr(file_utils, "get_from_cache", fetch)
+    return asked
+
+
+def pack(path, files, folder="model/", mode="w:gz"):
+    with tarfile.open(path, mode) as archive:
+        for name, source in files.items():
+            archive.add(source, folder + name)
+    return path
+
+
+def files_of(model, trained, data_bin, parallel):
+    data = parallel if model == "flash_seq2seq" else data_bin
+    dictionaries = {path.name: path for path in data.glob("dict.*txt")}
+    return {"checkpoint_last.pt": trained[model], **dictionaries}
+
+
+def load(model, path, **options):
+    if model == "flash_masked_lm":
+        options = {"bpe": None, **options}
+    return CLASSES[model].from_pretrained(str(path), "checkpoint_last.pt", **options)
+
+
+@pytest.mark.parametrize("folder", ["model/", ""])
+@pytest.mark.parametrize("ending", ["tar.gz", "tar.bz2", "tgz", "tar"])
+@pytest.mark.parametrize("model", CLASSES)
+def test_an_archive_loads_and_stays(model, ending, folder, trained, data_bin, parallel, tmp_path):
+    mode = {"tar": "w", "tar.bz2": "w:bz2"}.get(ending, "w:gz")
+    path = pack(tmp_path / f"model.{ending}", files_of(model, trained, data_bin, parallel), folder, mode)
+    before = path.read_bytes()
+    for _ in range(2):
+        interface = load(model, path)
+        weights = interface.model if model == "flash_masked_lm" else interface.models[0]
+        good = torch.load(trained[model])["model"]
+        assert all(torch.equal(weights.state_dict()[name], weight) for name, weight in good.items())
+    assert path.read_bytes() == before
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["cache", path.name]
+    assert len(list((tmp_path / "cache" / "unpacked").iterdir())) == 1
+
+
+def member(name, content=b"written", **fields):
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info, io.BytesIO(content)
+
+
+def link(name, target, kind=tarfile.SYMTYPE):
+    return member(name, b"", type=kind, linkname=str(target))
+
+
+def escapes(target):
+    """By name: members that try to write ``target``, which lies beside the cache."""
+    deep = "/".join(["d" * 200] * 20)
+    return {
+        "absolute": [member(str(target))],
+        "above": [member("../" * 12 + str(target)[1:])],
+        "above later": [member("model/../../" + "../" * 12 + str(target)[1:])],
+        "through a link": [link("model/out", target.parent), member(f"model/out/{target.name}")],
+        "through a hard link": [link("model/out", target, tarfile.LNKTYPE), member("model/out")],
+        "a link alone": [link("model/checkpoint_last.pt", target)],
+        "a link to a long way": [link(deep, "../" * 10), member(f"{deep}/{target.name}")],
+        "a device": [member("model/device", b"", type=tarfile.CHRTYPE)],
+        "a pipe": [member("model/pipe", b"", type=tarfile.FIFOTYPE)],
+    }
+
+
+@pytest.mark.parametrize("name", escapes(pathlib.Path("/x")))
+def test_an_archive_that_writes_elsewhere_is_refused(name, tmp_path):
+    target = tmp_path / "precious"
+    target.write_text("mine")
+    path = tmp_path / "model.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        archive.addfile(*member("model/first"))
+        for info, content in escapes(target)[name]:
+            archive.addfile(info, content)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"model\.tar\.gz' was refused and nothing of it unpacked"):
+        load("flash_lm", path)
+    assert target.read_text() == "mine"
+    assert path.read_bytes() == before
+    assert list((tmp_path / "cache" / "unpacked").iterdir()) == []
+
+
+def test_a_small_archive_of_gigabytes_is_refused(tmp_path):
+    path = tmp_path / "model.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        archive.addfile(*member("model/zeros", bytes(2**27)))
+    with pytest.raises(ValueError, match="far more than it has bytes"):
+        load("flash_lm", path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"\x1f\x8b\x08" + bytes(40)])
+def test_what_is_no_archive_is_named(tmp_path, content):
+    (tmp_path / "model.tar.gz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.tar\.gz' is neither a folder nor a whole tar archive"):
+        load("flash_lm", tmp_path / "model.tar.gz")
+    assert (tmp_path / "model.tar.gz").read_bytes() == content
+
+
+def test_a_cut_archive_is_named(trained, data_bin, parallel, tmp_path):
+    path = pack(tmp_path / "model.tar.gz", files_of("flash_lm", trained, data_bin, parallel))
+    path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(ValueError, match="neither a folder nor a whole tar archive"):
+        load("flash_lm", path)
+
+
+def test_a_path_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere' does not exist; allowed: a folder, a tar archive"):
+        load("flash_lm", tmp_path / "nowhere")
+
+
+CHOICES = {
+    "sentencepiece": {"_name": "sentencepiece", "sentencepiece_model": ADDRESS},
+    "gpt2 by its own addresses": {"_name": "gpt2"},
+    "gpt2 by name": "gpt2",
+    "gpt2": {"_name": "gpt2", "gpt2_encoder_json": ADDRESS, "gpt2_vocab_bpe": "s3://bucket/key"},
+    "fastbpe": {"_name": "fastbpe", "bpe_codes": ADDRESS},
+    "subword_nmt": {"_name": "subword_nmt", "bpe_codes": ADDRESS},
+    "hf_byte_bpe": {"_name": "hf_byte_bpe", "bpe_vocab": ADDRESS, "bpe_merges": ADDRESS},
+    "byte_bpe": {"_name": "byte_bpe", "sentencepiece_model_path": ADDRESS},
+    "bert": {"_name": "bert"},
+}
+
+
+def folder_with(choice, kind, model, trained, data_bin, parallel, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name, source in files_of(model, trained, data_bin, parallel).items():
+        shutil.copy(source, folder / name)
+    good = trained[model]
+    hostile.changed(good, folder / good.name, lambda state: state["cfg"].update({kind: choice}))
+    return folder
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("model", CLASSES)
+def test_a_checkpoint_that_names_an_address_is_refused(
+    choice, model, trained, data_bin, parallel, tmp_path, opened
+):
+    if model == "flash_masked_lm" and choice == "gpt2 by name":
+        pytest.skip("the bpe=None that is given takes its place")
+    folder = folder_with(CHOICES[choice], "bpe", model, trained, data_bin, parallel, tmp_path)
+    with pytest.raises(ValueError, match="the checkpoint's own bpe would fetch"):
+        load(model, folder)
+    assert opened == []
+
+
+def test_a_tokenizer_of_a_checkpoint_is_looked_at_as_well(trained, data_bin, parallel, tmp_path, opened):
+    choice = {"_name": "moses", "source_lang": ADDRESS}
+    folder = folder_with(choice, "tokenizer", "flash_lm", trained, data_bin, parallel, tmp_path)
+    with pytest.raises(ValueError, match="the checkpoint's own tokenizer would fetch"):
+        load("flash_lm", folder)
+    assert opened == []
+
+
+def test_an_address_that_the_caller_names_is_fetched(trained, data_bin, parallel, tmp_path, opened):
+    folder = folder_with(None, "bpe", "flash_lm", trained, data_bin, parallel, tmp_path)
+    with pytest.raises(OSError, match="no network"):
+        load("flash_lm", folder, bpe="gpt2")
+    assert len(opened) == 1
+    with pytest.raises(OSError, match="no network"):
+        load("flash_lm", folder, bpe="sentencepiece", sentencepiece_model=ADDRESS)
+    assert opened[1] == ADDRESS
