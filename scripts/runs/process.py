@@ -21,7 +21,10 @@ PATIENCE = 5.0
 
 
 class Ended(NamedTuple):
-    """What a process left: its status, negative for a signal, and the bytes it had at its peak."""
+    """What a process left: its status, negative for a signal, and the bytes it had at its peak.
+
+    On Linux, the peak is at least what this process had when it started the other.
+    """
 
     status: int
     peak_bytes: int

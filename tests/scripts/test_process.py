@@ -91,22 +91,13 @@ def test_what_follows_may_end_the_command(tmp_path):
 
 
 def test_a_command_tells_its_status_and_its_peak(tmp_path):
-    code = "x = bytearray(200 << 20); print(len(x)); raise SystemExit(3)"
-    # In a small process: the system counts what the one that starts a command takes as the command's own.
-    small = f"""
-import sys, pathlib
-from runs import process
-ended = process.run([sys.executable, "-c", {code!r}], pathlib.Path({str(tmp_path / "log")!r}))
-print(ended.status, ended.peak_bytes)
-"""
-    scripts = str(Path(process.__file__).parents[1])
-    done = subprocess.run(
-        [sys.executable, "-c", small],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": scripts},
-    )
-    status, peak_bytes = map(int, done.stdout.split())
+    # from a small process: Linux counts what the parent had when it forked
+    code = f"import sys; sys.path.insert(0, {str(tools.REPOSITORY / 'scripts')!r})\n"
+    code += "from pathlib import Path\nfrom runs import process\n"
+    code += "taken = 'x = bytearray(200 << 20); print(len(x)); raise SystemExit(3)'\n"
+    code += "print(*process.run([sys.executable, '-c', taken], Path('log')))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    status, peak_bytes = map(int, found.stdout.split())
     assert status == 3
     assert 200 << 20 < peak_bytes < 400 << 20
     assert os.listdir(tmp_path) == ["log"]
