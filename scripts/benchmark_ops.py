@@ -218,14 +218,15 @@ def contenders(d: int, options: argparse.Namespace) -> list[Turn]:
 def main(arguments: list[str]) -> None:
     """Runs the command line."""
     options = parse(arguments)
-    logging.getLogger().setLevel(logging.WARNING)  # fairseq's imports leave it at DEBUG
+    logging.getLogger("filelock").setLevel(logging.INFO)  # the compiler's, which fairseq leaves at DEBUG
     common = {**provenance(options.device, options.dtype), "threads": torch.get_num_threads()}
     try:
         table = Table(options.output, COLUMNS, KEY, SHOWN, common)
     except ValueError as error:
         sys.exit(f"benchmark_ops.py: {error}")
     # A compiled contender has one graph a length: as many as are asked for.
-    torch._dynamo.config.cache_size_limit = 8 * len(options.lengths)
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 8 * len(options.lengths))
     memory, rates = Memory(options.device), Rates(options.device, getattr(torch, options.dtype))
     print(
         f"square product {2e-12 * rates.products:.4g} TFLOP/s, copy {1e-9 * rates.copies:.4g} GB/s",
