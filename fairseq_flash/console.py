@@ -21,7 +21,7 @@ PACKAGE = Path(fairseq_flash.__file__).resolve().parent
 INSTALLED = PACKAGE.parent / "fairseq_flash_commands"
 SCRIPTS = INSTALLED if INSTALLED.is_dir() else PACKAGE.parent / "scripts"
 COMMANDS = (
-    *("prepare-lm", "prepare-translation", "prepare-classification"),
+    *("prepare-lm", "prepare-corpus", "cut-corpus", "prepare-translation", "prepare-classification"),
     *("compare-lm", "compare-masked-lm", "compare-translation"),
     *("generate", "describe", "health", "plot", "extrapolate"),
     *("benchmark-training", "benchmark-generation", "benchmark-ops"),

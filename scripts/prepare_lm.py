@@ -19,14 +19,21 @@ import argparse
 from pathlib import Path
 
 from runs.command_line import command_line
-from text.folder import RECORD, add_shared, fingerprint, is_prepared, publish, run_prepare, work_folder
+from text.folder import (
+    add_shared,
+    fingerprint,
+    is_prepared,
+    print_counts,
+    publish,
+    run_prepare,
+    work_folder,
+)
+from text.numbered import LM_FILES
 from text.pieces import MODEL, encode, learn_pieces, number_pieces
 from text.read import find_text_files
 from text.split import HELD_OUT, SPLITS, check_fractions, held_out_fractions, write_splits
 
 __all__ = ["main", "prepare"]
-
-OUR_FILES = {"dict.txt", MODEL, RECORD, *(f"{split}.{end}" for split in SPLITS for end in ("bin", "idx"))}
 
 
 def prepare(options: argparse.Namespace) -> bool:
@@ -46,7 +53,7 @@ def prepare(options: argparse.Namespace) -> bool:
     }
     identity = fingerprint(inputs, _recorded(options))
     output = options.output.resolve()
-    if is_prepared(output, identity, options.overwrite, OUR_FILES.__contains__):
+    if is_prepared(output, identity, options.overwrite, LM_FILES.__contains__):
         return False
     with work_folder(output) as (work, lock):
         counts = write_splits(inputs, options, work)
@@ -96,9 +103,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; a mistake of the user ends it with one line and status 2."""
-    record = run_prepare(_parser(), prepare, arguments)
-    for split, counts in record["splits"].items():
-        print(f"  {split:5} " + "  ".join(f"{count:>13,} {name}" for name, count in counts.items()))
+    print_counts(run_prepare(_parser(), prepare, arguments))
 
 
 if __name__ == "__main__":
