@@ -23,7 +23,7 @@ SCRIPTS = INSTALLED if INSTALLED.is_dir() else PACKAGE.parent / "scripts"
 COMMANDS = (
     *("prepare-lm", "prepare-corpus", "cut-corpus", "prepare-translation", "prepare-classification"),
     *("compare-lm", "compare-masked-lm", "compare-translation"),
-    *("generate", "describe", "health", "plot", "extrapolate"),
+    *("generate", "describe", "health", "plot", "extrapolate", "yardsticks"),
     *("benchmark-training", "benchmark-generation", "benchmark-ops"),
 )
 #: fairseq's own; its generate has another name here.
@@ -42,6 +42,7 @@ PLACES = {
     "compare-masked-lm": {"--output": "results/masked_lm.csv", "--folder": "outputs/masked_lm"},
     "compare-translation": {"--output": "results/translation.csv", "--folder": "outputs/translation"},
     "extrapolate": {"--output": "results/extrapolation.csv"},
+    "yardsticks": {"--output": "results/yardsticks.csv"},
     "plot": {"--results": "results"},
     "benchmark-training": {"--output": "results/training.csv"},
     "benchmark-generation": {"--output": "results/generation.csv"},

@@ -7,6 +7,7 @@ import torch
 from fairseq import checkpoint_utils
 
 import extrapolate
+from runs import reading
 from support import tools
 
 
@@ -24,13 +25,13 @@ def rows_of(path):
 
 
 def test_the_loss_by_position_is_that_of_each_row_alone(data_bin, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(extrapolate, "TOKENS_PER_BATCH", 48)
+    monkeypatch.setattr(reading, "TOKENS_PER_BATCH", 48)
     output = tmp_path / "out.csv"
     words = ["--data", str(data_bin), "--checkpoints", str(checkpoint), "--split", "valid", "--device", "cpu"]
     extrapolate.main([*words, "--lengths", "8", "20", "--output", str(output)])
     rows = rows_of(output)
     assert list(rows) == [(8, "all"), (8, "0-8"), (20, "all"), (20, "0-8"), (20, "8-16"), (20, "16-20")]
-    tokens, _ = extrapolate.read_tokens(data_bin, "valid")
+    tokens, _ = reading.read_tokens(data_bin, "valid")
     (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)])
     expected = []
     for begin in range(0, len(tokens) - 20, 20):
