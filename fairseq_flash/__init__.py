@@ -19,5 +19,5 @@ if importlib.util.find_spec("fairseq") is not None:
     remember_options_of_checkpoints()
 
     # Here and not only through --user-dir, which skips what belongs to a package that is imported already.
-    from fairseq_flash.models import flash_lm, flash_masked_lm, flash_seq2seq  # noqa: F401
+    from fairseq_flash.models import flash_lm, flash_masked_lm, flash_seq2seq, pooled_roberta  # noqa: F401
     from fairseq_flash.tasks import flash_language_modeling, recall  # noqa: F401

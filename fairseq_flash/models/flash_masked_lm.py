@@ -18,7 +18,7 @@ from fairseq_flash.models._options import FlashMaskedLMConfig, check_masked_lm, 
 from fairseq_flash.models._presets import MASKED_LMS, register
 from fairseq_flash.models._trained import RememberingModel
 from fairseq_flash.models.flash_lm import normalized_probs
-from fairseq_flash.modules import build_norm
+from fairseq_flash.modules import Pooling, build_norm
 
 __all__ = ["PRESETS", "FlashMaskedLM", "FlashMaskedLMConfig", "MaskedLMHead"]
 
@@ -109,7 +109,7 @@ class FlashMaskedLM(RememberingModel, FairseqEncoderModel):
             src_lengths: Ignored: the padding tells.
             features_only: Whether to stop before the vocabulary.
             return_all_hiddens: Not available: features are those of the last layer.
-            classification_head_name: Of the head to apply to each row's first real token.
+            classification_head_name: Of the head to apply to each row, pooled as ``--pooling`` says.
             masked_tokens: ``(b, n)``, True at the positions to predict; None for all.
             unused: What fairseq passes to every model, such as ``src_id``.
 
@@ -126,13 +126,8 @@ class FlashMaskedLM(RememberingModel, FairseqEncoderModel):
         head = classification_head_name and self.classification_head(classification_head_name)
         features = self.encoder.features(src_tokens)
         if head is not None:
-            return head(self._first(features, src_tokens)), {}
+            return head(head.pooling(features, src_tokens.eq(self.encoder.padding_idx))), {}
         return (features if features_only else self.encoder.lm_head(features, masked_tokens)), {}
-
-    def _first(self, features: torch.Tensor, src_tokens: torch.Tensor) -> torch.Tensor:
-        """Of each row's first real token, where ``<s>`` stands: (b, 1, d) of (b, n, d)."""
-        first = src_tokens.ne(self.encoder.padding_idx).int().argmax(dim=1)
-        return features[torch.arange(len(first), device=first.device), first].unsqueeze(1)
 
     def classification_head(self, name: str) -> nn.Module:
         """The head of that name.
@@ -166,6 +161,7 @@ class FlashMaskedLM(RememberingModel, FairseqEncoderModel):
         head = RobertaClassificationHead(
             self.cfg.embed_dim, inner_dim, num_classes, "tanh", self.cfg.pooler_dropout
         )
+        head.pooling = Pooling(str(self.cfg.pooling), self.cfg.embed_dim)
         like = self.encoder.lm_head.bias
         self.classification_heads[name] = head.to(dtype=like.dtype, device=like.device)
 

@@ -8,6 +8,7 @@ from fairseq_flash.modules.gated_cross_attention import GatedCrossAttention, Sou
 from fairseq_flash.modules.layer import Layer
 from fairseq_flash.modules.normalization import NORMS, ScaleNorm, build_norm
 from fairseq_flash.modules.offset_scale import OffsetScale
+from fairseq_flash.modules.pooling import POOLINGS, Pooling
 from fairseq_flash.modules.positions import (
     RELATIVE_BIASES,
     RotaryBias,
@@ -28,6 +29,7 @@ __all__ = [
     "INITS",
     "LINEAR_NORMS",
     "NORMS",
+    "POOLINGS",
     "RELATIVE_BIASES",
     "DecoderLayer",
     "DecoderLayerState",
@@ -37,6 +39,7 @@ __all__ = [
     "Layer",
     "LayerState",
     "OffsetScale",
+    "Pooling",
     "RotaryBias",
     "RowMemory",
     "Rows",
