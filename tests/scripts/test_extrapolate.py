@@ -64,3 +64,18 @@ def test_a_row_beyond_a_table_is_a_row_with_the_error(data_bin, tmp_path):
     rows = rows_of(output)
     assert rows[32, "all"]["status"] == "ok"
     assert "longer than the table" in rows[64, "all"]["status"]
+
+
+def test_a_linear_branch_that_reads_otherwise_has_rows_of_its_own(data_bin, checkpoint, tmp_path):
+    output = tmp_path / "out.csv"
+    words = ["--data", str(data_bin), "--checkpoints", str(checkpoint), "--split", "valid", "--device", "cpu"]
+    for change in ((), ("--linear-window", "1"), ("--linear-window", "2", "--plain-linear")):
+        extrapolate.main([*words, *change, "--lengths", "16", "32", "--output", str(output)])
+    with output.open(newline="") as stream:
+        found = {(row["name"], row["n"], row["positions"]): row["loss"] for row in csv.DictReader(stream)}
+    names = ["ours", "ours, window 1", "ours, window 2, plain linear"]
+    assert list(dict.fromkeys(name for name, _, _ in found)) == names
+    # Chunks have 8 tokens: two are within a window of one, four are not.
+    assert found["ours", "16", "all"] == found["ours, window 1", "16", "all"]
+    with pytest.raises(SystemExit):
+        extrapolate.main([*words, "--linear-window", "0", "--output", str(output)])
