@@ -145,7 +145,7 @@ def test_the_operator_is_sound_and_lives_in_a_compiled_graph(kernel):
 @run_here
 def test_a_card_is_tried_out_while_somebody_evaluates(kernel):
     with torch.inference_mode():
-        assert exact.mistakes(kernel.run, DEVICE, torch.bfloat16) == []
+        assert exact.mistakes(kernel.run, ops.Options(64, True), 64, DEVICE, torch.bfloat16) == []
 
 
 @run_here
@@ -182,11 +182,19 @@ def test_what_the_kernels_do_not_take_is_named():
 def test_a_card_that_computes_wrongly_is_named_in_a_warning_and_left_out(monkeypatch):
     from fairseq_flash.ops.mixed_chunk import kernel
 
-    monkeypatch.setattr(kernel, "mistakes", lambda run, device, dtype: ["out"])
+    tried = []
+
+    def mistakes(run, options, s, device, dtype, b):
+        tried.append((options.chunk_size, options.causal, options.branches, s, b))
+        return ["out"] if b > 2 else []
+
+    monkeypatch.setattr(kernel, "mistakes", mistakes)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a card")
     kernel._failures.cache_clear()
     with pytest.warns(UserWarning, match=r"Triton 3\S+ on a card computes out wrongly in torch.bfloat16"):
-        assert len(kernel._failures(0, torch.bfloat16)) == 1
+        assert len(kernel._failures(0, torch.bfloat16, 128, 256, False, BOTH)) == 1
+    assert tried == [(256, False, BOTH, 128, 2), (256, False, BOTH, 128, 64)]
+    assert 64 * 2 >= kernel.SERIAL_PROGRAMS > 2 * 2, "the rows make few programs, and many"
     kernel._failures.cache_clear()
 
 
@@ -194,4 +202,4 @@ def test_what_is_wrong_is_found():
     def wrong(projected, options, carry):
         return gated.run(projected, options, carry) + 1
 
-    assert "out" in exact.mistakes(wrong, torch.device("cpu"), torch.bfloat16)
+    assert "out" in exact.mistakes(wrong, ops.Options(64, True), 64, torch.device("cpu"), torch.bfloat16)

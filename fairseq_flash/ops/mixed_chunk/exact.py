@@ -94,12 +94,23 @@ def results(
     return {"out": out.detach(), **dict(zip(leaves, found, strict=True))}
 
 
-def mistakes(run: Callable, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """What an implementation computes wrongly on a device: names of results, none if all is well."""
-    options = Options(64, True, "chunk")
+def mistakes(
+    run: Callable, options: Options, s: int, device: torch.device, dtype: torch.dtype, *, b: int = 2
+) -> list[str]:
+    """What an implementation computes wrongly: names of results, none if all is well.
+
+    Args:
+        run: The implementation.
+        options: Those that it is to be used with; scores are divided by the chunk size in any case.
+        s: Size of queries and keys.
+        device: Where it is to run.
+        dtype: Of its tensors.
+        b: Rows, each of more than one chunk.
+    """
+    options = options._replace(linear_norm="chunk")
     # Whoever asks may be evaluating.
     with torch.inference_mode(False), torch.enable_grad():
-        inputs = draw(options, 2, 150, 72, 64, padded=True)
+        inputs = draw(options, b, options.chunk_size + 70, 72, s, padded=True)
         want = results(gated.run, options, inputs, torch.float64, torch.device("cpu"))
         ours = results(run, options, inputs, dtype, device)
     return [name for name, x in ours.items() if not torch.equal(x.cpu(), want[name].to(x.dtype))]
