@@ -95,7 +95,8 @@ def test_a_compiled_graph_makes_no_table_on_the_host(angles):
     torch.compile(angles, backend=keep, fullgraph=True)(torch.arange(30))
     made = [node for node in graphs[0].graph.nodes if node.op.startswith("call")]
     moves = [node for node in made if node.target == "to" and torch.device("cpu") in node.args]
-    assert made and not moves
+    assert made
+    assert not moves
     assert not [node for node in made if node.target is torch.arange and 2048 in node.args]
 
 
