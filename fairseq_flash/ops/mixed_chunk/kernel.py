@@ -21,7 +21,7 @@ from fairseq_flash.ops.mixed_chunk.exact import mistakes
 from fairseq_flash.ops.mixed_chunk.gated import Projected
 from fairseq_flash.ops.mixed_chunk.inputs import Carry, Options
 
-__all__ = ["CHUNK_SIZES", "DTYPES", "WIDTHS", "next_carry", "objections", "reservations", "run"]
+__all__ = ["CHUNK_SIZES", "DTYPES", "WIDTHS", "next_carry", "objections", "run"]
 
 CHUNK_SIZES = (64, 128, 256, 512)
 #: Sizes of queries and keys.
@@ -356,16 +356,6 @@ def objections(projected: Projected, options: Options) -> list[str]:
     if not found and not INTERPRETED:
         found += _tried(uvz.device.index, uvz.dtype, s, c, options.causal, options.branches)
     return found
-
-
-def reservations(projected: Projected, options: Options) -> list[str]:
-    """Why they are passed over unless asked for by name.
-
-    A whole training with ``--compile`` ran at 180 000 tokens a second on an H100 with them (24 layers of
-    d = 768, 32 768 tokens a batch), where the compiled reference had run at 240 000: the host launches each
-    kernel from Python. They still take two thirds of its memory.
-    """
-    return ["a compiler fuses the reference"] if torch.compiler.is_compiling() else []
 
 
 @torch.compiler.assume_constant_result
