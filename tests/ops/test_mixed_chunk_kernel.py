@@ -101,7 +101,7 @@ def test_errors_are_at_most_twice_the_reference_s(kernel, n, e, causal, dtype):
     for name, exactly in want.items():
         errors = [(x[name].double() - exactly).square().mean().sqrt() for x in (ours, reference)]
         # Of one token, the reference's numbers may happen to be exact.
-        few = 1 / 8 if n > 1 else 2
+        few = 1 / 8 if n > 1 else 4
         assert errors[0] <= 2 * errors[1] + few * torch.finfo(dtype).eps * exactly.square().mean().sqrt(), (
             name
         )
@@ -149,14 +149,11 @@ def test_a_card_is_tried_out_while_somebody_evaluates(kernel):
 
 
 @run_here
-def test_auto_leaves_a_compiled_layer_to_the_reference(kernel, monkeypatch):
+def test_auto_takes_the_kernels_where_they_can_run(kernel):
     options = ops.Options(64, True)
     projected, _, _ = random_inputs(options, 2, 70, 8, 64, torch.float32)
     narrow = ops.Projected(*(x if x is None else x.to(DEVICE, torch.float32) for x in projected[:6]))
     assert dispatch.choose("auto", narrow, options) is kernel.run
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert dispatch.choose("auto", narrow, options) is gated.run
-    assert dispatch.choose("triton", narrow, options) is kernel.run
 
 
 @run_here
@@ -195,6 +192,20 @@ def test_a_card_that_computes_wrongly_is_named_in_a_warning_and_left_out(monkeyp
         assert len(kernel._failures(0, torch.bfloat16, 128, 256, False, BOTH)) == 1
     assert tried == [(256, False, BOTH, 128, 2), (256, False, BOTH, 128, 64)]
     assert 64 * 2 >= kernel.SERIAL_PROGRAMS > 2 * 2, "the rows make few programs, and many"
+    kernel._failures.cache_clear()
+
+
+def test_a_card_that_cannot_run_them_is_named_in_a_warning_and_left_out(monkeypatch):
+    from fairseq_flash.ops.mixed_chunk import kernel
+
+    def mistakes(*args, **rest):
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(kernel, "mistakes", mistakes)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a small card")
+    kernel._failures.cache_clear()
+    with pytest.warns(UserWarning, match="a small card fails with RuntimeError: out of resource"):
+        assert len(kernel._failures(0, torch.bfloat16, 128, 256, False, BOTH)) == 1
     kernel._failures.cache_clear()
 
 
