@@ -107,7 +107,7 @@ class Diagnostics(nn.Module):
 
 
 def _forget_unmeasured() -> None:
-    """Takes away own numbers that fairseq has reset since: it would log them as None until the next report."""
+    """Takes away own numbers that fairseq has reset: it would log None until the next report."""
     for meters in metrics.get_active_aggregators():
         kept = [
             entry for entry in meters.priorities if entry[0] != PRIORITY or meters[entry[2]].val is not None
