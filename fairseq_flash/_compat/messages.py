@@ -114,7 +114,10 @@ def _explain_fp16_without_gpu() -> None:
 
 
 def _explain_unfit_checkpoints() -> None:
-    """Says why a model refuses a checkpoint; fairseq 0.12 only asks that "the architectures match"."""
+    """Says why a checkpoint is refused; fairseq 0.12 only asks that "the architectures match".
+
+    Its optimizer, of a model with other weights, is refused by torch with no word of an option.
+    """
     from fairseq.trainer import Trainer
 
     def heal(load: Callable) -> Callable:
@@ -125,6 +128,11 @@ def _explain_unfit_checkpoints() -> None:
                 what, cause = str(error).partition(";")[0], error.__context__
                 if what.startswith("Cannot load model parameters") and isinstance(cause, ValueError):
                     raise ValueError(f"{what}: {cause}") from cause
+                if "doesn't match the size of optimizer's group" in what:
+                    raise ValueError(
+                        "the checkpoint's optimizer is of a model with other weights; allowed: "
+                        "--reset-optimizer, or --finetune-from-model"
+                    ) from error
                 raise
 
         return healed

@@ -24,6 +24,7 @@ from fairseq_flash.models._options import (
     FlashMaskedLMConfig,
     FlashSeq2SeqConfig,
 )
+from fairseq_flash.modules.transformer_block import default_ffn_embed_dim
 
 __all__ = ["RememberingModel", "remember_options_of_checkpoints", "trained_options"]
 
@@ -36,10 +37,10 @@ CONFIGS = {
     "flash_masked_lm": FlashMaskedLMConfig,
     "flash_seq2seq": FlashSeq2SeqConfig,
 }
-#: Change neither what is computed nor, but for ``n_ref`` and ``ffn_embed_dim``, which weights tell, a weight.
+#: Change neither what is computed nor, but for ``n_ref``, which a buffer tells, a weight.
 #: Every other option is compared, new ones too.
 FREE = {
-    *("_name", "init", "n_ref", "ffn_embed_dim", "max_positions", "load_checkpoint_heads"),
+    *("_name", "init", "n_ref", "max_positions", "load_checkpoint_heads"),
     *("dropout", "attention_dropout", "adaptive_softmax_dropout", "pooler_dropout"),
     *("checkpoint_activations", "offload_activations", "compile", "backend", "diagnostics_interval"),
     *("vocabulary_loss", "no_graph"),
@@ -69,7 +70,10 @@ def trained_options(cfg: Any, config: type) -> dict[str, Any]:
         "relative_bias": attention == "global" or not gau,
         "expansion_factor": not gau,
         "glu": gau,
+        "ffn_embed_dim": gau,
     }
+    if not gau and options["ffn_embed_dim"] is None:
+        options["ffn_embed_dim"] = float(default_ffn_embed_dim(cfg.embed_dim, bool(options["glu"])))
     options["relative_bias"] = options["relative_bias"] or "rotary"
     return {name: value for name, value in options.items() if not without_effect.get(name)}
 
@@ -132,7 +136,9 @@ class RememberingModel(BaseFairseqModel):
         state_dict[KEY] = self.get_extra_state()
         try:
             return super().load_state_dict(state_dict, strict, model_cfg, args)
-        except RuntimeError as error:
+        except ValueError:
+            raise
+        except Exception as error:  # of PyTorch, or of fairseq's modules while they upgrade it
             causes = " ".join(str(error).split())
             raise ValueError(
                 f"the checkpoint does not fit the options of this model: {causes}; allowed: the --arch and "
@@ -180,10 +186,11 @@ def remember_options_of_checkpoints() -> None:
 
     def remembering(cfg: Any, overrides: dict[str, Any]) -> None:
         options = cfg.__dict__["_flash_options"] = _options_of(cfg)
-        if options and "change_trained_options" not in cfg.model:
-            # An override of what a checkpoint's configuration lacks would be dropped.
+        if options:
+            # An override of what an older checkpoint's configuration lacks would be dropped.
             with open_dict(cfg):
-                cfg.model.change_trained_options = False
+                for option in dataclasses.fields(_config_of(cfg)):
+                    cfg.model.setdefault(option.name, option.default)
         overwrite(cfg, overrides)
 
     def recording(state: dict[str, Any]) -> dict[str, Any]:
@@ -197,8 +204,11 @@ def remember_options_of_checkpoints() -> None:
     checkpoint_utils.overwrite_args_by_name, checkpoint_utils._upgrade_state_dict = remembering, recording
 
 
+def _config_of(cfg: Any) -> Optional[type]:
+    name = getattr(cfg.get("model"), "_name", None) if hasattr(cfg, "get") else None
+    return CONFIGS.get(ARCH_MODEL_NAME_REGISTRY.get(name, name))
+
+
 def _options_of(cfg: Any) -> Optional[dict[str, Any]]:
-    model = cfg.get("model") if hasattr(cfg, "get") else None
-    name = getattr(model, "_name", None)
-    config = CONFIGS.get(ARCH_MODEL_NAME_REGISTRY.get(name, name))
-    return config and trained_options(model, config)
+    config = _config_of(cfg)
+    return config and trained_options(cfg.model, config)
