@@ -16,6 +16,7 @@ def prepare() -> None:
     _accept_blank_prompts()
     _diversify_every_batch()
     _refuse_constraints_by_name()
+    _refuse_steps_by_name()
     _refuse_another_task()
     _join_byte_pieces()
 
@@ -93,6 +94,25 @@ def _refuse_constraints_by_name() -> None:
 
     wrap(FairseqTask, "build_generator", heal_build)
     wrap(LexicallyConstrainedBeamSearch, "init_constraints", heal_init)
+
+
+def _refuse_steps_by_name() -> None:
+    """Says where there are no steps to be printed: fairseq 0.12 fails with a KeyError after a batch."""
+    from fairseq.tasks import FairseqTask
+
+    def heal(build: Callable) -> Callable:
+        def healed(self, models: Any, args: Any, *others: Any, **kwargs: Any) -> Any:
+            for name in ("print_step", "retain_iter_history"):
+                if getattr(args, name, False):
+                    raise ValueError(
+                        f"--{name.replace('_', '-')} is not allowed with a task that writes each word once; "
+                        "allowed: with --task translation_lev"
+                    )
+            return build(self, models, args, *others, **kwargs)
+
+        return healed
+
+    wrap(FairseqTask, "build_generator", heal)
 
 
 def _refuse_another_task() -> None:

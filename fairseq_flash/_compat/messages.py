@@ -141,7 +141,7 @@ def _explain_unfit_checkpoints() -> None:
 
 
 def _name_our_options() -> None:
-    """Tells who gives one of our models an option of fairseq's by the name it has there."""
+    """Tells who gives one of our models an option of fairseq's by the name it has there, or no task."""
     from fairseq import options
 
     def heal(parse: Callable) -> Callable:
@@ -155,7 +155,13 @@ def _name_our_options() -> None:
                 refuse(message + hint)
 
             parser.error = explained
-            return parse(parser, *args, **kwargs)
+            try:
+                return parse(parser, *args, **kwargs)
+            except KeyError as error:
+                if error.args != (None,):
+                    raise
+                # fairseq-validate has no default.
+                parser.error("--task is missing; allowed: the task that the checkpoint was trained with")
 
         return healed
 
@@ -163,12 +169,23 @@ def _name_our_options() -> None:
 
 
 def _refuse_alignments() -> None:
-    """Says before the first sentence that ``--print-alignment`` needs weights, which ours lack."""
+    """Says before the first sentence what needs weights of an attention, which ours lack.
+
+    That is ``--print-alignment``, and the criterion of alignments, which without ``--load-alignments`` trains
+    as if it were another.
+    """
+    from fairseq.criterions.label_smoothed_cross_entropy_with_alignment import (
+        LabelSmoothedCrossEntropyCriterionWithAlignment,
+    )
     from fairseq.sequence_generator import SequenceGeneratorWithAlignment
+    from fairseq.trainer import Trainer
+
+    def aligns(model: Any) -> bool:
+        return getattr(getattr(model, "decoder", None), "has_attention_weights", True)
 
     def heal(init: Callable) -> Callable:
         def healed(self, models: Any, *args: Any, **kwargs: Any) -> None:
-            if not all(getattr(model.decoder, "has_attention_weights", True) for model in models):
+            if not all(map(aligns, models)):
                 raise ValueError(
                     "--print-alignment is not allowed: gated attention gives no weights to align"
                 )
@@ -176,4 +193,16 @@ def _refuse_alignments() -> None:
 
         return healed
 
+    def heal_trainer(init: Callable) -> Callable:
+        def healed(self, cfg: Any, task: Any, model: Any, criterion: Any, *args: Any, **kwargs: Any) -> None:
+            if isinstance(criterion, LabelSmoothedCrossEntropyCriterionWithAlignment) and not aligns(model):
+                raise ValueError(
+                    "--criterion label_smoothed_cross_entropy_with_alignment is not allowed: gated attention "
+                    "gives no weights to align; allowed: label_smoothed_cross_entropy"
+                )
+            init(self, cfg, task, model, criterion, *args, **kwargs)
+
+        return healed
+
     wrap(SequenceGeneratorWithAlignment, "__init__", heal)
+    wrap(Trainer, "__init__", heal_trainer)

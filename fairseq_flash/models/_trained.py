@@ -7,7 +7,6 @@ float64, because all that handles state dicts (averages, EMA, noise) then leaves
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import logging
@@ -23,6 +22,7 @@ from fairseq_flash.models._options import (
     FlashLanguageModelConfig,
     FlashMaskedLMConfig,
     FlashSeq2SeqConfig,
+    warn_once,
 )
 from fairseq_flash.modules.transformer_block import default_ffn_embed_dim
 
@@ -71,6 +71,8 @@ def trained_options(cfg: Any, config: type) -> dict[str, Any]:
         "expansion_factor": not gau,
         "glu": gau,
         "ffn_embed_dim": gau,
+        "adaptive_input_factor": not options.get("adaptive_input"),
+        "adaptive_softmax_factor": options.get("adaptive_softmax_cutoff") is None,
     }
     if not gau and options["ffn_embed_dim"] is None:
         options["ffn_embed_dim"] = float(default_ffn_embed_dim(cfg.embed_dim, bool(options["glu"])))
@@ -128,7 +130,7 @@ class RememberingModel(BaseFairseqModel):
         self._compare_options(stored.get("options", {}))
         words = stored.get("words")
         if self._record and words and words != self._record["words"]:
-            _warn_once(
+            warn_once(
                 "the dictionary has other words than that which the checkpoint was trained with; allowed for "
                 "the same text: data prepared with its dict.txt"
             )
@@ -161,16 +163,11 @@ class RememberingModel(BaseFairseqModel):
                 f"{text}; allowed: its own, or --change-trained-options (change_trained_options=True among "
                 "overrides) where the weights fit all the same"
             )
-        _warn_once(f"{text}; used all the same, as --change-trained-options asks for")
+        warn_once(f"{text}; used all the same, as --change-trained-options asks for")
 
 
 def _shown(value: Any) -> str:
     return str(int(value) if isinstance(value, float) and value.is_integer() else value)
-
-
-@functools.cache
-def _warn_once(text: str) -> None:
-    logger.warning(text)
 
 
 def remember_options_of_checkpoints() -> None:

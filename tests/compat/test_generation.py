@@ -109,3 +109,19 @@ def test_validation_carries_the_state_where_the_task_can(data_bin, words_of_trai
     evaluated = tools.perplexity(tools.call("eval-lm", data_bin, *test, *task, *blocks, "--carry-state"))
     assert carried == pytest.approx(evaluated, rel=1e-3)
     assert carried != plain
+
+
+@pytest.mark.parametrize("option", ["--print-step", "--retain-iter-history"])
+def test_steps_of_what_has_none_are_refused_by_name(parallel, data_bin, trained, option):
+    for model, words in {
+        "flash_seq2seq": (parallel, *LANGUAGES),
+        "flash_lm": (data_bin, "--task", "language_modeling"),
+    }.items():
+        with pytest.raises(ValueError, match=f"{option} is not allowed .* translation_lev"):
+            generate("generate", words[0], trained[model], *words[1:], option)
+
+
+def test_validation_without_a_task_says_which_is_meant(data_bin, trained, capsys):
+    with pytest.raises(SystemExit):
+        tools.call("validate", data_bin, "--user-dir", tools.USER_DIR, "--path", trained["flash_lm"])
+    assert "--task is missing; allowed: the task that the checkpoint was" in capsys.readouterr().err

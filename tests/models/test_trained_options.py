@@ -28,7 +28,7 @@ from fairseq.models import MODEL_REGISTRY
 from fairseq.tasks import FairseqTask
 from fairseq.trainer import Trainer
 
-from fairseq_flash.models import _trained
+from fairseq_flash.models import _options, _trained
 from fairseq_flash.models.flash_seq2seq import FlashSeq2Seq
 from support import tools
 
@@ -101,8 +101,12 @@ FREE = {
     *("checkpoint_activations", "offload_activations", "backend", "diagnostics_interval", "no_graph"),
     *("load_checkpoint_heads", "max_positions", "vocabulary_loss", "change_trained_options"),
 }
-#: What has no effect beside the other options of a kind, and is not refused for it: the README says so.
-WITHOUT_EFFECT = {("quadratic", "chunk_size"), ("quadratic", "linear_norm")}
+#: What has no effect beside the other options of a kind, is not refused for it, and changes nothing.
+WITHOUT_EFFECT = {("quadratic", "chunk_size"), ("quadratic", "linear_norm")} | {
+    (kind, f"adaptive_{side}_factor")
+    for kind in ("gau", "quadratic", "transformer")
+    for side in ("input", "softmax")
+}
 DOORS = ("resume", "fine-tune", "override")
 
 
@@ -262,8 +266,8 @@ def judge(trained, door, folder, kind, option, value):
     assert alone or (str(value) in said and str(before) in said), f"refused without both values: {said}"
     if alone or door == "fine-tune":  # which warns as resuming does
         return
-    _trained._warn_once.cache_clear()
-    with mock.patch.object(_trained.logger, "warning") as warning:
+    _options.warn_once.cache_clear()
+    with mock.patch.object(_options.logger, "warning") as warning:
         found, said = attempt(trained, door, folder, {option: value, "change_trained_options": True})
     warnings = [str(call.args[0]) for call in warning.call_args_list]
     if found is None:
@@ -286,7 +290,7 @@ def judge(trained, door, folder, kind, option, value):
     ],
 )
 def test_who_means_it_is_warned(kind, option, value, caplog):
-    _trained._warn_once.cache_clear()
+    _options.warn_once.cache_clear()
     trained = noisy(build(kind))
     other = build(kind, **{option: value}, change_trained_options=True)
     with caplog.at_level(logging.WARNING):
@@ -295,6 +299,31 @@ def test_who_means_it_is_warned(kind, option, value, caplog):
     assert [option.replace("_", "-") in record.message for record in caplog.records] == [True]
     assert str(value) in caplog.text
     assert not torch.equal(output(other), output(trained))
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "value"),
+    [
+        ("quadratic", "linear_norm", "chunk"),
+        ("gau", "adaptive_input_factor", 2),
+        ("gau", "adaptive_softmax_factor", 2),
+        ("gau", "adaptive_softmax_dropout", 0.2),
+    ],
+)
+def test_an_option_without_effect_is_warned_of_once(kind, option, value, caplog):
+    _options.warn_once.cache_clear()
+    trained = build(kind, **{option: value})
+    build(kind, **{option: value})
+    own = f"--{option.replace('_', '-')} {value} has no effect; allowed: with --"
+    assert [own in record.message for record in caplog.records] == [True]
+    build(kind, **{option: value}).load_state_dict(trained.state_dict())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_kind_of_model_is_warned_of_by_itself(kind, caplog):
+    _options.warn_once.cache_clear()
+    build(kind)
+    assert not caplog.records
 
 
 def test_a_transformers_attention_is_refused_with_both_values():
@@ -313,7 +342,7 @@ def test_a_state_dict_without_a_record_loads():
 
 
 def test_other_words_in_as_large_a_dictionary_are_warned_of(caplog):
-    _trained._warn_once.cache_clear()
+    _options.warn_once.cache_clear()
     state = build("gau").state_dict()
     build("gau").load_state_dict(dict(state))
     assert not caplog.records
@@ -341,7 +370,7 @@ def saved(request, checkpoint, tmp_path_factory):
 
 
 def test_overrides_are_refused_or_warned_of(saved, caplog):
-    _trained._warn_once.cache_clear()
+    _options.warn_once.cache_clear()
     with pytest.raises(ValueError, match=r"--chunk-size 4 \(trained with 8\)"):
         checkpoint_utils.load_model_ensemble([str(saved)], arg_overrides={"chunk_size": 4})
     meant = {"chunk_size": 4, "change_trained_options": True}
@@ -359,7 +388,7 @@ def test_an_override_of_what_an_older_configuration_lacks_is_not_dropped(checkpo
 
 @pytest.mark.parametrize("door", ["--restore-file", "--finetune-from-model"])
 def test_training_goes_on_as_it_began_or_says_so(saved, data_bin, tmp_path, door):
-    _trained._warn_once.cache_clear()
+    _options.warn_once.cache_clear()
     change = (door, saved, "--linear-norm", "chunk")
     with pytest.raises(ValueError, match=r"--linear-norm chunk \(trained with mean\)"):
         tools.train(data_bin, tmp_path, *change)
