@@ -1,6 +1,7 @@
 """What a user reads: no noise that they can do nothing about, and errors that say the cause."""
 
 import argparse
+import ast
 import logging
 import os
 import warnings
@@ -61,6 +62,7 @@ def prepare() -> None:
     _explain_unfit_checkpoints()
     _name_our_options()
     _refuse_alignments()
+    _refuse_other_criterions()
 
 
 def _silence_noise() -> None:
@@ -156,36 +158,36 @@ def _name_our_options() -> None:
 
             parser.error = explained
             try:
-                return parse(parser, *args, **kwargs)
+                parsed = parse(parser, *args, **kwargs)
             except KeyError as error:
                 if error.args != (None,):
                     raise
                 # fairseq-validate has no default.
                 parser.error("--task is missing; allowed: the task that the checkpoint was trained with")
+            _check_overrides(getattr(parsed, "model_overrides", "{}"), parser)
+            return parsed
 
         return healed
 
     wrap(options, "parse_args_and_arch", heal)
 
 
+def _check_overrides(text: str, parser: argparse.ArgumentParser) -> None:
+    try:
+        fits = isinstance(ast.literal_eval(text), dict)
+    except (ValueError, SyntaxError):
+        fits = "(" in text  # an expression, which some tools take
+    if not fits:
+        parser.error(f"--model-overrides {text!r} is not allowed; allowed: such as \"{{'chunk_size': 64}}\"")
+
+
 def _refuse_alignments() -> None:
-    """Says before the first sentence what needs weights of an attention, which ours lack.
-
-    That is ``--print-alignment``, and the criterion of alignments, which without ``--load-alignments`` trains
-    as if it were another.
-    """
-    from fairseq.criterions.label_smoothed_cross_entropy_with_alignment import (
-        LabelSmoothedCrossEntropyCriterionWithAlignment,
-    )
+    """Says before the first sentence that ``--print-alignment`` needs weights, which ours lack."""
     from fairseq.sequence_generator import SequenceGeneratorWithAlignment
-    from fairseq.trainer import Trainer
-
-    def aligns(model: Any) -> bool:
-        return getattr(getattr(model, "decoder", None), "has_attention_weights", True)
 
     def heal(init: Callable) -> Callable:
         def healed(self, models: Any, *args: Any, **kwargs: Any) -> None:
-            if not all(map(aligns, models)):
+            if not all(getattr(model.decoder, "has_attention_weights", True) for model in models):
                 raise ValueError(
                     "--print-alignment is not allowed: gated attention gives no weights to align"
                 )
@@ -193,16 +195,34 @@ def _refuse_alignments() -> None:
 
         return healed
 
-    def heal_trainer(init: Callable) -> Callable:
+    wrap(SequenceGeneratorWithAlignment, "__init__", heal)
+
+
+def _refuse_other_criterions() -> None:
+    """Says before the first update that a criterion cannot go with one of our models.
+
+    Some of fairseq's fail with an AssertionError without text or a RuntimeError about sizes; that of
+    alignments trains, without ``--load-alignments``, as if it were another.
+    """
+    from fairseq.trainer import Trainer
+
+    def heal(init: Callable) -> Callable:
         def healed(self, cfg: Any, task: Any, model: Any, criterion: Any, *args: Any, **kwargs: Any) -> None:
-            if isinstance(criterion, LabelSmoothedCrossEntropyCriterionWithAlignment) and not aligns(model):
-                raise ValueError(
-                    "--criterion label_smoothed_cross_entropy_with_alignment is not allowed: gated attention "
-                    "gives no weights to align; allowed: label_smoothed_cross_entropy"
+            name, decoder = type(criterion).__name__, getattr(model, "decoder", None)
+            ours = hasattr(decoder, "has_attention_weights")
+            problem = None
+            if name == "LabelSmoothedCrossEntropyCriterionWithAlignment" and ours:
+                problem = "gated attention gives no weights to align; allowed: label_smoothed_cross_entropy"
+            elif name == "AdaptiveLoss" and ours and getattr(decoder, "adaptive_softmax", None) is None:
+                problem = "the model has no adaptive softmax; allowed: with --adaptive-softmax-cutoff"
+            elif name == "MaskedLmLoss" and ours:
+                problem = (
+                    "the model predicts the next word; allowed: --arch flash_masked_lm, or cross_entropy"
                 )
+            if problem:
+                raise ValueError(f"--criterion {cfg.criterion._name} is not allowed: {problem}")
             init(self, cfg, task, model, criterion, *args, **kwargs)
 
         return healed
 
-    wrap(SequenceGeneratorWithAlignment, "__init__", heal)
-    wrap(Trainer, "__init__", heal_trainer)
+    wrap(Trainer, "__init__", heal)

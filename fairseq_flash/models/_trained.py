@@ -7,6 +7,7 @@ float64, because all that handles state dicts (averages, EMA, noise) then leaves
 """
 
 import dataclasses
+import difflib
 import hashlib
 import json
 import logging
@@ -16,7 +17,7 @@ import torch
 from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
 from fairseq.models import ARCH_MODEL_NAME_REGISTRY, BaseFairseqModel
-from omegaconf import open_dict
+from omegaconf import DictConfig, open_dict
 
 from fairseq_flash.models._options import (
     FlashLanguageModelConfig,
@@ -37,6 +38,8 @@ CONFIGS = {
     "flash_masked_lm": FlashMaskedLMConfig,
     "flash_seq2seq": FlashSeq2SeqConfig,
 }
+#: What fairseq's hub lays over every checkpoint, whatever its subwords are.
+USED_BY_THE_HUB = {"sentencepiece_model", "bpe_codes", "bpe_merges", "bpe_vocab", "generation_args"}
 #: Change neither what is computed nor, but for ``n_ref``, which a buffer tells, a weight.
 #: Every other option is compared, new ones too.
 FREE = {
@@ -189,6 +192,8 @@ def remember_options_of_checkpoints() -> None:
                 for option in dataclasses.fields(_config_of(cfg)):
                     cfg.model.setdefault(option.name, option.default)
         overwrite(cfg, overrides)
+        if options:
+            _warn_of_unused(cfg, overrides)
 
     def recording(state: dict[str, Any]) -> dict[str, Any]:
         state = upgrade(state)
@@ -199,6 +204,17 @@ def remember_options_of_checkpoints() -> None:
         return state
 
     checkpoint_utils.overwrite_args_by_name, checkpoint_utils._upgrade_state_dict = remembering, recording
+
+
+def _warn_of_unused(cfg: DictConfig, overrides: dict[str, Any]) -> None:
+    """Says which overrides are no option of the checkpoint: fairseq drops them."""
+    known = {name: True for part in cfg.values() if isinstance(part, DictConfig) for name in part} | dict(cfg)
+    for name in overrides:
+        architecture = name in ("_name", "model") and isinstance(overrides[name], str)
+        if architecture or (name not in known and name not in USED_BY_THE_HUB):
+            near = difflib.get_close_matches(str(name).replace("-", "_"), map(str, known), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near and not architecture else ""
+            warn_once(f"override {name!r} is no option of the checkpoint and has no effect{hint}")
 
 
 def _config_of(cfg: Any) -> Optional[type]:

@@ -12,6 +12,7 @@ import argparse
 import copy
 import dataclasses
 import logging
+import re
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -384,6 +385,32 @@ def test_an_override_of_what_an_older_configuration_lacks_is_not_dropped(checkpo
     torch.save(content, tmp_path / "old.pt")
     with pytest.raises(ValueError, match="backend='fast' is unknown"):
         checkpoint_utils.load_model_ensemble([str(tmp_path / "old.pt")], arg_overrides={"backend": "fast"})
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"chunksize": 4}, "override 'chunksize' is no option .* did you mean 'chunk_size'"),
+        ({"chunk-size": 4}, "did you mean 'chunk_size'"),
+        ({"arch": "flash_quad_lm"}, "override 'arch' is no option"),
+        ({"model": "flash_quad_lm"}, "override 'model' is no option"),
+        ({"tokens_per_sample": 16, "chunk_size": 8, "sentencepiece_model": "x", "bpe": "characters"}, ""),
+    ],
+)
+def test_an_override_that_would_be_dropped_is_warned_of(checkpoint, caplog, given, said):
+    _options.warn_once.cache_clear()
+    checkpoint_utils.load_model_ensemble([str(checkpoint)], arg_overrides=given)
+    found = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert [bool(said and re.search(said, text)) for text in found] == [True] * bool(said)
+
+
+@pytest.mark.parametrize("text", ["[1]", "{chunk_size: 4}", "chunk_size=4", "'chunk_size'", ""])
+@pytest.mark.parametrize("tool", ["eval-lm", "generate", "interactive"])
+def test_overrides_that_are_no_dictionary_are_refused(checkpoint, data_bin, capsys, tool, text):
+    words = (data_bin, "--user-dir", tools.USER_DIR, "--task", "language_modeling", "--path", checkpoint)
+    with pytest.raises(SystemExit):
+        tools.call(tool, *words, "--model-overrides", text)
+    assert f"--model-overrides {text!r} is not allowed; allowed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("door", ["--restore-file", "--finetune-from-model"])
