@@ -4,6 +4,7 @@ A model is built from the configuration in its checkpoint before the weights bes
 bytes could ask for any memory. So it is built first of tensors without content, and counted.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Optional
 
@@ -12,6 +13,7 @@ from fairseq import checkpoint_utils
 from fairseq.models import BaseFairseqModel
 
 from fairseq_flash._compat.healing import wrap
+from fairseq_flash.models._trained import config_of
 
 __all__ = ["count_before_building"]
 
@@ -49,10 +51,24 @@ def _counting(load: Callable) -> Callable:
         state = load(path, *args, **kwargs)
         if _read is not None:
             weights = [weight for weight in state["model"].values() if isinstance(weight, torch.Tensor)]
+            _check_values(path, state)
             _read[:] = [(str(path), sum(weight.numel() for weight in weights), len(weights))]
         return state
 
     return healed
+
+
+def _check_values(path: Any, state: dict[str, Any]) -> None:
+    """Refuses options that are not of their type: what comes of them would be said without their name."""
+    config = config_of(state.get("cfg"))
+    for option in dataclasses.fields(config) if config else ():
+        value, kind = state["cfg"].model.get(option.name), option.type
+        fitting = {int: {int}, float: {int, float}, bool: {bool}}.get(kind)
+        if fitting and value is not None and type(value) not in fitting:
+            raise ValueError(
+                f"checkpoint {str(path)!r} is refused: its --{option.name.replace('_', '-')} is {value!r}; "
+                f"allowed: {kind.__name__}"
+            )
 
 
 def _comparing(build: Callable) -> Callable:

@@ -27,7 +27,7 @@ from fairseq_flash.models._options import (
 )
 from fairseq_flash.modules.transformer_block import default_ffn_embed_dim
 
-__all__ = ["RememberingModel", "remember_options_of_checkpoints", "trained_options"]
+__all__ = ["RememberingModel", "config_of", "remember_options_of_checkpoints", "trained_options"]
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,8 @@ def _encode(record: dict[str, Any]) -> torch.Tensor:
 
 def _decode(vector: torch.Tensor) -> dict[str, Any]:
     try:
-        return dict(json.loads(bytes(vector.double().round().int().tolist())))
+        record = json.loads(bytes(vector.double().round().int().tolist()))
+        return {"options": dict(record.get("options", {})), "words": record.get("words")}
     except (AttributeError, TypeError, ValueError):
         logger.warning("the checkpoint's record of its options is not readable; they are not compared")
         return {}
@@ -137,6 +138,10 @@ class RememberingModel(BaseFairseqModel):
                 "the dictionary has other words than that which the checkpoint was trained with; allowed for "
                 "the same text: data prepared with its dict.txt"
             )
+        for name, weight in self.named_parameters():
+            given = state_dict.get(name, weight)
+            if isinstance(given, torch.Tensor) and not given.is_floating_point():
+                raise ValueError(f"the checkpoint's {name} is {given.dtype}; allowed: floating point numbers")
         # Checkpoints of before have no record.
         state_dict[KEY] = self.get_extra_state()
         try:
@@ -170,7 +175,7 @@ class RememberingModel(BaseFairseqModel):
 
 
 def _shown(value: Any) -> str:
-    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)[:200]
 
 
 def remember_options_of_checkpoints() -> None:
@@ -189,7 +194,7 @@ def remember_options_of_checkpoints() -> None:
         if options:
             # An override of what an older checkpoint's configuration lacks would be dropped.
             with open_dict(cfg):
-                for option in dataclasses.fields(_config_of(cfg)):
+                for option in dataclasses.fields(config_of(cfg)):
                     cfg.model.setdefault(option.name, option.default)
         overwrite(cfg, overrides)
         if options:
@@ -217,11 +222,12 @@ def _warn_of_unused(cfg: DictConfig, overrides: dict[str, Any]) -> None:
             warn_once(f"override {name!r} is no option of the checkpoint and has no effect{hint}")
 
 
-def _config_of(cfg: Any) -> Optional[type]:
+def config_of(cfg: Any) -> Optional[type]:
+    """The dataclass of the model that a whole configuration is of, if it is one of ours."""
     name = getattr(cfg.get("model"), "_name", None) if hasattr(cfg, "get") else None
     return CONFIGS.get(ARCH_MODEL_NAME_REGISTRY.get(name, name))
 
 
 def _options_of(cfg: Any) -> Optional[dict[str, Any]]:
-    config = _config_of(cfg)
+    config = config_of(cfg)
     return config and trained_options(cfg.model, config)

@@ -273,3 +273,31 @@ def test_counting_leaves_random_numbers_alone(model, trained, data_bin, parallel
     found = drawn()
     monkeypatch.setattr(_room, "_asked", lambda *unused: None)
     assert torch.equal(found, drawn())
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("layers", value) for value in ("x", 2.5, float("nan"), [1], True, "${oc.env:HOME}")),
+        *(("dropout", "x"), ("scaled_sin", 3), ("chunk_size", "8")),
+    ],
+)
+def test_an_option_of_another_type_is_refused_by_name(option, value, trained, data_bin, tmp_path):
+    def change(state):
+        state["cfg"]["model"][option] = value
+
+    hostile.changed(trained["flash_lm"], tmp_path / "checkpoint_last.pt", change)
+    with pytest.raises(ValueError, match=f"last.pt' is refused: its --{option.replace('_', '-')} is"):
+        load("flash_lm", tmp_path, data_name_or_path=str(data_bin))
+
+
+@pytest.mark.parametrize("model", ["missing", None, "flash_lm", 3])
+def test_a_configuration_without_a_model_is_refused(model, trained, data_bin, tmp_path):
+    def change(state):
+        state["cfg"]["model"] = model
+        if model == "missing":
+            del state["cfg"]["model"]
+
+    hostile.changed(trained["flash_lm"], tmp_path / "checkpoint_last.pt", change)
+    with pytest.raises(ValueError, match=r"cannot be read: its configuration holds no options"):
+        load("flash_lm", tmp_path, data_name_or_path=str(data_bin))

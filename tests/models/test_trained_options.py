@@ -359,6 +359,22 @@ def test_averages_and_noise_leave_the_record_as_it_is():
         build("gau", chunk_size=5).load_state_dict(dict(state))
 
 
+@pytest.mark.parametrize("record", ["[1]", "3", '{"options": 3}', "null", "{"])
+def test_a_record_that_cannot_be_read_is_warned_of(record, caplog):
+    state = build("gau").state_dict()
+    state["_extra_state"] = torch.tensor(list(record.encode()), dtype=torch.float64)
+    build("gau").load_state_dict(state)
+    assert "record of its options is not readable" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.complex64, torch.int8])
+def test_weights_that_are_no_floating_point_numbers_are_refused_by_name(dtype):
+    state = build("gau").state_dict()
+    state["decoder.stack.final_norm.weight"] = torch.ones(8, dtype=dtype)
+    with pytest.raises(ValueError, match=f"final_norm.weight is {dtype}; allowed: floating point"):
+        build("gau").load_state_dict(state)
+
+
 @pytest.fixture(scope="module", params=["new", "old"])
 def saved(request, checkpoint, tmp_path_factory):
     """A checkpoint of today, and one that has no record but its configuration."""
