@@ -14,8 +14,8 @@ if importlib.util.find_spec("fairseq") is not None:
 
     prepare_host()
 
-    from fairseq_flash.models._room import count_before_building
-    from fairseq_flash.models._trained import remember_options_of_checkpoints
+    from fairseq_flash._compat.room import count_before_building
+    from fairseq_flash.models._trained import config_of, remember_options_of_checkpoints
 
     remember_options_of_checkpoints()
 
@@ -24,5 +24,5 @@ if importlib.util.find_spec("fairseq") is not None:
     from fairseq_flash.tasks import flash_language_modeling  # noqa: F401
 
     count_before_building(
-        flash_lm.FlashLanguageModel, flash_masked_lm.FlashMaskedLM, flash_seq2seq.FlashSeq2Seq
+        (flash_lm.FlashLanguageModel, flash_masked_lm.FlashMaskedLM, flash_seq2seq.FlashSeq2Seq), config_of
     )

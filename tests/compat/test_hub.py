@@ -11,7 +11,7 @@ import sentencepiece
 import torch
 from fairseq import checkpoint_utils, file_utils
 
-from fairseq_flash.models import _room
+from fairseq_flash._compat import room
 from fairseq_flash.models.flash_lm import FlashLanguageModel
 from fairseq_flash.models.flash_masked_lm import FlashMaskedLM
 from fairseq_flash.models.flash_seq2seq import FlashSeq2Seq
@@ -271,7 +271,7 @@ def test_counting_leaves_random_numbers_alone(model, trained, data_bin, parallel
         return torch.rand(3)
 
     found = drawn()
-    monkeypatch.setattr(_room, "_asked", lambda *unused: None)
+    monkeypatch.setattr(room, "_asked", lambda *unused: None)
     assert torch.equal(found, drawn())
 
 

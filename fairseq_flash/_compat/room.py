@@ -5,6 +5,7 @@ bytes could ask for any memory. So it is built first of tensors without content,
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Optional
 
@@ -13,7 +14,6 @@ from fairseq import checkpoint_utils
 from fairseq.models import BaseFairseqModel
 
 from fairseq_flash._compat.healing import wrap
-from fairseq_flash.models._trained import config_of
 
 __all__ = ["count_before_building"]
 
@@ -23,13 +23,21 @@ ALLOWANCE = 2**22
 _read: Optional[list[tuple[str, int, int]]] = None
 
 
-def count_before_building(*classes: type[BaseFairseqModel]) -> None:
+def count_before_building(
+    classes: tuple[type[BaseFairseqModel], ...], config_of: Callable[[Any], Optional[type]]
+) -> None:
     """Refuses a model of these classes, built from a checkpoint, that has more numbers than its weights.
+
+    ``config_of`` gives the dataclass of their options, of a whole configuration.
 
     All doors lead through ``load_model_ensemble_and_task``; training builds its model from options.
     """
     wrap(checkpoint_utils, "load_model_ensemble_and_task", _remembering)
-    wrap(checkpoint_utils, "load_checkpoint_to_cpu", _counting)
+    wrap(
+        checkpoint_utils,
+        "load_checkpoint_to_cpu",
+        functools.wraps(_counting)(functools.partial(_counting, config_of)),
+    )
     for model in classes:
         wrap(model, "build_model", _comparing)
 
@@ -46,21 +54,20 @@ def _remembering(load: Callable) -> Callable:
     return healed
 
 
-def _counting(load: Callable) -> Callable:
+def _counting(config_of: Callable, load: Callable) -> Callable:
     def healed(path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         state = load(path, *args, **kwargs)
         if _read is not None:
             weights = [weight for weight in state["model"].values() if isinstance(weight, torch.Tensor)]
-            _check_values(path, state)
+            _check_values(path, state, config_of(state.get("cfg")))
             _read[:] = [(str(path), sum(weight.numel() for weight in weights), len(weights))]
         return state
 
     return healed
 
 
-def _check_values(path: Any, state: dict[str, Any]) -> None:
+def _check_values(path: Any, state: dict[str, Any], config: Optional[type]) -> None:
     """Refuses options that are not of their type: what comes of them would be said without their name."""
-    config = config_of(state.get("cfg"))
     for option in dataclasses.fields(config) if config else ():
         value, kind = state["cfg"].model.get(option.name), option.type
         fitting = {int: {int}, float: {int, float}, bool: {bool}}.get(kind)
