@@ -14,11 +14,16 @@ if importlib.util.find_spec("fairseq") is not None:
 
     prepare_host()
 
-    from fairseq_flash.models._trained import remember_options_of_checkpoints
+    from fairseq_flash._compat.room import count_before_building
+    from fairseq_flash.models._trained import config_of, remember_options_of_checkpoints
 
     remember_options_of_checkpoints()
 
     # Here and not only through --user-dir, which skips what belongs to a package that is imported already.
     from fairseq_flash import optim  # noqa: F401
-    from fairseq_flash.models import flash_lm, flash_masked_lm, flash_seq2seq  # noqa: F401
+    from fairseq_flash.models import flash_lm, flash_masked_lm, flash_seq2seq
     from fairseq_flash.tasks import flash_language_modeling  # noqa: F401
+
+    count_before_building(
+        (flash_lm.FlashLanguageModel, flash_masked_lm.FlashMaskedLM, flash_seq2seq.FlashSeq2Seq), config_of
+    )

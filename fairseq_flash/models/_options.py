@@ -1,6 +1,8 @@
 """Options of the three models, and what refuses those that are not allowed or would be ignored."""
 
 import dataclasses
+import functools
+import logging
 from dataclasses import dataclass, field
 from typing import Optional
 
@@ -21,7 +23,10 @@ __all__ = [
     "check_masked_lm",
     "check_sizes",
     "stack_options",
+    "warn_once",
 ]
+
+logger = logging.getLogger(__name__)
 
 BLOCKS = ("gau", "transformer")
 #: Ours have no maximum; fairseq wants an integer, and silently skips rows beyond it.
@@ -264,6 +269,30 @@ def check_layers(cfg: FlashConfig) -> None:
             f"--expansion-factor {cfg.expansion_factor} has no effect with --block transformer; allowed: "
             "--ffn-embed-dim"
         )
+    _warn_of_no_effect(cfg)
+
+
+def _warn_of_no_effect(cfg: FlashConfig) -> None:
+    """Warns once of what earlier versions took in silence: their checkpoints hold it, and still load."""
+    linear, softmax = (
+        cfg.attention in ("mixed_chunk", "global"),
+        getattr(cfg, "adaptive_softmax_cutoff", None),
+    )
+    for name, condition, needed in (
+        ("linear_norm", linear, "--attention mixed_chunk or global"),
+        ("adaptive_input_factor", getattr(cfg, "adaptive_input", False), "--adaptive-input"),
+        ("adaptive_softmax_factor", softmax is not None, "--adaptive-softmax-cutoff"),
+        ("adaptive_softmax_dropout", softmax is not None, "--adaptive-softmax-cutoff"),
+    ):
+        value, default = getattr(cfg, name, None), getattr(FlashLanguageModelConfig, name)
+        if not condition and value not in (None, default):
+            warn_once(f"--{name.replace('_', '-')} {value} has no effect; allowed: with {needed}")
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """Logs a warning, the same one only once."""
+    logger.warning(text)
 
 
 def check_masked_lm(cfg: FlashMaskedLMConfig) -> None:

@@ -19,6 +19,11 @@ from fairseq_flash.ops import LINEAR_NORMS, Options, Pair, apply_rotary
 __all__ = ["TransformerBlock"]
 
 
+def default_ffn_embed_dim(embed_dim: int, glu: bool) -> int:
+    """Width of the feed-forward network where none is given: 4 d, or about 8 d / 3, equal in parameters."""
+    return 8 * -(-embed_dim // 3) if glu else 4 * embed_dim
+
+
 class TransformerBlock(Layer):
     r"""Multi-head attention and a feed-forward network, each with a residual and a norm before it.
 
@@ -75,7 +80,7 @@ class TransformerBlock(Layer):
         check_flags(glu=glu)
         check_sizes(embed_dim=embed_dim, attention_dim=attention_dim, chunk_size=chunk_size)
         if ffn_embed_dim is None:
-            ffn_embed_dim = 8 * -(-embed_dim // 3) if glu else 4 * embed_dim
+            ffn_embed_dim = default_ffn_embed_dim(embed_dim, glu)
         check_sizes(ffn_embed_dim=ffn_embed_dim)
         if attention_dim % 2 or embed_dim % attention_dim:
             raise ValueError(
