@@ -3,7 +3,7 @@
 import operator
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Optional
 
 import torch
 
@@ -32,7 +32,14 @@ def _accept_blank_prompts() -> None:
     from fairseq.tasks.language_modeling import LanguageModelingTask
 
     def heal(step: Callable) -> Callable:
-        def healed(self, generator, models, sample, prefix_tokens=None, constraints=None):
+        def healed(
+            self: Any,
+            generator: Any,
+            models: Any,
+            sample: Any,
+            prefix_tokens: Optional[torch.Tensor] = None,
+            constraints: Any = None,
+        ) -> Any:
             if prefix_tokens is not None and prefix_tokens.size(1) > 0:
                 blank = prefix_tokens[:, :1].eq(self.source_dictionary.eos())
                 prefix_tokens = prefix_tokens.masked_fill(blank, self.source_dictionary.pad())
@@ -52,7 +59,14 @@ def _diversify_every_batch() -> None:
     from fairseq.search import DiverseBeamSearch
 
     def heal(step: Callable) -> Callable:
-        def healed(self, number, lprobs, scores, prev_output_tokens=None, original_batch_idxs=None):
+        def healed(
+            self: Any,
+            number: int,
+            lprobs: torch.Tensor,
+            scores: torch.Tensor,
+            prev_output_tokens: Optional[torch.Tensor] = None,
+            original_batch_idxs: Optional[torch.Tensor] = None,
+        ) -> Any:
             if number == 0:
                 self._numbers = original_batch_idxs
             if original_batch_idxs is not None:

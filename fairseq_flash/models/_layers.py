@@ -11,7 +11,8 @@ from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import nn
 
 from fairseq_flash.models._embedding import embed_scale
-from fairseq_flash.models._options import FlashConfig, check_layers, check_sizes
+from fairseq_flash.models._option_checks import check_layers, check_sizes
+from fairseq_flash.models._options import FlashConfig
 from fairseq_flash.modules import (
     DecoderLayer,
     GatedAttentionUnit,

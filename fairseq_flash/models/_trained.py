@@ -19,12 +19,8 @@ from fairseq.data import Dictionary
 from fairseq.models import ARCH_MODEL_NAME_REGISTRY, BaseFairseqModel
 from omegaconf import DictConfig, open_dict
 
-from fairseq_flash.models._options import (
-    FlashLanguageModelConfig,
-    FlashMaskedLMConfig,
-    FlashSeq2SeqConfig,
-    warn_once,
-)
+from fairseq_flash.models._option_checks import warn_once
+from fairseq_flash.models._options import FlashLanguageModelConfig, FlashMaskedLMConfig, FlashSeq2SeqConfig
 from fairseq_flash.modules.transformer_block import default_ffn_embed_dim
 
 __all__ = ["RememberingModel", "config_of", "remember_options_of_checkpoints", "trained_options"]

@@ -14,7 +14,8 @@ from fairseq_flash.models._embedding import build_embedding
 from fairseq_flash.models._encoder import FlashEncoder
 from fairseq_flash.models._hub import FlashHubInterface, find_sentencepiece
 from fairseq_flash.models._layers import resolve_n_ref
-from fairseq_flash.models._options import FlashMaskedLMConfig, check_masked_lm, check_sizes
+from fairseq_flash.models._option_checks import check_masked_lm, check_sizes
+from fairseq_flash.models._options import FlashMaskedLMConfig
 from fairseq_flash.models._presets import MASKED_LMS, register
 from fairseq_flash.models._trained import RememberingModel
 from fairseq_flash.models.flash_lm import normalized_probs

@@ -29,7 +29,7 @@ from fairseq.models import MODEL_REGISTRY
 from fairseq.tasks import FairseqTask
 from fairseq.trainer import Trainer
 
-from fairseq_flash.models import _options, _trained
+from fairseq_flash.models import _option_checks, _trained
 from fairseq_flash.models.flash_seq2seq import FlashSeq2Seq
 from support import tools
 
@@ -267,7 +267,7 @@ def judge(trained, door, folder, kind, option, value):
     assert alone or (str(value) in said and str(before) in said), f"refused without both values: {said}"
     if alone or door == "fine-tune":  # which warns as resuming does
         return
-    _options.warn_once.cache_clear()
+    _option_checks.warn_once.cache_clear()
     with mock.patch.object(_options.logger, "warning") as warning:
         found, said = attempt(trained, door, folder, {option: value, "change_trained_options": True})
     warnings = [str(call.args[0]) for call in warning.call_args_list]
@@ -291,7 +291,7 @@ def judge(trained, door, folder, kind, option, value):
     ],
 )
 def test_who_means_it_is_warned(kind, option, value, caplog):
-    _options.warn_once.cache_clear()
+    _option_checks.warn_once.cache_clear()
     trained = noisy(build(kind))
     other = build(kind, **{option: value}, change_trained_options=True)
     with caplog.at_level(logging.WARNING):
@@ -312,7 +312,7 @@ def test_who_means_it_is_warned(kind, option, value, caplog):
     ],
 )
 def test_an_option_without_effect_is_warned_of_once(kind, option, value, caplog):
-    _options.warn_once.cache_clear()
+    _option_checks.warn_once.cache_clear()
     trained = build(kind, **{option: value})
     build(kind, **{option: value})
     own = f"--{option.replace('_', '-')} {value} has no effect; allowed: with --"
@@ -322,7 +322,7 @@ def test_an_option_without_effect_is_warned_of_once(kind, option, value, caplog)
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_kind_of_model_is_warned_of_by_itself(kind, caplog):
-    _options.warn_once.cache_clear()
+    _option_checks.warn_once.cache_clear()
     build(kind)
     assert not caplog.records
 
@@ -343,7 +343,7 @@ def test_a_state_dict_without_a_record_loads():
 
 
 def test_other_words_in_as_large_a_dictionary_are_warned_of(caplog):
-    _options.warn_once.cache_clear()
+    _option_checks.warn_once.cache_clear()
     state = build("gau").state_dict()
     build("gau").load_state_dict(dict(state))
     assert not caplog.records
@@ -387,7 +387,7 @@ def saved(request, checkpoint, tmp_path_factory):
 
 
 def test_overrides_are_refused_or_warned_of(saved, caplog):
-    _options.warn_once.cache_clear()
+    _option_checks.warn_once.cache_clear()
     with pytest.raises(ValueError, match=r"--chunk-size 4 \(trained with 8\)"):
         checkpoint_utils.load_model_ensemble([str(saved)], arg_overrides={"chunk_size": 4})
     meant = {"chunk_size": 4, "change_trained_options": True}
@@ -414,7 +414,7 @@ def test_an_override_of_what_an_older_configuration_lacks_is_not_dropped(checkpo
     ],
 )
 def test_an_override_that_would_be_dropped_is_warned_of(checkpoint, caplog, given, said):
-    _options.warn_once.cache_clear()
+    _option_checks.warn_once.cache_clear()
     checkpoint_utils.load_model_ensemble([str(checkpoint)], arg_overrides=given)
     found = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert [bool(said and re.search(said, text)) for text in found] == [True] * bool(said)
@@ -431,7 +431,7 @@ def test_overrides_that_are_no_dictionary_are_refused(checkpoint, data_bin, caps
 
 @pytest.mark.parametrize("door", ["--restore-file", "--finetune-from-model"])
 def test_training_goes_on_as_it_began_or_says_so(saved, data_bin, tmp_path, door):
-    _options.warn_once.cache_clear()
+    _option_checks.warn_once.cache_clear()
     change = (door, saved, "--linear-norm", "chunk")
     with pytest.raises(ValueError, match=r"--linear-norm chunk \(trained with mean\)"):
         tools.train(data_bin, tmp_path, *change)

@@ -60,7 +60,7 @@ def equal(kernel, options, inputs, dtype):
 @pytest.mark.parametrize(("c", "s", "n"), SIZES)
 def test_whole_numbers_come_out_equal(kernel, c, s, n, causal, dtype):
     options = ops.Options(c, causal, "chunk")
-    assert equal(kernel, options, exact.draw(options, 2, n, 24, s, padded=True), dtype)
+    assert equal(kernel, options, exact.draw(options, (2, n, 24, s), padded=True), dtype)
 
 
 @run_here
@@ -70,7 +70,7 @@ def test_whole_numbers_come_out_equal(kernel, c, s, n, causal, dtype):
 def test_every_branch_and_either_way_to_sum_with_a_carry(kernel, monkeypatch, branches, causal, serial):
     monkeypatch.setattr(kernel, "SERIAL_PROGRAMS", serial)
     options = ops.Options(64, causal, "chunk", branches=branches)
-    inputs = exact.draw(options, 2, 150, 72, 64, carried="lin" in branches)
+    inputs = exact.draw(options, (2, 150, 72, 64), carried="lin" in branches)
     assert equal(kernel, options, inputs, torch.bfloat16)
 
 
