@@ -268,7 +268,7 @@ def judge(trained, door, folder, kind, option, value):
     if alone or door == "fine-tune":  # which warns as resuming does
         return
     _option_checks.warn_once.cache_clear()
-    with mock.patch.object(_options.logger, "warning") as warning:
+    with mock.patch.object(_option_checks.logger, "warning") as warning:
         found, said = attempt(trained, door, folder, {option: value, "change_trained_options": True})
     warnings = [str(call.args[0]) for call in warning.call_args_list]
     if found is None:
