@@ -10,8 +10,7 @@ a row with its error. "pretraining": each system with each of its rates, on rows
 best checkpoint of FLASH and of RoBERTa is fine-tuned with each rate on the first seed: with whole passages,
 and cut to the 512 tokens of pretraining. RoBERTa has a table of positions, which for whole passages is
 repeated (as Longformer does). "seeds": each again with other seeds at the rate that was best on valid. The
-accuracy to compare is the one on test, with which nothing is chosen. Each --pooling has rows of its own; the
-pretrained models are the same.
+accuracy to compare is the one on test, with which nothing is chosen. Each --pooling has its own rows.
 """
 
 import argparse
@@ -197,9 +196,8 @@ def with_pooling(words: tuple, kind: str, pooling: str) -> tuple:
     """The words of a fine-tuning whose head sees more than the first token."""
     if pooling == "first":
         return words
-    place = words.index("--arch") + 1
-    arch = f"pooled_{words[place]}" if kind == "roberta" else words[place]
-    return (*words[:place], arch, "--pooling", pooling, *words[place + 1 :])
+    place, pooled = words.index("--arch") + 1, "pooled_" if kind == "roberta" else ""
+    return (*words[:place], pooled + words[place], "--pooling", pooling, *words[place + 1 :])
 
 
 def last_test_accuracy(log: Path) -> float:

@@ -21,8 +21,9 @@ from torch import nn
 
 import fairseq_flash  # noqa: F401  (registers the models of the checkpoints)
 from ablation import copies_with_plain_linear
+from fairseq_flash.modules.alignment import Rows
 from fairseq_flash.modules.attention import Attended, MixedChunk
-from fairseq_flash.ops import Pair
+from fairseq_flash.ops import ChunkState, Pair
 from fairseq_flash.ops.mixed_chunk.linear import chunk_summaries, linear_attention, linear_denominator
 from fairseq_flash.ops.mixed_chunk.reference import blanked, to_chunks
 from runs.command_line import require
@@ -80,7 +81,15 @@ class Windowed(MixedChunk):
 
     window: int = 1
 
-    def __call__(self, pairs, v, bias, rows, state, training) -> Attended:
+    def __call__(
+        self,
+        pairs: tuple[Optional[Pair], Optional[Pair]],
+        v: torch.Tensor,
+        bias: Optional[nn.Module],
+        rows: Rows,
+        state: Optional[ChunkState],
+        training: bool,
+    ) -> Attended:
         """As :meth:`MixedChunk.__call__`, of whole rows."""
         if state is not None:
             raise ValueError("state is given to a windowed branch; allowed: whole rows")
