@@ -2,10 +2,10 @@
 
     python scripts/extrapolate.py --data data-bin/books --checkpoints outputs/ablation/winners/*.pt
 
-Each checkpoint reads a split as consecutive rows of each length. A row of the CSV is one checkpoint, one row
+Each checkpoint reads a split as consecutive rows of each length. A record of the CSV is one checkpoint, one
 length and one stretch of positions; the first stretch reaches up to the shortest length, each next one is as
 long as all before it. "all" is the whole row. Losses are nats per token. --linear-window and --plain-linear
-change how a trained linear branch reads; the name of the row says so.
+change how a trained linear branch reads; the name of the record says so.
 """
 
 import argparse
@@ -35,25 +35,26 @@ def stretches(n: int, shortest: int) -> Iterator[tuple[str, slice]]:
 
 
 def measure(options: argparse.Namespace, path: Path, tokens: torch.Tensor, table: Table) -> None:
-    """Adds the rows of one checkpoint that are missing."""
+    """Adds the records of one checkpoint that are missing."""
     reader = Reader(path, options)
     table.common["checkpoint"] = reader.digest
     for n in options.lengths:
         if table.has([reader.name], n=n, positions="all"):
             continue
-        rows = []
+        records = []
         try:
             inputs = tokens[: (len(tokens) - 1) // n * n + 1].unfold(0, n + 1, n)
             found = scores(reader.model, inputs, options.device).losses
         except (ValueError, RuntimeError, AssertionError) as error:
-            rows = [dict(name=reader.name, n=n, positions="all", status=f"error: {str(error)[:200]}")]
+            failed = f"error: {str(error)[:200]}"
+            records = [dict(name=reader.name, n=n, positions="all", status=failed)]
         else:
             for name, stretch in stretches(n, min(options.lengths)):
                 loss = found[:, stretch].double().mean().item()
-                row = dict(name=reader.name, n=n, positions=name)
-                row |= dict(tokens=found[:, stretch].numel(), status="ok")
-                rows.append({**row, "loss": f"{loss:.4f}", "perplexity": f"{math.exp(loss):.2f}"})
-        table.add(rows)
+                record = dict(name=reader.name, n=n, positions=name)
+                record |= dict(tokens=found[:, stretch].numel(), status="ok")
+                records.append({**record, "loss": f"{loss:.4f}", "perplexity": f"{math.exp(loss):.2f}"})
+        table.add(records)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

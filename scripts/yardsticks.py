@@ -2,7 +2,7 @@
 
     python scripts/yardsticks.py --data data-bin/books --checkpoints flash_lm.pt --against flash_local_lm.pt
 
-Each yardstick gives rows of one CSV, losses in nats per token; ``gain`` is what ``against`` has more:
+Each yardstick gives records of one CSV, losses in nats per token; ``gain`` is what ``against`` has more:
 
     recurrence  loss by distance of the token's last occurrence in its row, in tokens ("new": none), of
                 consecutive rows of --row tokens; gain over the model --against
@@ -14,7 +14,7 @@ Each yardstick gives rows of one CSV, losses in nats per token; ``gain`` is what
                 part of the rows every one is the likeliest (--data needs its sentencepiece model)
 
 Every language model that fairseq knows can be read. With --linear-window or --plain-linear its linear branch
-reads otherwise than it was trained, that of --against does not. Rows that are there are not measured again.
+reads otherwise than it was trained, that of --against does not. Records that are there are not measured again.
 """
 
 import argparse
@@ -204,7 +204,7 @@ YARDSTICKS = {
 
 
 def measure(reader: Reader, other: Optional[Reader], text: Text, table: Table) -> None:
-    """Adds the rows of one checkpoint that are missing."""
+    """Adds the records of one checkpoint that are missing."""
     options = text.options
     table.common["checkpoint"] = reader.digest
 
@@ -221,14 +221,14 @@ def measure(reader: Reader, other: Optional[Reader], text: Text, table: Table) -
                 continue
             try:
                 found = list(yardstick.measure(text, value, read_with(reader), other and read_with(other)))
-                rows = [{"x": x, **row, "status": "ok"} for row in found]
+                records = [{"x": x, **row, "status": "ok"} for row in found]
             except (ValueError, RuntimeError, AssertionError, IndexError) as error:
-                rows = [{"x": x, "status": f"error: {str(error)[:200]}"}]
-            table.add([{"name": reader.name, "value": value, **cell, **_rounded(row)} for row in rows])
+                records = [{"x": x, "status": f"error: {str(error)[:200]}"}]
+            table.add([{"name": reader.name, "value": value, **cell, **_rounded(row)} for row in records])
 
 
 def _rounded(row: dict) -> dict:
-    """The cells of a row, its numbers with five digits behind the point."""
+    """The cells of a record, its numbers with five digits behind the point."""
     return {name: f"{cell:.5f}" if isinstance(cell, float) else cell for name, cell in row.items()}
 
 

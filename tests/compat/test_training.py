@@ -144,16 +144,16 @@ def test_a_file_to_begin_with_that_is_none_is_warned_of(words_of_training, tmp_p
     assert "begins anew" not in output
 
 
-@pytest.mark.parametrize(
-    ("criterion", "cause"),
-    [
-        ("adaptive_loss", "the model has no adaptive softmax; allowed: with --adaptive-softmax-cutoff"),
-        ("masked_lm", "the model predicts the next word; allowed: --arch flash_masked_lm, or cross_entropy"),
-    ],
-)
-def test_a_criterion_of_another_model_is_refused_by_name(words_of_training, tmp_path, criterion, cause):
+@pytest.mark.parametrize("criterion", ["adaptive_loss", "masked_lm", "ctc", "wav2vec"])
+def test_a_criterion_of_another_model_is_refused_by_name(words_of_training, tmp_path, criterion):
     words = ("--criterion", criterion, "--ddp-backend", "legacy_ddp")
-    with pytest.raises(ValueError, match=f"--criterion {criterion} is not allowed: {cause}"):
+    with pytest.raises(ValueError, match=f"--criterion {criterion} is not allowed .*allowed: cross_entropy"):
+        train(words_of_training["flash_lm"], tmp_path, *words)
+
+
+def test_a_loss_that_the_criterion_does_not_take_is_refused_by_name(words_of_training, tmp_path):
+    words = ("--criterion", "label_smoothed_cross_entropy", "--vocabulary-loss", "compiled")
+    with pytest.raises(ValueError, match=r"--vocabulary-loss compiled has no effect with --criterion label_"):
         train(words_of_training["flash_lm"], tmp_path, *words)
 
 
