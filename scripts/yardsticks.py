@@ -14,7 +14,8 @@ Each yardstick gives records of one CSV, losses in nats per token; ``gain`` is w
                 part of the rows every one is the likeliest (--data needs its sentencepiece model)
 
 Every language model that fairseq knows can be read. With --linear-window or --plain-linear its linear branch
-reads otherwise than it was trained, that of --against does not. Records that are there are not measured again.
+reads otherwise than it was trained, that of --against does not. Records that are there are not measured
+again.
 """
 
 import argparse
