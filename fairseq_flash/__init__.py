@@ -21,3 +21,4 @@ if importlib.util.find_spec("fairseq") is not None:
     # Here and not only through --user-dir, which skips what belongs to a package that is imported already.
     from fairseq_flash.models import flash_lm, flash_masked_lm, flash_seq2seq  # noqa: F401
     from fairseq_flash.tasks import flash_language_modeling  # noqa: F401
+    from fairseq_flash.tasks import flash_masked_lm as flash_masked_lm_task  # noqa: F401
