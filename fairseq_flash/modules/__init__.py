@@ -3,9 +3,9 @@
 from fairseq_flash.modules.alignment import Rows, align_rows, part_of_rows, restore_rows
 from fairseq_flash.modules.attention import ATTENTIONS, LayerState
 from fairseq_flash.modules.decoder_layer import DecoderLayer, DecoderLayerState
-from fairseq_flash.modules.gated_attention_unit import INITS, GatedAttentionUnit
+from fairseq_flash.modules.gated_attention_unit import GatedAttentionUnit
 from fairseq_flash.modules.gated_cross_attention import GatedCrossAttention, SourceMemory
-from fairseq_flash.modules.layer import Layer
+from fairseq_flash.modules.layer import INITS, AttentionLayer, Layer, LayerOptions
 from fairseq_flash.modules.normalization import NORMS, ScaleNorm, build_norm
 from fairseq_flash.modules.offset_scale import OffsetScale
 from fairseq_flash.modules.positions import (
@@ -29,12 +29,14 @@ __all__ = [
     "LINEAR_NORMS",
     "NORMS",
     "RELATIVE_BIASES",
+    "AttentionLayer",
     "DecoderLayer",
     "DecoderLayerState",
     "DecodingState",
     "GatedAttentionUnit",
     "GatedCrossAttention",
     "Layer",
+    "LayerOptions",
     "LayerState",
     "OffsetScale",
     "RotaryBias",

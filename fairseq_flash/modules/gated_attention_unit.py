@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Optional, Union
+from typing import Any, Optional, Union, Unpack
 
 import torch
 from torch import nn
 
 from fairseq_flash.modules.alignment import Rows
-from fairseq_flash.modules.attention import ATTENTIONS, LayerState, MixedChunk, Quadratic, is_step
-from fairseq_flash.modules.checks import (
-    check_backend,
-    check_choice,
-    check_even,
-    check_flags,
-    check_rates,
-    check_sizes,
-)
-from fairseq_flash.modules.layer import Layer
-from fairseq_flash.modules.normalization import build_norm
+from fairseq_flash.modules.attention import LayerState, MixedChunk, Quadratic, is_step
+from fairseq_flash.modules.checks import check_backend, check_choice, check_even, check_flags, check_sizes
+from fairseq_flash.modules.layer import AttentionLayer, LayerOptions
 from fairseq_flash.modules.offset_scale import OffsetScale
 from fairseq_flash.modules.positions import RELATIVE_BIASES, RotaryBias, ToeplitzBias, build_relative_bias
 from fairseq_flash.ops import (
-    LINEAR_NORMS,
     Options,
     Pair,
     Projected,
@@ -34,13 +25,10 @@ from fairseq_flash.ops import (
 )
 from fairseq_flash.ops.dispatch import choose
 
-__all__ = ["INITS", "GatedAttentionUnit"]
-
-#: Starts of the weights: all branches and gradients of a like size, or the paper's N(0, 0.02).
-INITS = ("fan_in", "paper")
+__all__ = ["GatedAttentionUnit"]
 
 
-class GatedAttentionUnit(Layer):
+class GatedAttentionUnit(AttentionLayer):
     r"""One layer of FLASH, :math:`y = x + (u \odot \mathrm{attention}(q, k, v)) W_o`, with a residual.
 
     :math:`u, v, z = \mathrm{split}(\mathrm{silu}(\mathrm{norm}(x) W + \mathrm{bias}))`; queries and keys are
@@ -53,20 +41,15 @@ class GatedAttentionUnit(Layer):
             inside the chunk alone) or ``"global"`` (linear branch across chunks alone).
         expansion_factor: ``e = expansion_factor * d``.
         attention_dim: ``s``, even.
-        chunk_size: ``c``; unused by ``"quadratic"``.
         causal: Whether a token sees only tokens before it.
-        linear_norm: ``"chunk"`` or ``"mean"``: what the linear branch is divided by.
-        norm: ``"layernorm"``, ``"scalenorm"`` or ``"rmsnorm"``.
         relative_bias: ``"rotary"``, or ``"toeplitz"``, a table that limits the length of a chunk, or of a row
             if attention is ``"quadratic"``, to ``c`` or ``n_ref``; None for rotary.
         n_ref: Length that causal quadratic scores are divided by; needed for ``"quadratic"`` and fixed for
             the life of the weights. Bidirectional scores are divided by the valid tokens of the row.
-        init: ``"fan_in"``, under which all branches and gradients start at a like size, or ``"paper"``.
-        dropout: Of the branch's output, 0 to below 1.
-        backend: Implementation of mixed chunk attention over whole rows, ``"auto"`` for the fastest that can
-            run; of quadratic attention there is one, ``"reference"``.
         adopt_n_ref: Whether weights that are loaded bring their own ``n_ref``, and the length of its table;
             otherwise another one is an error.
+        options: ``chunk_size``, ``linear_norm``, ``norm``, ``init``, ``dropout`` and ``backend``, as
+            :class:`LayerOptions`; of quadratic attention there is one implementation, ``"reference"``.
 
     Raises:
         ValueError: an argument has a value that is not allowed.
@@ -81,58 +64,39 @@ class GatedAttentionUnit(Layer):
         attention: str = "mixed_chunk",
         expansion_factor: int = 2,
         attention_dim: int = 128,
-        chunk_size: int = 256,
         causal: bool = True,
-        linear_norm: str = "mean",
-        norm: str = "layernorm",
         relative_bias: Optional[str] = None,
         n_ref: Optional[int] = None,
-        init: str = "fan_in",
-        dropout: float = 0.0,
-        backend: str = "auto",
         adopt_n_ref: bool = False,
+        **options: Unpack[LayerOptions],
     ) -> None:
-        super().__init__()
-        check_choice("attention", attention, ATTENTIONS)
-        check_choice("linear_norm", linear_norm, LINEAR_NORMS)
-        check_choice("init", init, INITS)
-        check_backend(backend)
-        if attention == "quadratic":
-            check_choice("backend", backend, ("auto", "reference"))
-        if attention == "quadratic" or n_ref is not None:
+        super().__init__(embed_dim, attention, attention_dim, **options)
+        quadratic = attention == "quadratic"
+        check_backend(self.backend)
+        if quadratic:
+            check_choice("backend", self.backend, ("auto", "reference"))
+        if quadratic or n_ref is not None:
             check_sizes(n_ref=n_ref)
         if relative_bias is None:
             relative_bias = "rotary"
         check_choice("relative_bias", relative_bias, RELATIVE_BIASES)
-        check_sizes(
-            embed_dim=embed_dim,
-            expansion_factor=expansion_factor,
-            attention_dim=attention_dim,
-            chunk_size=chunk_size,
-        )
+        check_sizes(expansion_factor=expansion_factor)
         check_even("attention_dim", attention_dim)
-        check_rates(dropout=dropout)
         check_flags(causal=causal, adopt_n_ref=adopt_n_ref)
-        self.attention, self.causal, self.linear_norm, self.backend = attention, causal, linear_norm, backend
-        self.branches = ATTENTIONS[attention]
-        self.embed_dim, self.attention_dim, self.chunk_size = embed_dim, attention_dim, chunk_size
-        self.expanded_dim = expansion_factor * embed_dim
-        self.norm = build_norm(norm, embed_dim)
+        self.causal, self.adopt_n_ref, self.expanded_dim = causal, adopt_n_ref, expansion_factor * embed_dim
         self.uvz = nn.Linear(embed_dim, 2 * self.expanded_dim + attention_dim)
         self.offset_scale = OffsetScale(attention_dim, 2 * len(self.branches))
         self.out = nn.Linear(self.expanded_dim, embed_dim)
-        self.dropout = nn.Dropout(dropout)
         self.bias = None
         if "quad" in self.branches:
-            limit = n_ref if attention == "quadratic" else chunk_size
+            limit = n_ref if quadratic else self.chunk_size
             self.bias = build_relative_bias(relative_bias, limit, attention_dim)
-        if attention == "quadratic":
+        if quadratic:
             self.attend = Quadratic(causal, n_ref)
         else:
-            options = Options(chunk_size, causal, linear_norm, branches=self.branches)
-            self.attend = MixedChunk(options, backend, gated=True)
-        self.adopt_n_ref = adopt_n_ref
-        self._reset_parameters(init)
+            chunked = Options(self.chunk_size, causal, self.linear_norm, branches=self.branches)
+            self.attend = MixedChunk(chunked, self.backend, gated=True)
+        self._reset_parameters()
 
     @property
     def n_ref(self) -> int:
@@ -223,11 +187,11 @@ class GatedAttentionUnit(Layer):
         bias = self.bias(*positions).to(widened(q.dtype)).unsqueeze(1)
         return quadratic_scores(q.unsqueeze(1), k.unsqueeze(1), bias, self.attend.denominator(rows))
 
-    def _reset_parameters(self, init: str) -> None:
+    def _reset_parameters(self) -> None:
         for linear in (self.uvz, self.out):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
-        if init == "fan_in":
+        if self.init == "fan_in":
             # The paper's 0.02 starts the linear branch at 1/100 of the quadratic one, and both near zero.
             for linear in (self.uvz, self.out):
                 nn.init.normal_(linear.weight, std=linear.in_features**-0.5)

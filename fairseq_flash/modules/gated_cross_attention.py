@@ -17,7 +17,7 @@ from fairseq_flash.modules.checks import (
     check_vectors,
     require,
 )
-from fairseq_flash.modules.gated_attention_unit import INITS
+from fairseq_flash.modules.layer import INITS
 from fairseq_flash.modules.normalization import build_norm
 from fairseq_flash.modules.offset_scale import OffsetScale
 from fairseq_flash.ops import cross_attention, split_silu

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, Optional, TypedDict
 
 import torch
 from torch import distributed, nn
 
 from fairseq_flash.modules.alignment import Rows, align_rows, restore_rows
-from fairseq_flash.modules.checks import check_shared, check_vectors
+from fairseq_flash.modules.attention import ATTENTIONS
+from fairseq_flash.modules.checks import (
+    check_choice,
+    check_rates,
+    check_shared,
+    check_sizes,
+    check_vectors,
+)
+from fairseq_flash.modules.normalization import build_norm
 from fairseq_flash.modules.state import check_layer_state
+from fairseq_flash.ops import LINEAR_NORMS
 
-__all__ = ["Layer"]
+__all__ = ["INITS", "AttentionLayer", "Layer", "LayerOptions"]
+
+#: Starts of the weights: all branches and gradients of a like size, or the paper's N(0, 0.02).
+INITS = ("fan_in", "paper")
 
 
 class Layer(nn.Module):
@@ -102,3 +114,63 @@ class Layer(nn.Module):
         if state is not None and not torch.compiler.is_compiling():
             empty = self.describe_state(torch.empty(1, 0, dtype=x.dtype, device="meta"))
             check_layer_state(state, empty, x)
+
+
+class LayerOptions(TypedDict, total=False):
+    """Keyword arguments that all layers with attention to their own row take.
+
+    Attributes:
+        chunk_size: ``c``, 256 unless given; unused by ``attention="quadratic"``.
+        linear_norm: ``"mean"`` unless given, or ``"chunk"``: what the linear branch is divided by.
+        norm: ``"layernorm"`` unless given, ``"scalenorm"`` or ``"rmsnorm"``.
+        init: ``"fan_in"`` unless given, under which all branches and gradients start at a like size, or
+            ``"paper"``.
+        dropout: Of each branch's output, 0 unless given, to below 1.
+        backend: Implementation of mixed chunk attention over whole rows; ``"auto"`` unless given, for the
+            fastest that can run.
+    """
+
+    chunk_size: int
+    linear_norm: str
+    norm: str
+    init: str
+    dropout: float
+    backend: str
+
+
+class AttentionLayer(Layer):
+    """A layer that attends to its own row: what its kinds are built of, and refuse, alike.
+
+    Args:
+        embed_dim: ``d``.
+        attention: One of ``ATTENTIONS``.
+        attention_dim: ``s``, or the size of a head.
+        chunk_size: This and the others: as :class:`LayerOptions`.
+
+    Raises:
+        ValueError: an argument has a value that is not allowed.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        attention: str,
+        attention_dim: int,
+        *,
+        chunk_size: int = 256,
+        linear_norm: str = "mean",
+        norm: str = "layernorm",
+        init: str = "fan_in",
+        dropout: float = 0.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_choice("attention", attention, ATTENTIONS)
+        check_choice("linear_norm", linear_norm, LINEAR_NORMS)
+        check_choice("init", init, INITS)
+        check_sizes(embed_dim=embed_dim, attention_dim=attention_dim, chunk_size=chunk_size)
+        check_rates(dropout=dropout)
+        self.attention, self.branches, self.linear_norm = attention, ATTENTIONS[attention], linear_norm
+        self.embed_dim, self.attention_dim, self.chunk_size = embed_dim, attention_dim, chunk_size
+        self.init, self.backend = init, backend
+        self.norm, self.dropout = build_norm(norm, embed_dim), nn.Dropout(dropout)

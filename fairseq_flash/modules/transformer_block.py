@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Optional
+import copy
+from typing import Optional, Unpack
 
 import torch
 from torch import nn
 
 from fairseq_flash.modules.alignment import Rows
-from fairseq_flash.modules.attention import ATTENTIONS, LayerState, MixedChunk, Softmax
+from fairseq_flash.modules.attention import LayerState, MixedChunk, Softmax
 from fairseq_flash.modules.checks import check_choice, check_flags, check_rates, check_sizes
-from fairseq_flash.modules.gated_attention_unit import INITS
-from fairseq_flash.modules.layer import Layer
-from fairseq_flash.modules.normalization import build_norm
+from fairseq_flash.modules.layer import AttentionLayer, LayerOptions
 from fairseq_flash.modules.offset_scale import OffsetScale
-from fairseq_flash.ops import LINEAR_NORMS, Options, Pair, apply_rotary
+from fairseq_flash.ops import Options, Pair, apply_rotary
 
 __all__ = ["TransformerBlock"]
 
 
-class TransformerBlock(Layer):
+class TransformerBlock(AttentionLayer):
     r"""Multi-head attention and a feed-forward network, each with a residual and a norm before it.
 
     :math:`x' = x + \mathrm{heads}(q, k, v) W_o` with :math:`q, k, v` from :math:`\mathrm{norm}(x)`, and
@@ -35,13 +34,9 @@ class TransformerBlock(Layer):
         ffn_embed_dim: Width ``f`` of the feed-forward network; None for ``4 d``, or with ``glu``
             ``8 d / 3``, of as many parameters, in steps of 8.
         glu: Whether ``f`` is a gated linear unit, ``silu(a) * b``, in place of ``relu(a)`` (Shazeer 2020).
-        chunk_size: ``c``; unused by ``"quadratic"``.
-        linear_norm: ``"chunk"`` or ``"mean"``: what the linear branch is divided by.
-        norm: ``"layernorm"``, ``"scalenorm"`` or ``"rmsnorm"``.
-        init: ``"fan_in"`` or ``"paper"``, all weights N(0, 0.02).
-        dropout: Of each branch's output, 0 to below 1.
         attention_dropout: Of the normalised scores, 0 to below 1.
-        backend: ``"auto"`` or ``"reference"``: this attention has one implementation.
+        options: ``chunk_size``, ``linear_norm``, ``norm``, ``init``, ``dropout`` and ``backend``, as
+            :class:`LayerOptions`; this attention has one implementation, ``"reference"``.
 
     Raises:
         ValueError: an argument has a value that is not allowed.
@@ -59,21 +54,12 @@ class TransformerBlock(Layer):
         attention_dim: int = 64,
         ffn_embed_dim: Optional[int] = None,
         glu: bool = False,
-        chunk_size: int = 256,
-        linear_norm: str = "mean",
-        norm: str = "layernorm",
-        init: str = "fan_in",
-        dropout: float = 0.0,
         attention_dropout: float = 0.0,
-        backend: str = "auto",
+        **options: Unpack[LayerOptions],
     ) -> None:
-        super().__init__()
-        check_choice("attention", attention, ATTENTIONS)
-        check_choice("linear_norm", linear_norm, LINEAR_NORMS)
-        check_choice("init", init, INITS)
-        check_choice("backend", backend, ("auto", "reference"))
+        super().__init__(embed_dim, attention, attention_dim, **options)
+        check_choice("backend", self.backend, ("auto", "reference"))
         check_flags(glu=glu)
-        check_sizes(embed_dim=embed_dim, attention_dim=attention_dim, chunk_size=chunk_size)
         if ffn_embed_dim is None:
             ffn_embed_dim = 8 * -(-embed_dim // 3) if glu else 4 * embed_dim
         check_sizes(ffn_embed_dim=ffn_embed_dim)
@@ -82,24 +68,21 @@ class TransformerBlock(Layer):
                 f"attention_dim={attention_dim}, the size of a head, is not allowed; allowed: even divisors "
                 f"of embed_dim={embed_dim}"
             )
-        check_rates(dropout=dropout, attention_dropout=attention_dropout)
-        self.attention, self.linear_norm, self.backend, self.glu = attention, linear_norm, backend, glu
-        self.branches, self.chunk_size = ATTENTIONS[attention], chunk_size
-        self.embed_dim, self.attention_dim, self.heads = embed_dim, attention_dim, embed_dim // attention_dim
+        check_rates(attention_dropout=attention_dropout)
+        self.glu, self.heads = glu, embed_dim // attention_dim
         if attention == "quadratic":
             self.attend = Softmax(attention_dropout)
         else:
-            options = Options(chunk_size, True, linear_norm, True, attention_dropout, self.branches)
-            self.attend = MixedChunk(options)
-        self.norm, self.ffn_norm = build_norm(norm, embed_dim), build_norm(norm, embed_dim)
+            chunked = Options(self.chunk_size, True, self.linear_norm, True, attention_dropout, self.branches)
+            self.attend = MixedChunk(chunked)
+        self.ffn_norm = copy.deepcopy(self.norm)
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
         self.out = nn.Linear(embed_dim, embed_dim)
         self.ffn_in = nn.Linear(embed_dim, 2 * ffn_embed_dim if glu else ffn_embed_dim)
         self.ffn_out = nn.Linear(ffn_embed_dim, embed_dim)
         if "lin" in self.branches:
             self.q_scale, self.k_scale = OffsetScale(embed_dim, 1), OffsetScale(embed_dim, 1)
-        self.dropout = nn.Dropout(dropout)
-        self._reset_parameters(init)
+        self._reset_parameters()
 
     def empty_state(self, like: torch.Tensor) -> LayerState:
         """A state before the first token, for rows ``like`` ``(b, ...)`` in dtype and device."""
@@ -118,11 +101,11 @@ class TransformerBlock(Layer):
         x = x + self.dropout(self.out(out.transpose(1, 2).flatten(2)))
         return x + self.dropout(self._feed_forward(self.ffn_norm(x))), state
 
-    def _reset_parameters(self, init: str) -> None:
+    def _reset_parameters(self) -> None:
         for linear in (self.qkv, self.out, self.ffn_in, self.ffn_out):
-            nn.init.normal_(linear.weight, std=0.02 if init == "paper" else linear.in_features**-0.5)
+            nn.init.normal_(linear.weight, std=0.02 if self.init == "paper" else linear.in_features**-0.5)
             nn.init.zeros_(linear.bias)
-        if "lin" in self.branches and init == "fan_in":
+        if "lin" in self.branches and self.init == "fan_in":
             for scale in (self.q_scale, self.k_scale):
                 nn.init.normal_(scale.gamma, std=0.3)
 
