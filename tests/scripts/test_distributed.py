@@ -95,6 +95,38 @@ def test_a_process_that_dies_takes_the_training_down(data_bin, tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_dies_or_hangs_at_work_ends_the_training(data_bin, tmp_path, sent, rank):
+    """Within TIMEOUT, and the 30 seconds that torchrun gives those that it ends."""
+    words = [
+        *arguments(data_bin, tmp_path / "save"),
+        "--max-update",
+        "100000",
+        "--save-interval-updates",
+        "5",
+    ]
+    command = [DISTRIBUTED, "--nproc", "2", *words]
+    environment = {**os.environ, "VIRTUAL_ENV": sys.prefix, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"}
+    environment["TIMEOUT"] = "10"
+    process = subprocess.Popen(list(map(str, command)), env=environment, stdout=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: (tmp_path / "save" / "checkpoint_last.pt").exists(), seconds=120)
+        (hit,) = [pid for pid in processes_of(tmp_path) if f"RANK={rank}" in environment_of(pid)]
+        os.kill(hit, sent)
+        assert process.wait(80) != 0
+    finally:
+        process.kill()
+    wait_until(lambda: not processes_of(tmp_path), seconds=20)
+    torch.load(tmp_path / "save" / "checkpoint_last.pt")
+
+
+def environment_of(pid):
+    with open(f"/proc/{pid}/environ") as file:
+        return file.read().split("\0")
+
+
+@pytest.mark.long
 def test_an_interrupt_ends_every_process(data_bin, tmp_path):
     words = arguments(data_bin, tmp_path / "a folder")
     command = [DISTRIBUTED, "--nproc", "2", *words, "--max-update", "100000"]
