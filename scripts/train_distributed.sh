@@ -58,6 +58,9 @@ if [ "${NNODES:-1}" = 1 ]; then
     where=(--standalone) # its own port, free at the moment it starts
 else
     [ -n "${NODE_RANK:-}" ] && [ -n "${MASTER_ADDR:-}" ] || fail "NNODES=$NNODES needs NODE_RANK and MASTER_ADDR"
+    [[ "$NNODES" =~ ^[1-9][0-9]*$ ]] || fail "NNODES is '$NNODES'; allowed are whole numbers from 1"
+    [[ "$NODE_RANK" =~ ^(0|[1-9][0-9]*)$ ]] && [ "$NODE_RANK" -lt "$NNODES" ] ||
+        fail "NODE_RANK is '$NODE_RANK'; allowed are 0 to $((NNODES - 1)), another on each machine"
     where=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR"
         --master-port "${MASTER_PORT:-29500}")
 fi

@@ -174,3 +174,11 @@ def test_the_update_and_the_layer_that_are_not_finite_are_named(
     with pytest.raises(FloatingPointError, match=told):
         train(words_of_training[model], tmp_path, "--save-interval-updates", 1)
     assert updates_of(tmp_path) == 2
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_sharded_weights_are_refused_by_name(words_of_training, tmp_path, model):
+    told = "--ddp-backend fully_sharded is not allowed: .*; allowed: pytorch_ddp, .* and --zero-sharding os"
+    with pytest.raises(ValueError, match=told):
+        train(words_of_training[model], tmp_path / "save", "--ddp-backend", "fully_sharded")
+    assert not (tmp_path / "save").exists()
