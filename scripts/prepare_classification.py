@@ -20,6 +20,7 @@ bytes.
 
 import argparse
 import csv
+import functools
 import os
 import shutil
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from runs.command_line import command_line
-from text.folder import RECORD, add_shared, fingerprint, is_prepared, publish, run_prepare, work_folder
+from text.folder import RECORD, Corpus, add_shared, run_prepare
 from text.pieces import MODEL, encode, number_pieces
 from text.read import TextFile, find_text_files, read_documents
 from text.split import SPLITS
@@ -64,8 +65,6 @@ def prepare(options: argparse.Namespace) -> bool:
         raise ValueError(f"--passage {options.passage} is not allowed; allowed: {SHORTEST_PASSAGE} or more")
     if options.skip < 0:
         raise ValueError(f"--skip {options.skip} is not allowed; allowed: 0 or more")
-    if options.workers < 1:
-        raise ValueError(f"--workers {options.workers} must be at least 1")
     vocabulary = [TextFile(options.data / name, name) for name in ("dict.txt", MODEL)]
     for file in vocabulary:
         if not file.path.is_file():
@@ -77,16 +76,17 @@ def prepare(options: argparse.Namespace) -> bool:
     inputs = {"vocabulary": vocabulary}
     for source in sources:
         inputs.setdefault(f"{source.split} {source.label}", []).append(source.file)
-    identity, output = fingerprint(inputs, recorded), options.output.resolve()
-    if is_prepared(output, identity, options.overwrite, OUR_FILES.__contains__):
-        return False
-    with work_folder(output) as (work, lock):
-        (work / "data").mkdir()
-        shutil.copyfile(options.data / MODEL, work / "data" / MODEL)
-        counts = _write_examples(sources, options, work)
-        _number(options, labels, counts, work, lock)
-        publish(work, output, {"fingerprint": identity, "options": recorded, "splits": counts})
-    return True
+    make = functools.partial(_make, options, sources, labels)
+    return Corpus(inputs, recorded, OUR_FILES, make).publish(options)
+
+
+def _make(
+    options: argparse.Namespace, sources: list[Source], labels: list[str], work: Path, lock: int
+) -> dict:
+    shutil.copyfile(options.data / MODEL, work / "data" / MODEL)
+    counts = _write_examples(sources, options, work)
+    _number(options, labels, counts, work, lock)
+    return counts
 
 
 def _from_folders(text: Path) -> list[Source]:

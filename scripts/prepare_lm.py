@@ -16,12 +16,13 @@ with any number of workers.
 """
 
 import argparse
+import functools
 from pathlib import Path
 
 from runs.command_line import command_line
-from text.folder import RECORD, add_shared, fingerprint, is_prepared, publish, run_prepare, work_folder
+from text.folder import RECORD, Corpus, add_shared, run_prepare
 from text.pieces import MODEL, encode, learn_pieces, number_pieces
-from text.read import find_text_files
+from text.read import TextFile, find_text_files
 from text.split import HELD_OUT, SPLITS, check_fractions, held_out_fractions, write_splits
 
 __all__ = ["main", "prepare"]
@@ -38,44 +39,31 @@ def prepare(options: argparse.Namespace) -> bool:
     Raises:
         ValueError: an option or the text cannot be used, or the folder holds something else.
     """
-    _check_options(options)
+    check_fractions(options)
+    if options.vocab_size < 1:
+        raise ValueError(f"--vocab-size {options.vocab_size} must be positive; 2000 to 32000 are usual")
     inputs = {
         "text": find_text_files(options.text, "--text"),
         "valid": find_text_files([options.valid], "--valid") if options.valid else [],
         "test": find_text_files([options.test], "--test") if options.test else [],
     }
-    identity = fingerprint(inputs, _recorded(options))
-    output = options.output.resolve()
-    if is_prepared(output, identity, options.overwrite, OUR_FILES.__contains__):
-        return False
-    with work_folder(output) as (work, lock):
-        counts = write_splits(inputs, options, work)
-        (work / "data").mkdir()
-        model, dictionary = work / "data" / MODEL, work / "dict.txt"
-        learn_pieces([work / "train"], options.vocab_size, options.seed, model, dictionary)
-        for split in SPLITS:
-            files = (work / split, work / f"{split}.pieces")
-            counts[split]["tokens"] = encode(model, *files, counts[split]["lines"], options.workers)
-        words = ["--only-source", "--srcdict", dictionary, "--workers", options.workers]
-        words += [word for split in SPLITS for word in (f"--{split}pref", work / f"{split}.pieces")]
-        tokens = {split: counts[split]["tokens"] for split in SPLITS}
-        number_pieces(words, work, tokens, options.vocab_size, lock)
-        publish(work, output, {"fingerprint": identity, "options": _recorded(options), "splits": counts})
-    return True
-
-
-def _check_options(options: argparse.Namespace) -> None:
-    check_fractions(options)
-    if options.workers < 1:
-        raise ValueError(f"--workers {options.workers} must be at least 1")
-    if options.vocab_size < 1:
-        raise ValueError(f"--vocab-size {options.vocab_size} must be positive; 2000 to 32000 are usual")
-
-
-def _recorded(options: argparse.Namespace) -> dict:
-    """The options that change the result."""
     shares = {f"{split}_fraction": share for split, share in held_out_fractions(options).items()}
-    return {"vocab_size": options.vocab_size, **shares, "seed": options.seed}
+    recorded = {"vocab_size": options.vocab_size, **shares, "seed": options.seed}
+    return Corpus(inputs, recorded, OUR_FILES, functools.partial(_make, options, inputs)).publish(options)
+
+
+def _make(options: argparse.Namespace, inputs: dict[str, list[TextFile]], work: Path, lock: int) -> dict:
+    counts = write_splits(inputs, options, work)
+    model, dictionary = work / "data" / MODEL, work / "dict.txt"
+    learn_pieces([work / "train"], options.vocab_size, options.seed, model, dictionary)
+    for split in SPLITS:
+        files = (work / split, work / f"{split}.pieces")
+        counts[split]["tokens"] = encode(model, *files, counts[split]["lines"], options.workers)
+    words = ["--only-source", "--srcdict", dictionary, "--workers", options.workers]
+    words += [word for split in SPLITS for word in (f"--{split}pref", work / f"{split}.pieces")]
+    tokens = {split: counts[split]["tokens"] for split in SPLITS}
+    number_pieces(words, work, tokens, options.vocab_size, lock)
+    return counts
 
 
 def _parser() -> argparse.ArgumentParser:

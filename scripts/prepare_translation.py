@@ -17,6 +17,7 @@ written as bytes, so no text has an ``<unk>``. The same text and options give th
 """
 
 import argparse
+import functools
 import re
 import shutil
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from runs.command_line import command_line
-from text.folder import RECORD, add_shared, fingerprint, is_prepared, publish, run_prepare, work_folder
+from text.folder import RECORD, Corpus, add_shared, run_prepare
 from text.pieces import MODEL, encode, learn_pieces, number_pieces
 from text.read import TextFile, read_lines
 
@@ -51,24 +52,23 @@ def prepare(options: argparse.Namespace) -> bool:
     recorded = {"languages": languages, "vocab_size": options.vocab_size, "separate": options.separate}
     recorded["seed"] = options.seed
     inputs = {split: [file for pair in pairs[split] for file in pair] for split in SPLITS}
-    identity, output = fingerprint(inputs, recorded), options.output.resolve()
-    ours = _our_files(*languages)
-    if is_prepared(output, identity, options.overwrite, ours.__contains__):
-        return False
-    with work_folder(output) as (work, lock):
-        (work / "data").mkdir()
-        counts = {split: _write_split(pairs[split], split, languages, work) for split in SPLITS}
-        for language in languages:
-            shutil.copyfile(work / f"test.{language}", work / "data" / f"test.raw.{language}")
-        models = _learn(work, languages, options)
-        tokens = _encode(work, languages, models, counts, options)
-        words = ["--source-lang", languages[0], "--target-lang", languages[1], "--workers", options.workers]
-        words += ["--srcdict", work / f"dict.{languages[0]}", "--tgtdict", work / f"dict.{languages[1]}"]
-        for split in SPLITS:
-            words += [f"--{split}pref", work / f"{split}.pieces"]
-        number_pieces(words, work, tokens, options.vocab_size, lock)
-        publish(work, output, {"fingerprint": identity, "options": recorded, "splits": counts})
-    return True
+    make = functools.partial(_make, options, pairs)
+    return Corpus(inputs, recorded, _our_files(*languages), make).publish(options)
+
+
+def _make(options: argparse.Namespace, pairs: dict[str, list[Pair]], work: Path, lock: int) -> dict:
+    languages = (options.source_lang, options.target_lang)
+    counts = {split: _write_split(pairs[split], split, languages, work) for split in SPLITS}
+    for language in languages:
+        shutil.copyfile(work / f"test.{language}", work / "data" / f"test.raw.{language}")
+    models = _learn(work, languages, options)
+    tokens = _encode(work, languages, models, counts, options)
+    words = ["--source-lang", languages[0], "--target-lang", languages[1], "--workers", options.workers]
+    words += ["--srcdict", work / f"dict.{languages[0]}", "--tgtdict", work / f"dict.{languages[1]}"]
+    for split in SPLITS:
+        words += [f"--{split}pref", work / f"{split}.pieces"]
+    number_pieces(words, work, tokens, options.vocab_size, lock)
+    return counts
 
 
 def _our_files(source: str, target: str) -> set[str]:
@@ -80,9 +80,8 @@ def _our_files(source: str, target: str) -> set[str]:
 
 
 def _check_options(options: argparse.Namespace) -> None:
-    for name in ("workers", "vocab_size"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
+    if options.vocab_size < 1:
+        raise ValueError(f"--vocab-size {options.vocab_size} must be at least 1")
     for name in ("source_lang", "target_lang"):
         if not re.fullmatch(r"[A-Za-z0-9_]+", getattr(options, name)):
             # fairseq finds the languages by the dots and the hyphen in the names of its files

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fairseq_flash.modules.alignment import Rows
+from fairseq_flash.modules.offset_scale import OffsetScale
 from fairseq_flash.ops import (
     ChunkState,
     Inputs,
@@ -57,7 +58,7 @@ class MixedChunk:
         return float(self.options.chunk_size)
 
     def whole(
-        self, uvz: torch.Tensor, offset_scale: nn.Module, bias: Optional[nn.Module], rows: Rows
+        self, uvz: torch.Tensor, offset_scale: OffsetScale, bias: Optional[nn.Module], rows: Rows
     ) -> torch.Tensor:
         """Gated attention of rows that start here, from pre-activations ``(b, n, 2e + s)``: ``(b, n, e)``."""
         matrix = None if bias is None else bias.matrix(min(self.options.chunk_size, uvz.shape[1]))
@@ -68,7 +69,7 @@ class MixedChunk:
     def step(
         self,
         uvz: torch.Tensor,
-        offset_scale: nn.Module,
+        offset_scale: OffsetScale,
         bias: Optional[nn.Module],
         rows: Rows,
         state: ChunkState,

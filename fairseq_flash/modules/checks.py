@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from torch import distributed
@@ -150,7 +150,7 @@ def check_vectors(name: str, x: Any, shape: Sequence[Optional[int]], weight: tor
     check_tensor(name, x, shape, dtypes, weight.device)
 
 
-def require(condition: torch.Tensor, message: str, **numbers: torch.Tensor) -> None:
+def require(condition: torch.Tensor, message: str, **numbers: Union[int, torch.Tensor]) -> None:
     """Refuses numbers, without waiting for a device.
 
     Args:

@@ -151,6 +151,9 @@ class AttentionLayer(Layer):
         ValueError: an argument has a value that is not allowed.
     """
 
+    #: One of the strategies of :mod:`~fairseq_flash.modules.attention`.
+    attend: Any
+
     def __init__(
         self,
         embed_dim: int,
@@ -172,5 +175,5 @@ class AttentionLayer(Layer):
         check_rates(dropout=dropout)
         self.attention, self.branches, self.linear_norm = attention, ATTENTIONS[attention], linear_norm
         self.embed_dim, self.attention_dim, self.chunk_size = embed_dim, attention_dim, chunk_size
-        self.init, self.backend = init, backend
+        self.norm_name, self.init, self.backend = norm, init, backend
         self.norm, self.dropout = build_norm(norm, embed_dim), nn.Dropout(dropout)

@@ -126,7 +126,7 @@ class Stack(nn.Module):
         """
         words = getattr(self.embed_tokens, "num_embeddings", None)
         if words is not None:
-            device = self.embed_tokens.weight.device
+            device: torch.device = self.embed_tokens.weight.device  # type: ignore[assignment]
             check_tensor("tokens", tokens, (None, None), [torch.long, torch.int], device)
         if state is not None and not torch.compiler.is_compiling():
             check_state(state, self._described(), tokens)

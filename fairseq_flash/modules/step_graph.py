@@ -8,6 +8,7 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
+from fairseq_flash.modules.attention import LayerState
 from fairseq_flash.modules.state import DecodingState
 from fairseq_flash.ops import ChunkState
 
@@ -91,7 +92,7 @@ class _Recording:
         self.state = DecodingState(
             tuple(layer.map(lambda x: x.new_zeros(rows, *x.shape[1:])) for layer in like.layers)
         )
-        self._views: dict[int, tuple[ChunkState, ...]] = {}
+        self._views: dict[int, tuple[LayerState, ...]] = {}
         self._owner: Optional[weakref.ref] = None
         # What is made once, such as tables and compiled kernels, is made before the recording.
         side = torch.cuda.Stream(device)
@@ -136,4 +137,4 @@ class _Recording:
 
 
 def _tensors(state: DecodingState) -> list[torch.Tensor]:
-    return [x for layer in state.layers for x in layer if x is not None]
+    return [x for layer in state.layers for x in layer if isinstance(x, torch.Tensor)]

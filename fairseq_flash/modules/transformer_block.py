@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Optional, Unpack
 
 import torch
@@ -12,6 +11,7 @@ from fairseq_flash.modules.alignment import Rows
 from fairseq_flash.modules.attention import LayerState, MixedChunk, Softmax
 from fairseq_flash.modules.checks import check_choice, check_flags, check_rates, check_sizes
 from fairseq_flash.modules.layer import AttentionLayer, LayerOptions
+from fairseq_flash.modules.normalization import build_norm
 from fairseq_flash.modules.offset_scale import OffsetScale
 from fairseq_flash.ops import Options, Pair, apply_rotary
 
@@ -75,7 +75,7 @@ class TransformerBlock(AttentionLayer):
         else:
             chunked = Options(self.chunk_size, True, self.linear_norm, True, attention_dropout, self.branches)
             self.attend = MixedChunk(chunked)
-        self.ffn_norm = copy.deepcopy(self.norm)
+        self.ffn_norm = build_norm(self.norm_name, embed_dim)
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
         self.out = nn.Linear(embed_dim, embed_dim)
         self.ffn_in = nn.Linear(embed_dim, 2 * ffn_embed_dim if glu else ffn_embed_dim)

@@ -9,15 +9,62 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 from runs import process
 from text.read import TextFile
 
-__all__ = ["RECORD", "add_shared", "fingerprint", "is_prepared", "publish", "run_prepare", "work_folder"]
+__all__ = [
+    "RECORD",
+    "Corpus",
+    "add_shared",
+    "fingerprint",
+    "is_prepared",
+    "publish",
+    "run_prepare",
+    "work_folder",
+]
 
 RECORD = "prepare.json"
+
+
+class Corpus(NamedTuple):
+    """Data that a command makes.
+
+    Attributes:
+        inputs: The files of text by what they are for.
+        recorded: The options that change the result.
+        ours: Names of the files that the command makes.
+        make: Writes them to the folder ``data`` in an empty folder, and tells what each split has; a child of
+            it that keeps the given file descriptor open keeps the folder locked.
+    """
+
+    inputs: dict[str, list[TextFile]]
+    recorded: dict
+    ours: set[str]
+    make: Callable[[Path, int], dict]
+
+    def publish(self, options: argparse.Namespace) -> bool:
+        """Makes the data in ``--output``, at once or not at all; returns False if they are there already.
+
+        Args:
+            options: Those of :func:`add_shared` among others.
+
+        Raises:
+            ValueError: the folder holds something else, or another run is at work.
+        """
+        if options.workers < 1:
+            raise ValueError(f"--workers {options.workers} must be at least 1")
+        identity, output = fingerprint(self.inputs, self.recorded), options.output.resolve()
+        if is_prepared(output, identity, options.overwrite, self.ours.__contains__):
+            return False
+        with work_folder(output) as (work, lock):
+            (work / "data").mkdir()
+            splits = self.make(work, lock)
+            publish(work, output, {"fingerprint": identity, "options": self.recorded, "splits": splits})
+        return True
 
 
 def fingerprint(inputs: dict[str, list[TextFile]], recorded: dict) -> str:

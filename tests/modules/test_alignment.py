@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairseq_flash.modules import GatedAttentionUnit, Stack, TransformerBlock, align_rows, restore_rows
+from support.pieces import error
 
 TOLERANCE = 256 * torch.finfo(torch.float64).eps  # relative; measured: 6 eps
 D, C, N = 8, 4, 13
@@ -36,10 +37,6 @@ def batch(leading=5):
     mask = torch.zeros(3, N, dtype=torch.bool)
     mask[0, :leading] = mask[1, 9:] = mask[2] = True
     return torch.randn(3, N, D), mask
-
-
-def error(ours, expected):
-    return (ours - expected).abs().max() / expected.abs().max()
 
 
 @every_kind

@@ -6,6 +6,7 @@ from torch import nn
 
 from fairseq_flash.modules import DecoderLayer, GatedAttentionUnit, GatedCrossAttention, Stack
 from support import as_oracle, oracle
+from support.pieces import error
 
 TOLERANCE = 256 * torch.finfo(torch.float64).eps  # relative; measured: 3 eps
 D, M, N = 8, 7, 13
@@ -24,10 +25,6 @@ def draw(b=3):
     mask = torch.zeros(b, M, dtype=torch.bool)
     mask[0, :2] = mask[1, 5:] = True
     return torch.randn(b, N, D), torch.randn(b, M, D), mask
-
-
-def error(ours, expected):
-    return (ours - expected).abs().max() / expected.abs().max()
 
 
 @pytest.mark.parametrize("attention", KINDS)

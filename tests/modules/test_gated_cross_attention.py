@@ -5,6 +5,7 @@ import torch
 
 from fairseq_flash.modules import GatedCrossAttention
 from support import as_oracle, oracle
+from support.pieces import error
 
 TOLERANCE = 256 * torch.finfo(torch.float64).eps  # relative; measured: 8 eps
 D, M, N = 8, 9, 5
@@ -15,10 +16,6 @@ def build(**options):
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.7)
     return layer
-
-
-def error(ours, expected):
-    return (ours - expected).abs().max() / expected.abs().max()
 
 
 @pytest.mark.parametrize("norm", ["layernorm", "scalenorm", "rmsnorm"])

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from fairseq_flash.modules import TransformerBlock
 from support import as_oracle, oracle, pieces
+from support.pieces import error
 
 TOLERANCE = 64 * torch.finfo(torch.float64).eps  # relative; measured: 5 eps, gradients 8
 D, R, C, N = 8, 4, 4, 13
@@ -30,10 +31,6 @@ def build(attention, **options):
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.7)
     return layer
-
-
-def error(ours, expected):
-    return (ours - expected).abs().max() / expected.abs().max()
 
 
 def ragged(n=N):
@@ -102,21 +99,13 @@ def test_with_autograd_a_state_may_be_used_twice(attention, autograd):
 @pytest.mark.parametrize("n", [1, 3, 4, 7, 12])
 def test_the_past_is_bit_equal_whatever_the_future(attention, n):
     layer = build(attention, glu=True)
-    x = torch.randn(2, n, D)
-    whole, _ = layer(x)
-    for cut in range(1, n):
-        changed = x.clone()
-        changed[:, cut:] = 1e3 * torch.randn(2, n - cut, D)
-        assert torch.equal(layer(changed)[0][:, :cut], whole[:, :cut])
+    pieces.assert_past_ignores_future(layer, torch.randn(2, n, D))
 
 
 @every_kind
 def test_a_prefix_is_the_same_however_the_row_goes_on(attention):
     layer = build(attention)
-    x = torch.randn(2, N, D)
-    whole, _ = layer(x)
-    for m in range(1, N):
-        assert error(layer(x[:, :m])[0], whole[:, :m]) <= TOLERANCE
+    pieces.assert_prefixes_agree(layer, torch.randn(2, N, D), TOLERANCE)
 
 
 @every_kind

@@ -7,6 +7,7 @@ import torch
 
 from fairseq_flash import ops
 from support import oracle
+from support.pieces import error
 
 TOLERANCE = 64 * torch.finfo(torch.float64).eps  # relative; measured: 2 eps
 HALF_TOLERANCE = 4  # of the narrow type's epsilon, root mean square; measured: 0.9
@@ -15,10 +16,6 @@ S, E = 4, 6
 
 def draw(b, n, m):
     return torch.randn(b, n, S), torch.randn(b, m, S), torch.randn(b, m, E), torch.full((b,), m)
-
-
-def error(ours, expected):
-    return (ours - expected).abs().max() / expected.abs().max()
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 7), (5, 1), (7, 12)])

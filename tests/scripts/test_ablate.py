@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import ablate
+from runs import ablation as plans
+from runs.provenance import data_name
 from support import tools
 
 spec = importlib.util.spec_from_file_location(
@@ -25,13 +27,13 @@ def plan(tmp_path):
     """A plan on a file of results, in which 2e-3 is the best rate of every system."""
     (tmp_path / "dict.txt").touch()
     path = tmp_path / "ablation.csv"
-    for name in ablate.SYSTEMS:
-        rates = ablate.LOW_RATES if name == "transformer_lm" else ablate.RATES
+    for name in plans.SYSTEMS:
+        rates = plans.LOW_RATES if name == "transformer_lm" else plans.RATES
         for rate in rates:
             loss = 5 + abs(rate - (2.5e-4 if name == "transformer_lm" else 2e-3))
             write(path, name=name, stage="learning rate", lr=rate, seed=1, valid_loss=loss)
     options = ("--data", str(tmp_path), "--output", str(path), "--device", "cpu", "--tokens", "40960")
-    return ablate.Plan(ablate.parse(list(options)))
+    return plans.Plan(ablate.parse(list(options)))
 
 
 def write(path, **row):
@@ -40,7 +42,7 @@ def write(path, **row):
         writer = csv.DictWriter(stream, ablate.COLUMNS, restval="")
         if new:
             writer.writeheader()
-        writer.writerow({"status": "ok", "data": ablate.data_name(path.parent), **row})
+        writer.writerow({"status": "ok", "data": data_name(path.parent), **row})
 
 
 def test_a_factor_is_measured_at_the_best_rate_of_its_system_with_one_choice_changed(plan):

@@ -8,6 +8,9 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
+from bench import sketch as sketches
+from bench.models import build
+from report import cost
 from support import tools
 
 WORDS = 1000
@@ -30,12 +33,12 @@ def small(arch):
 
 
 @pytest.fixture(scope="module")
-def sketch(describe):
+def sketch():
     """Makes a sketch, by default of 8 rows; each only once."""
 
     @functools.cache
     def make(*words, batch=8):
-        return describe.Sketch(list(words), WORDS, torch.float32, batch)
+        return sketches.Sketch(list(words), WORDS, torch.float32, batch)
 
     return make
 
@@ -85,10 +88,10 @@ def test_a_layer_of_flash_costs_what_the_arithmetic_of_the_paper_says(sketch):
 
 @pytest.mark.parametrize("arch", ["flash_lm", "transformer_pp_lm", "transformer_lm"])
 @pytest.mark.parametrize("tied", [(), ("--share-decoder-input-output-embed",)], ids=["untied", "tied"])
-def test_parameters_are_the_real_models(describe, sketch, arch, tied):
+def test_parameters_are_the_real_models(sketch, arch, tied):
     words = ["--arch", arch, *tied]
     with torch.device("meta"):
-        real = describe.build(words, WORDS)
+        real = build(words, WORDS)
     embedding, rest = sketch(*words).parameters()
     d = real.decoder.output_projection.in_features
     assert embedding == (1 if tied else 2) * WORDS * d
@@ -100,14 +103,14 @@ def tensors(state):
 
 
 @pytest.fixture(scope="module")
-def real(describe):
+def real():
     """Makes a small model with numbers; each only once."""
-    return functools.cache(lambda arch: describe.build(small(arch), WORDS))
+    return functools.cache(lambda arch: build(small(arch), WORDS))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @torch.no_grad()
-def test_the_state_has_the_bytes_of_a_real_one(describe, sketch, real, arch):
+def test_the_state_has_the_bytes_of_a_real_one(sketch, real, arch):
     for n in (1, 5, 40):
         incremental = {}
         # fairseq's own decoder takes a token at a time.
@@ -146,12 +149,12 @@ def test_recomputing_layers_keeps_only_their_inputs(sketch):
     assert 4 * 4 * d <= saving.layers < plain.layers / 4
 
 
-def test_the_crossover_is_the_shortest_row_that_costs_no_more(describe, sketch, monkeypatch):
-    monkeypatch.setattr(describe, "LONGEST", 1 << 13)
+def test_the_crossover_is_the_shortest_row_that_costs_no_more(sketch, monkeypatch):
+    monkeypatch.setattr(sketches, "LONGEST", 1 << 13)
     ours = sketch("--arch", "flash_lm_gpt", "--layers", "2")
     theirs = sketch("--arch", "transformer_lm_gpt", "--decoder-layers", "1")
     for skip_future in (True, False):
-        n = describe.crossover(ours, theirs, skip_future=skip_future)
+        n = sketches.crossover(ours, theirs, skip_future=skip_future)
         costs = [
             [each.multiply_adds(length, skip_future=skip_future) for each in (ours, theirs)]
             for length in (n - 256, n)
@@ -159,20 +162,20 @@ def test_the_crossover_is_the_shortest_row_that_costs_no_more(describe, sketch, 
         assert costs[0][0] > costs[0][1]
         assert costs[1][0] <= costs[1][1]
     # By the formulas: twice 4.46 M = 7.08 M + 768 n, so n = 2400; the last chunk's summary makes it less.
-    assert describe.crossover(ours, theirs, skip_future=True) in (2304, 2560)
+    assert sketches.crossover(ours, theirs, skip_future=True) in (2304, 2560)
 
 
-def test_attention_that_never_wins_has_no_crossover(describe, sketch):
+def test_attention_that_never_wins_has_no_crossover(sketch):
     quadratic = sketch("--arch", "flash_quad_lm", "--layers", "2")
     theirs = sketch("--arch", "transformer_pp_lm", "--layers", "1")
-    assert describe.crossover(quadratic, theirs, skip_future=True) is None
+    assert sketches.crossover(quadratic, theirs, skip_future=True) is None
     table = sketch(*small("flash_quad_lm"), "--relative-bias", "toeplitz", "--n-ref", "64")
-    assert any("rows of this model end at its table" in line for line in describe.crossovers(table))
+    assert any("rows of this model end at its table" in line for line in cost.crossovers(table))
     chunks = sketch(*small("flash_lm"), "--relative-bias", "toeplitz")
     assert chunks.multiply_adds(1 << 14, skip_future=False) > 0, "a table for a chunk ends no row"
 
 
-def test_the_crossover_says_its_unit_and_the_measured_one_stands_beside_it(describe, tmp_path, monkeypatch):
+def test_the_crossover_says_its_unit_and_the_measured_one_stands_beside_it(tmp_path, monkeypatch):
     rows = ["name,size,device,dtype,threads,n,median_ms,status"]
     for n, ours, theirs in ((512, 3, 2), (1024, 3, 4), (2048, 3.5, 3), (4096, 4, 6), (8192, 4, 9)):
         rows += [
@@ -180,18 +183,18 @@ def test_the_crossover_says_its_unit_and_the_measured_one_stands_beside_it(descr
             f"transformer_lm,tiny,cpu,float32,2,{n},{theirs},ok",
         ]
     rows += ["flash_lm,tiny,cpu,float32,2,16384,,out of memory"]
-    monkeypatch.setattr(describe, "MEASURED", tmp_path / "training.csv")
+    monkeypatch.setattr(cost, "MEASURED", tmp_path / "training.csv")
     (tmp_path / "training.csv").write_text("\n".join(rows) + "\n")
-    found = list(describe.measured_crossovers("flash_lm_tiny", "transformer_lm"))
+    found = list(cost.measured_crossovers("flash_lm_tiny", "transformer_lm"))
     assert found == ["from 4096 tokens on, in the time of a training step on cpu, float32, 2 threads"]
-    assert "not measured" in next(describe.measured_crossovers("flash_lm_gpt", "transformer_lm"))
-    assert "not measured" in next(describe.measured_crossovers("flash_lm", "transformer_lm"))
+    assert "not measured" in next(cost.measured_crossovers("flash_lm_gpt", "transformer_lm"))
+    assert "not measured" in next(cost.measured_crossovers("flash_lm", "transformer_lm"))
 
 
 @pytest.mark.parametrize("arch", ["flash_lm_tiny", "flash_lm", "mc_transformer_pp_lm_gpt"])
-def test_the_transformers_compared_with_have_as_many_parameters(describe, sketch, arch):
+def test_the_transformers_compared_with_have_as_many_parameters(sketch, arch):
     ours = sketch("--arch", arch)
-    for name, words in describe.transformers(ours).items():
+    for name, words in sketches.transformers(ours).items():
         theirs = sketch(*words)
         assert theirs.name == name
         assert sum(theirs.parameters()) == pytest.approx(sum(ours.parameters()), rel=1e-3)
@@ -199,7 +202,7 @@ def test_the_transformers_compared_with_have_as_many_parameters(describe, sketch
 
 
 def test_it_prints_every_number_it_promises(describe, capsys, monkeypatch):
-    monkeypatch.setattr(describe, "LONGEST", 1 << 10)
+    monkeypatch.setattr(sketches, "LONGEST", 1 << 10)
     describe.main([*small("flash_lm"), "--layers", "2", "--tokens-per-sample", "64", "--vocabulary", "1000"])
     printed = capsys.readouterr().out
     for line in (

@@ -55,3 +55,24 @@ def with_gradients(
         out, state = layer(x[:, start:end], mask, state)
         outs.append(out)
     return torch.cat(outs, dim=1)
+
+
+def error(ours: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """The largest difference, relative to the largest value."""
+    return (ours - expected).abs().max() / expected.abs().max()
+
+
+def assert_past_ignores_future(layer: Any, x: torch.Tensor) -> None:
+    """Bit for bit, wherever ``x`` (b, n, d) is cut."""
+    whole, _ = layer(x)
+    for cut in range(1, x.shape[1]):
+        changed = x.clone()
+        changed[:, cut:] = 1e3 * torch.randn_like(x[:, cut:])
+        assert torch.equal(layer(changed)[0][:, :cut], whole[:, :cut])
+
+
+def assert_prefixes_agree(layer: Any, x: torch.Tensor, tolerance: float) -> None:
+    """Every prefix of ``x`` (b, n, d) on its own gives what it gives in the whole row."""
+    whole, _ = layer(x)
+    for m in range(1, x.shape[1]):
+        assert error(layer(x[:, :m])[0], whole[:, :m]) <= tolerance

@@ -67,13 +67,12 @@ class KeyValueCache(NamedTuple):
         columns = self.columns + k.shape[1]
         room = 0 if torch.is_grad_enabled() else columns // 8 + 64
         parts = zip(self[:3], (k, v, positions), strict=True)
-        return KeyValueCache(
-            *(_append(old, new, self.columns, room) for old, new in parts), self.position + valid, columns
-        )
+        appended = (_append(old, new, self.columns, room) for old, new in parts)
+        return KeyValueCache._make((*appended, self.position + valid, columns))
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> KeyValueCache:
         """Applies ``function`` to every tensor."""
-        return KeyValueCache(*(function(x) if isinstance(x, torch.Tensor) else x for x in self))
+        return KeyValueCache._make(function(x) if isinstance(x, torch.Tensor) else x for x in self)
 
     def reorder(self, order: torch.Tensor) -> KeyValueCache:
         """Picks rows ``order`` ``(b',)``; shares no memory with this state."""
