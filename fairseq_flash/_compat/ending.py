@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 #: What a process returns that SIGTERM has ended, as a shell tells it.
 STATUS = 128 + signal.SIGTERM
+#: Seconds within which SIGTERM is the same request: Slurm sends it to all, and torchrun passes it on.
+SAME_REQUEST = 10.0
 #: Seconds for which a worker that loads data outlives SIGTERM.
 GRACE = 60
 
@@ -25,17 +28,22 @@ class _Request:
 
     def __init__(self) -> None:
         self.here = self.anywhere = self.followed = self.watched = False
+        self.since = 0.0
 
     def watch(self) -> None:
-        """Takes SIGTERM, unless someone else does; a second one ends the process at once, as ever."""
+        """Takes SIGTERM, unless someone else does; a second request ends the process at once, as ever."""
         free = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         if free and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._note)
             self.watched = True
 
     def _note(self, *_: Any) -> None:
+        now = time.monotonic()
+        if self.here and now - self.since > SAME_REQUEST:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+        self.since = self.since if self.here else now
         self.here = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def forget(self) -> None:
         """As before :meth:`watch`."""

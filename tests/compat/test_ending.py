@@ -81,7 +81,9 @@ def test_two_processes_end_at_the_same_update_and_go_on(words_of_training, tmp_p
     process = start(words, tmp_path / "asked", "--max-update", 100_000, program=program)
     try:
         wait_for(process, tmp_path / "asked", '"num_updates": "5"')
-        process.send_signal(signal.SIGTERM)
+        # To all, as Slurm does: torchrun passes it on, so that its processes have it twice.
+        for pid in processes_of(tmp_path):
+            os.kill(pid, signal.SIGTERM)
         assert process.wait(60) != 0
     finally:
         process.kill()
@@ -100,8 +102,6 @@ def test_a_training_in_this_process_takes_the_signal_and_gives_it_back(
     def asked(self, *args, **kwargs):
         if self.get_num_updates() == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-            # A second one would end the process at once.
-            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(Trainer, "train_step", asked)
@@ -114,6 +114,30 @@ def test_a_training_in_this_process_takes_the_signal_and_gives_it_back(
     monkeypatch.undo()
     tools.call("train", *words)
     assert weights(tmp_path)[0] == 9
+
+
+def test_a_second_request_ends_at_once_but_not_the_same_one_again():
+    program = (
+        "import os, signal, time\n"
+        "from fairseq_flash._compat import ending\n"
+        "ending.SAME_REQUEST = 0.2\n"
+        "ending._request.watch()\n"
+        "for _ in range(2): os.kill(os.getpid(), signal.SIGTERM)\n"
+        "time.sleep(0.5)\n"
+        "print('still here', flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "time.sleep(60)\n"
+    )
+    done = tools.run("python", "-c", program, PYTHONPATH=str(tools.REPOSITORY))
+    assert done.stdout.endswith("still here\n")
+    assert done.returncode == -signal.SIGTERM
+
+
+def processes_of(folder):
+    """Numbers of the running processes that name ``folder`` on their command line."""
+    listing = subprocess.run(["ps", "-ww", "-eo", "pid=,args="], capture_output=True, text=True, check=True)
+    rows = [line.split(None, 1) for line in listing.stdout.splitlines()]
+    return [int(pid) for pid, words in rows if str(folder) in words]
 
 
 def test_someone_elses_handler_stays(words_of_training, tmp_path):
