@@ -1,8 +1,8 @@
 """FLASH (gated attention units with mixed chunk attention) as a fairseq plug-in.
 
-Importing the package makes fairseq ready for this Python, numpy and torch, and registers the models and
-the task; where fairseq is not installed, ``fairseq_flash.ops`` and ``fairseq_flash.modules`` work all the
-same.
+Importing the package makes fairseq ready for this Python, numpy and torch, and registers the models, the
+task and the optimizer; where fairseq is not installed, ``fairseq_flash.ops`` and ``fairseq_flash.modules``
+work all the same.
 """
 
 import importlib.util
@@ -14,11 +14,17 @@ if importlib.util.find_spec("fairseq") is not None:
 
     prepare_host()
 
-    from fairseq_flash.models._trained import remember_options_of_checkpoints
+    from fairseq_flash._compat.room import count_before_building
+    from fairseq_flash.models._trained import config_of, remember_options_of_checkpoints
 
     remember_options_of_checkpoints()
 
     # Here and not only through --user-dir, which skips what belongs to a package that is imported already.
-    from fairseq_flash.models import flash_lm, flash_masked_lm, flash_seq2seq  # noqa: F401
+    from fairseq_flash import optim  # noqa: F401
+    from fairseq_flash.models import flash_lm, flash_masked_lm, flash_seq2seq
     from fairseq_flash.tasks import flash_language_modeling  # noqa: F401
     from fairseq_flash.tasks import flash_masked_lm as flash_masked_lm_task  # noqa: F401
+
+    count_before_building(
+        (flash_lm.FlashLanguageModel, flash_masked_lm.FlashMaskedLM, flash_seq2seq.FlashSeq2Seq), config_of
+    )

@@ -14,7 +14,7 @@ import dataclasses
 import logging
 import statistics
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from fairseq.models import FairseqEncoderDecoderModel
@@ -90,7 +90,8 @@ def layer_ratios(stack: Stack, tokens: torch.Tensor, **source: torch.Tensor) -> 
     """
     found, seen = [], {}
 
-    def note(block, args, out):
+    def note(block: nn.Module, args: tuple, out: Any) -> None:
+        """Keeps what goes in and what comes out."""
         seen[block] = args[0], out[0] if isinstance(out, tuple) else out
 
     kinds = (GatedAttentionUnit, GatedCrossAttention, TransformerBlock)

@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from runs import process
 from runs.command_line import command_line, split_off
@@ -51,13 +52,13 @@ class Run:
         """The checkpoint with the lowest validation loss."""
         return self.checkpoints / "checkpoint_best.pt"
 
-    def save(self, **changes) -> None:
+    def save(self, **changes: Any) -> None:
         """Notes what has been done; a kill leaves the old note or the new one."""
         self.state.update(changes)
         process.write_whole(self.folder / STATE, json.dumps(self.state, indent=2) + "\n")
 
 
-def command(name: str, *arguments) -> list[str]:
+def command(name: str, *arguments: Any) -> list[str]:
     """A command of fairseq, beside this Python."""
     return [str(Path(sys.executable).with_name(name)), *map(str, arguments)]
 

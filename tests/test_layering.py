@@ -1,4 +1,4 @@
-"""Proves that imports go one way, and that fairseq stays in the layers that know it."""
+"""Proves that imports go one way, that calls can be read, and that few layers know fairseq."""
 
 import ast
 import pathlib
@@ -20,6 +20,9 @@ FILES = sorted(path for layer in BELOW for path in (PACKAGE / layer).rglob("*.py
 SCRIPTS = PACKAGE.parent / "scripts"
 COMMANDS = {path.stem for path in SCRIPTS.glob("*.py")}
 SCRIPT_FILES = sorted(SCRIPTS.rglob("*.py"))
+#: But for Triton's: a kernel's parameters are pointers and sizes, and PyTorch's operators around one take
+#: tensors one by one, so that neither can be given an object.
+OWN = [path for path in (*sorted(PACKAGE.rglob("*.py")), *SCRIPT_FILES) if "kernel" not in path.name]
 ROOMS = {"text", "runs", "bench", "report"}
 
 
@@ -44,6 +47,27 @@ def test_a_layer_imports_only_what_lies_below(path):
         # A kernel file is imported when it is first asked for: see ops/dispatch.py.
         assert top != "triton" or (layer == "ops" and "kernel" in path.name), f"{path.name} imports triton"
         assert not name.endswith(".kernel"), f"{path.name} imports a kernel whenever it is imported itself"
+
+
+def signatures(path):
+    """Name, parameters but the first of a method, and those among them without a type, of each function."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            given = node.args
+            variable = [one for one in (given.vararg, given.kwarg) if one is not None]
+            parameters = [*given.posonlyargs, *given.args, *given.kwonlyargs, *variable]
+            parameters = [one for one in parameters if one.arg not in ("self", "cls")]
+            yield node.name, len(parameters), [one.arg for one in parameters if one.annotation is None]
+
+
+@pytest.mark.parametrize("path", OWN, ids=lambda path: str(path.relative_to(PACKAGE.parent)))
+def test_a_call_can_be_read(path):
+    """Nine parameters at most, six of a public function of ops, each with a type, in a short file."""
+    for name, number, bare in signatures(path):
+        public_op = "ops" in path.parts and not name.startswith("_")
+        assert number <= (6 if public_op else 9), f"{path.name}: {name} takes {number}"
+        assert not bare, f"{path.name}: {name} takes {', '.join(bare)} of no type"
+    assert len(path.read_text().splitlines()) < 300
 
 
 @pytest.mark.parametrize("path", SCRIPT_FILES, ids=lambda path: str(path.relative_to(SCRIPTS)))

@@ -4,6 +4,8 @@
     names and defaults that have changed since;
 ``checkpoints``
     why no checkpoint runs code or takes the memory, with ``dry_run``, which looks at its file;
+``room``
+    a small checkpoint builds no huge model;
 ``hub``
     archives and addresses that ``from_pretrained`` opens;
 ``saving``

@@ -145,6 +145,10 @@ def _check_parts(content: Any) -> None:
         raise ValueError(f"it holds no weights ('model') but {sorted(map(str, content))[:8]}")
     if content.get("args") is None and not isinstance(content.get("cfg"), dict):
         raise ValueError("it holds weights but no configuration ('cfg' or 'args'), so no model can be built")
+    # Of a node of omegaconf, there is a stand-in.
+    plain = content.get("args") is None and type(content["cfg"]) is dict
+    if plain and not isinstance(content["cfg"].get("model"), dict):
+        raise ValueError("its configuration holds no options of a model, so none can be built")
 
 
 def _check_weights(weights: dict[str, Any], path: str) -> None:

@@ -1,8 +1,9 @@
 """Generation and evaluation: options that fail for some models or are ignored, and text not meant."""
 
+import operator
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Optional
 
 import torch
 
@@ -16,6 +17,7 @@ def prepare() -> None:
     _accept_blank_prompts()
     _diversify_every_batch()
     _refuse_constraints_by_name()
+    _refuse_what_generation_ignores()
     _refuse_another_task()
     _join_byte_pieces()
 
@@ -30,7 +32,14 @@ def _accept_blank_prompts() -> None:
     from fairseq.tasks.language_modeling import LanguageModelingTask
 
     def heal(step: Callable) -> Callable:
-        def healed(self, generator, models, sample, prefix_tokens=None, constraints=None):
+        def healed(
+            self: Any,
+            generator: Any,
+            models: Any,
+            sample: Any,
+            prefix_tokens: Optional[torch.Tensor] = None,
+            constraints: Any = None,
+        ) -> Any:
             if prefix_tokens is not None and prefix_tokens.size(1) > 0:
                 blank = prefix_tokens[:, :1].eq(self.source_dictionary.eos())
                 prefix_tokens = prefix_tokens.masked_fill(blank, self.source_dictionary.pad())
@@ -50,7 +59,14 @@ def _diversify_every_batch() -> None:
     from fairseq.search import DiverseBeamSearch
 
     def heal(step: Callable) -> Callable:
-        def healed(self, number, lprobs, scores, prev_output_tokens=None, original_batch_idxs=None):
+        def healed(
+            self: Any,
+            number: int,
+            lprobs: torch.Tensor,
+            scores: torch.Tensor,
+            prev_output_tokens: Optional[torch.Tensor] = None,
+            original_batch_idxs: Optional[torch.Tensor] = None,
+        ) -> Any:
             if number == 0:
                 self._numbers = original_batch_idxs
             if original_batch_idxs is not None:
@@ -93,6 +109,35 @@ def _refuse_constraints_by_name() -> None:
 
     wrap(FairseqTask, "build_generator", heal_build)
     wrap(LexicallyConstrainedBeamSearch, "init_constraints", heal_init)
+
+
+def _refuse_what_generation_ignores() -> None:
+    """Says which options of generation cannot be; fairseq 0.12 ignores some, and fails late with others.
+
+    Where there are no steps to be printed it is a KeyError after a batch; top-k of 0 and top-p beyond 1 are
+    taken as if they were not given.
+    """
+    from fairseq.tasks import FairseqTask
+
+    def heal(build: Callable) -> Callable:
+        def healed(self, models: Any, args: Any, *others: Any, **kwargs: Any) -> Any:
+            for name, allowed, fits in (
+                ("print_step", "with --task translation_lev, as others write each word once", operator.not_),
+                ("retain_iter_history", "with --task translation_lev", operator.not_),
+                ("beam", "1 or more", lambda beam: beam >= 1),
+                ("nbest", "1 or more", lambda nbest: nbest >= 1),
+                ("sampling_topk", "1 or more, or -1 for all words", lambda k: k >= 1 or k == -1),
+                ("sampling_topp", "above 0 to 1, or -1 for all words", lambda p: 0 < p <= 1 or p == -1),
+            ):
+                value = getattr(args, name, None)
+                if value is not None and not fits(value):
+                    option = f"--{name.replace('_', '-')}" + (f" {value}" if value is not True else "")
+                    raise ValueError(f"{option} is not allowed; allowed: {allowed}")
+            return build(self, models, args, *others, **kwargs)
+
+        return healed
+
+    wrap(FairseqTask, "build_generator", heal)
 
 
 def _refuse_another_task() -> None:

@@ -1,6 +1,7 @@
 """What a user reads: no noise that they can do nothing about, and errors that say the cause."""
 
 import argparse
+import ast
 import logging
 import os
 import warnings
@@ -61,6 +62,7 @@ def prepare() -> None:
     _explain_unfit_checkpoints()
     _name_our_options()
     _refuse_alignments()
+    _refuse_other_criterions()
 
 
 def _silence_noise() -> None:
@@ -114,7 +116,10 @@ def _explain_fp16_without_gpu() -> None:
 
 
 def _explain_unfit_checkpoints() -> None:
-    """Says why a model refuses a checkpoint; fairseq 0.12 only asks that "the architectures match"."""
+    """Says why a checkpoint is refused; fairseq 0.12 only asks that "the architectures match".
+
+    Its optimizer, of a model with other weights, is refused by torch with no word of an option.
+    """
     from fairseq.trainer import Trainer
 
     def heal(load: Callable) -> Callable:
@@ -125,6 +130,11 @@ def _explain_unfit_checkpoints() -> None:
                 what, cause = str(error).partition(";")[0], error.__context__
                 if what.startswith("Cannot load model parameters") and isinstance(cause, ValueError):
                     raise ValueError(f"{what}: {cause}") from cause
+                if "doesn't match the size of optimizer's group" in what:
+                    raise ValueError(
+                        "the checkpoint's optimizer is of a model with other weights; allowed: "
+                        "--reset-optimizer, or --finetune-from-model"
+                    ) from error
                 raise
 
         return healed
@@ -133,7 +143,7 @@ def _explain_unfit_checkpoints() -> None:
 
 
 def _name_our_options() -> None:
-    """Tells who gives one of our models an option of fairseq's by the name it has there."""
+    """Tells who gives one of our models an option of fairseq's by the name it has there, or no task."""
     from fairseq import options
 
     def heal(parse: Callable) -> Callable:
@@ -147,11 +157,28 @@ def _name_our_options() -> None:
                 refuse(message + hint)
 
             parser.error = explained
-            return parse(parser, *args, **kwargs)
+            try:
+                parsed = parse(parser, *args, **kwargs)
+            except KeyError as error:
+                if error.args != (None,):
+                    raise
+                # fairseq-validate has no default.
+                parser.error("--task is missing; allowed: the task that the checkpoint was trained with")
+            _check_overrides(getattr(parsed, "model_overrides", "{}"), parser)
+            return parsed
 
         return healed
 
     wrap(options, "parse_args_and_arch", heal)
+
+
+def _check_overrides(text: str, parser: argparse.ArgumentParser) -> None:
+    try:
+        fits = isinstance(ast.literal_eval(text), dict)
+    except (ValueError, SyntaxError):
+        fits = "(" in text  # an expression, which some tools take
+    if not fits:
+        parser.error(f"--model-overrides {text!r} is not allowed; allowed: such as \"{{'chunk_size': 64}}\"")
 
 
 def _refuse_alignments() -> None:
@@ -169,3 +196,33 @@ def _refuse_alignments() -> None:
         return healed
 
     wrap(SequenceGeneratorWithAlignment, "__init__", heal)
+
+
+def _refuse_other_criterions() -> None:
+    """Says before the first update that a criterion cannot go with one of our models.
+
+    Some of fairseq's fail with an AssertionError without text or a RuntimeError about sizes; that of
+    alignments trains, without ``--load-alignments``, as if it were another.
+    """
+    from fairseq.trainer import Trainer
+
+    def heal(init: Callable) -> Callable:
+        def healed(self, cfg: Any, task: Any, model: Any, criterion: Any, *args: Any, **kwargs: Any) -> None:
+            name, decoder = type(criterion).__name__, getattr(model, "decoder", None)
+            ours = hasattr(decoder, "has_attention_weights")
+            problem = None
+            if name == "LabelSmoothedCrossEntropyCriterionWithAlignment" and ours:
+                problem = "gated attention gives no weights to align; allowed: label_smoothed_cross_entropy"
+            elif name == "AdaptiveLoss" and ours and getattr(decoder, "adaptive_softmax", None) is None:
+                problem = "the model has no adaptive softmax; allowed: with --adaptive-softmax-cutoff"
+            elif name == "MaskedLmLoss" and ours:
+                problem = (
+                    "the model predicts the next word; allowed: --arch flash_masked_lm, or cross_entropy"
+                )
+            if problem:
+                raise ValueError(f"--criterion {cfg.criterion._name} is not allowed: {problem}")
+            init(self, cfg, task, model, criterion, *args, **kwargs)
+
+        return healed
+
+    wrap(Trainer, "__init__", heal)

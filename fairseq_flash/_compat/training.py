@@ -33,6 +33,7 @@ def _know_before_training_that_it_is_complete() -> None:
     the end of its schedule. How long it has waited for a better validation (``--patience``) is saved for it.
     """
     from fairseq import checkpoint_utils
+    from fairseq.file_io import PathManager
     from fairseq.trainer import Trainer
 
     def heal_save(save: Callable) -> Callable:
@@ -44,6 +45,9 @@ def _know_before_training_that_it_is_complete() -> None:
 
     def heal_load(load: Callable) -> Callable:
         def healed(cfg: Any, trainer: Any, **kwargs: Any) -> Any:
+            path = cfg.restore_file.replace(".pt", f"{trainer.checkpoint_suffix or ''}.pt")
+            if cfg.restore_file != "checkpoint_last.pt" and not PathManager.isfile(path):
+                logger.warning(f"--restore-file {path} is no file: training begins anew")
             extra_state, epochs = load(cfg, trainer, **kwargs)
             goes_on = extra_state is not None and trainer.get_num_updates() > 0
             waited = extra_state.get("patience") if goes_on and not cfg.reset_meters else None

@@ -71,6 +71,7 @@ class Diagnostics(nn.Module):
 
     def begin(self, model: nn.Module, args: Any) -> None:
         """Installs the hooks if a report is due."""
+        _forget_unmeasured()
         due = self.update is not None and self.update % self.interval == 0 and self.update != self.reported
         if not (due and model.training and torch.is_grad_enabled()):
             return
@@ -103,6 +104,17 @@ class Diagnostics(nn.Module):
         parts = [part for part in PARTS if hasattr(layer, part)]
         self._handles += [getattr(layer, part).register_forward_hook(keep(part)) for part in parts]
         self._handles.append(layer.register_forward_hook(measure, with_kwargs=True))
+
+
+def _forget_unmeasured() -> None:
+    """Takes away own numbers that fairseq has reset: it would log None until the next report."""
+    for meters in metrics.get_active_aggregators():
+        kept = [
+            entry for entry in meters.priorities if entry[0] != PRIORITY or meters[entry[2]].val is not None
+        ]
+        for _, _, key in set(meters.priorities) - set(kept):
+            del meters[key]
+        meters.priorities[:] = kept
 
 
 def measure_layer(

@@ -11,7 +11,8 @@ from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import nn
 
 from fairseq_flash.models._embedding import embed_scale
-from fairseq_flash.models._options import FlashConfig, check_layers, check_sizes
+from fairseq_flash.models._option_checks import check_layers, check_sizes
+from fairseq_flash.models._options import FlashConfig
 from fairseq_flash.modules import (
     DecoderLayer,
     GatedAttentionUnit,
@@ -190,8 +191,15 @@ def resolve_n_ref(cfg: Any, task: Any) -> int:
 
     Returns:
         The length.
+
+    Raises:
+        ValueError: it is below 1.
     """
     options = getattr(task, "cfg", None) or getattr(task, "args", None)
     names = ("tokens_per_sample", "max_positions", "max_target_positions")
-    candidates = [cfg.n_ref, *(getattr(options, name, None) for name in names)]
-    return next((n for n in candidates if isinstance(n, int)), 1024)
+    candidates = {"n_ref": cfg.n_ref, **{name: getattr(options, name, None) for name in names}}
+    name, length = next(((name, n) for name, n in candidates.items() if isinstance(n, int)), ("", 1024))
+    if length < 1:
+        less = ", --context-window taken away," if name == "tokens_per_sample" else ""
+        raise ValueError(f"--{name.replace('_', '-')} {length}{less} is not allowed; allowed: 1 or more")
+    return length

@@ -83,8 +83,11 @@ class LazyLogits(torch.Tensor):
                 if function is torch.Tensor.view and args[1:] in {(-1, first.shape[-1]), first.shape}:
                     flat = first.features.flatten(0, -2) if len(args) == 3 else first.features
                     return LazyLogits(flat, first.weight, first.loss, first.log_probs)
-                if function is functional.nll_loss and first.log_probs and _reduces(args, kwargs):
-                    return _loss(first, *args[1:], **kwargs)
+                if function is functional.nll_loss and first.log_probs:
+                    # What has no effect is passed on by PyTorch as None.
+                    asked = {name: value for name, value in kwargs.items() if value is not None}
+                    if _reduces(args, asked):
+                        return _loss(first, *args[1:], **asked)
             args, kwargs = torch.utils._pytree.tree_map_only(LazyLogits, LazyLogits.computed, (args, kwargs))
             return function(*args, **kwargs)
 

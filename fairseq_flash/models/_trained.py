@@ -7,7 +7,7 @@ float64, because all that handles state dicts (averages, EMA, noise) then leaves
 """
 
 import dataclasses
-import functools
+import difflib
 import hashlib
 import json
 import logging
@@ -17,15 +17,13 @@ import torch
 from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
 from fairseq.models import ARCH_MODEL_NAME_REGISTRY, BaseFairseqModel
-from omegaconf import open_dict
+from omegaconf import DictConfig, open_dict
 
-from fairseq_flash.models._options import (
-    FlashLanguageModelConfig,
-    FlashMaskedLMConfig,
-    FlashSeq2SeqConfig,
-)
+from fairseq_flash.models._option_checks import warn_once
+from fairseq_flash.models._options import FlashLanguageModelConfig, FlashMaskedLMConfig, FlashSeq2SeqConfig
+from fairseq_flash.modules.transformer_block import default_ffn_embed_dim
 
-__all__ = ["RememberingModel", "remember_options_of_checkpoints", "trained_options"]
+__all__ = ["RememberingModel", "config_of", "remember_options_of_checkpoints", "trained_options"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +34,12 @@ CONFIGS = {
     "flash_masked_lm": FlashMaskedLMConfig,
     "flash_seq2seq": FlashSeq2SeqConfig,
 }
-#: Change neither what is computed nor, but for ``n_ref`` and ``ffn_embed_dim``, which weights tell, a weight.
+#: What fairseq's hub lays over every checkpoint, whatever its subwords are.
+USED_BY_THE_HUB = {"sentencepiece_model", "bpe_codes", "bpe_merges", "bpe_vocab", "generation_args"}
+#: Change neither what is computed nor, but for ``n_ref``, which a buffer tells, a weight.
 #: Every other option is compared, new ones too.
 FREE = {
-    *("_name", "init", "n_ref", "ffn_embed_dim", "max_positions", "load_checkpoint_heads"),
+    *("_name", "init", "n_ref", "max_positions", "load_checkpoint_heads"),
     *("dropout", "attention_dropout", "adaptive_softmax_dropout", "pooler_dropout"),
     *("checkpoint_activations", "offload_activations", "compile", "backend", "diagnostics_interval"),
     *("vocabulary_loss", "no_graph"),
@@ -69,7 +69,12 @@ def trained_options(cfg: Any, config: type) -> dict[str, Any]:
         "relative_bias": attention == "global" or not gau,
         "expansion_factor": not gau,
         "glu": gau,
+        "ffn_embed_dim": gau,
+        "adaptive_input_factor": not options.get("adaptive_input"),
+        "adaptive_softmax_factor": options.get("adaptive_softmax_cutoff") is None,
     }
+    if not gau and options["ffn_embed_dim"] is None:
+        options["ffn_embed_dim"] = float(default_ffn_embed_dim(cfg.embed_dim, bool(options["glu"])))
     options["relative_bias"] = options["relative_bias"] or "rotary"
     return {name: value for name, value in options.items() if not without_effect.get(name)}
 
@@ -87,7 +92,8 @@ def _encode(record: dict[str, Any]) -> torch.Tensor:
 
 def _decode(vector: torch.Tensor) -> dict[str, Any]:
     try:
-        return dict(json.loads(bytes(vector.double().round().int().tolist())))
+        record = json.loads(bytes(vector.double().round().int().tolist()))
+        return {"options": dict(record.get("options", {})), "words": record.get("words")}
     except (AttributeError, TypeError, ValueError):
         logger.warning("the checkpoint's record of its options is not readable; they are not compared")
         return {}
@@ -124,15 +130,21 @@ class RememberingModel(BaseFairseqModel):
         self._compare_options(stored.get("options", {}))
         words = stored.get("words")
         if self._record and words and words != self._record["words"]:
-            _warn_once(
+            warn_once(
                 "the dictionary has other words than that which the checkpoint was trained with; allowed for "
                 "the same text: data prepared with its dict.txt"
             )
+        for name, weight in self.named_parameters():
+            given = state_dict.get(name, weight)
+            if isinstance(given, torch.Tensor) and not given.is_floating_point():
+                raise ValueError(f"the checkpoint's {name} is {given.dtype}; allowed: floating point numbers")
         # Checkpoints of before have no record.
         state_dict[KEY] = self.get_extra_state()
         try:
             return super().load_state_dict(state_dict, strict, model_cfg, args)
-        except RuntimeError as error:
+        except ValueError:
+            raise
+        except Exception as error:  # of PyTorch, or of fairseq's modules while they upgrade it
             causes = " ".join(str(error).split())
             raise ValueError(
                 f"the checkpoint does not fit the options of this model: {causes}; allowed: the --arch and "
@@ -155,16 +167,11 @@ class RememberingModel(BaseFairseqModel):
                 f"{text}; allowed: its own, or --change-trained-options (change_trained_options=True among "
                 "overrides) where the weights fit all the same"
             )
-        _warn_once(f"{text}; used all the same, as --change-trained-options asks for")
+        warn_once(f"{text}; used all the same, as --change-trained-options asks for")
 
 
 def _shown(value: Any) -> str:
-    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
-
-
-@functools.cache
-def _warn_once(text: str) -> None:
-    logger.warning(text)
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)[:200]
 
 
 def remember_options_of_checkpoints() -> None:
@@ -180,11 +187,14 @@ def remember_options_of_checkpoints() -> None:
 
     def remembering(cfg: Any, overrides: dict[str, Any]) -> None:
         options = cfg.__dict__["_flash_options"] = _options_of(cfg)
-        if options and "change_trained_options" not in cfg.model:
-            # An override of what a checkpoint's configuration lacks would be dropped.
+        if options:
+            # An override of what an older checkpoint's configuration lacks would be dropped.
             with open_dict(cfg):
-                cfg.model.change_trained_options = False
+                for option in dataclasses.fields(config_of(cfg)):
+                    cfg.model.setdefault(option.name, option.default)
         overwrite(cfg, overrides)
+        if options:
+            _warn_of_unused(cfg, overrides)
 
     def recording(state: dict[str, Any]) -> dict[str, Any]:
         state = upgrade(state)
@@ -197,8 +207,23 @@ def remember_options_of_checkpoints() -> None:
     checkpoint_utils.overwrite_args_by_name, checkpoint_utils._upgrade_state_dict = remembering, recording
 
 
+def _warn_of_unused(cfg: DictConfig, overrides: dict[str, Any]) -> None:
+    """Says which overrides are no option of the checkpoint: fairseq drops them."""
+    known = {name: True for part in cfg.values() if isinstance(part, DictConfig) for name in part} | dict(cfg)
+    for name in overrides:
+        architecture = name in ("_name", "model") and isinstance(overrides[name], str)
+        if architecture or (name not in known and name not in USED_BY_THE_HUB):
+            near = difflib.get_close_matches(str(name).replace("-", "_"), map(str, known), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near and not architecture else ""
+            warn_once(f"override {name!r} is no option of the checkpoint and has no effect{hint}")
+
+
+def config_of(cfg: Any) -> Optional[type]:
+    """The dataclass of the model that a whole configuration is of, if it is one of ours."""
+    name = getattr(cfg.get("model"), "_name", None) if hasattr(cfg, "get") else None
+    return CONFIGS.get(ARCH_MODEL_NAME_REGISTRY.get(name, name))
+
+
 def _options_of(cfg: Any) -> Optional[dict[str, Any]]:
-    model = cfg.get("model") if hasattr(cfg, "get") else None
-    name = getattr(model, "_name", None)
-    config = CONFIGS.get(ARCH_MODEL_NAME_REGISTRY.get(name, name))
-    return config and trained_options(model, config)
+    config = config_of(cfg)
+    return config and trained_options(cfg.model, config)

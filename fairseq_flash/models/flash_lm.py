@@ -11,7 +11,8 @@ from fairseq_flash.models._diagnostics import watch_layers
 from fairseq_flash.models._embedding import build_adaptive_softmax, build_input, padding_as_words
 from fairseq_flash.models._layers import build_stack, compile_objections, resolve_n_ref
 from fairseq_flash.models._loss import LazyLogits, resolve_loss
-from fairseq_flash.models._options import NO_MAXIMUM, FlashLanguageModelConfig, check_sizes
+from fairseq_flash.models._option_checks import check_sizes
+from fairseq_flash.models._options import NO_MAXIMUM, FlashLanguageModelConfig
 from fairseq_flash.models._presets import LANGUAGE_MODELS, register
 from fairseq_flash.models._trained import RememberingModel
 from fairseq_flash.modules import DecodingState, RowMemory, StepGraphs

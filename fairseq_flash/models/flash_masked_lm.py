@@ -4,7 +4,7 @@ import logging
 from typing import Any, Optional
 
 import torch
-from fairseq import hub_utils
+from fairseq import file_utils, hub_utils
 from fairseq.models import FairseqEncoderModel, register_model
 from fairseq.models.roberta.model import RobertaClassificationHead
 from torch import distributed, nn
@@ -14,7 +14,8 @@ from fairseq_flash.models._embedding import build_embedding
 from fairseq_flash.models._encoder import FlashEncoder
 from fairseq_flash.models._hub import FlashHubInterface, find_sentencepiece
 from fairseq_flash.models._layers import resolve_n_ref
-from fairseq_flash.models._options import FlashMaskedLMConfig, check_masked_lm, check_sizes
+from fairseq_flash.models._option_checks import check_masked_lm, check_sizes
+from fairseq_flash.models._options import FlashMaskedLMConfig
 from fairseq_flash.models._presets import MASKED_LMS, register
 from fairseq_flash.models._trained import RememberingModel
 from fairseq_flash.models.flash_lm import normalized_probs
@@ -201,7 +202,7 @@ class FlashMaskedLM(RememberingModel, FairseqEncoderModel):
         """Loads a checkpoint with its classification heads, ready for use (without dropout).
 
         Args:
-            model_name_or_path: Folder of the checkpoint.
+            model_name_or_path: Folder of the checkpoint, or a tar archive of it.
             checkpoint_file: Its name.
             data_name_or_path: Folder of the data that it was trained on, with its dictionaries; relative to
                 the checkpoint's if it begins with a dot.
@@ -215,6 +216,10 @@ class FlashMaskedLM(RememberingModel, FairseqEncoderModel):
         Raises:
             ValueError: no sentencepiece model is given or found; or as :meth:`upgrade_state_dict_named`.
         """
+        # A folder, or an archive that is unpacked.
+        model_name_or_path = file_utils.load_archive_file(model_name_or_path)
+        if not data_name_or_path.startswith("."):
+            data_name_or_path = file_utils.load_archive_file(data_name_or_path)
         if bpe == "sentencepiece" and "sentencepiece_model" not in kwargs:
             kwargs["sentencepiece_model"] = find_sentencepiece(model_name_or_path, data_name_or_path)
         loaded = hub_utils.from_pretrained(

@@ -8,7 +8,8 @@ from fairseq.models import FairseqEncoderDecoderModel, register_model
 from fairseq_flash.models._embedding import build_embedding, padding_as_words
 from fairseq_flash.models._encoder import EncoderOut, FlashEncoder
 from fairseq_flash.models._layers import resolve_n_ref
-from fairseq_flash.models._options import FlashSeq2SeqConfig, check_sizes, stack_options
+from fairseq_flash.models._option_checks import check_sizes
+from fairseq_flash.models._options import FlashSeq2SeqConfig, stack_options
 from fairseq_flash.models._presets import SEQ2SEQ_PAIRS as PAIRS
 from fairseq_flash.models._presets import SEQ2SEQS, register
 from fairseq_flash.models._trained import RememberingModel

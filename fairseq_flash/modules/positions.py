@@ -161,9 +161,11 @@ class RotaryBias(nn.Module):
             nn.init.constant_(vector, (height / vector.numel()) ** 0.5)
 
     def matrix(self, length: int, lengths: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """The bias within a row of ``length`` columns as a matrix, ``(n, n)``, however many hold tokens."""
-        positions = torch.arange(length, device=self.a.device)
-        return self(positions, positions)
+        """The bias within a row of ``length`` columns as a matrix, ``(n, n)``, however many hold tokens.
+
+        It is in float32 or wider.
+        """
+        return toeplitz_bias(rotary_bias_by_distance(self.a, self.b, length, both=True), length)
 
     def by_distance(self, length: int) -> torch.Tensor:
         """The bias towards a key 0 to ``length - 1`` tokens back, ``(length,)`` in float32 or wider."""

@@ -18,6 +18,11 @@ from fairseq_flash.ops import Options, Pair, apply_rotary
 __all__ = ["TransformerBlock"]
 
 
+def default_ffn_embed_dim(embed_dim: int, glu: bool) -> int:
+    """Width of the feed-forward network where none is given: 4 d, or about 8 d / 3, equal in parameters."""
+    return 8 * -(-embed_dim // 3) if glu else 4 * embed_dim
+
+
 class TransformerBlock(AttentionLayer):
     r"""Multi-head attention and a feed-forward network, each with a residual and a norm before it.
 
@@ -61,7 +66,7 @@ class TransformerBlock(AttentionLayer):
         check_choice("backend", self.backend, ("auto", "reference"))
         check_flags(glu=glu)
         if ffn_embed_dim is None:
-            ffn_embed_dim = 8 * -(-embed_dim // 3) if glu else 4 * embed_dim
+            ffn_embed_dim = default_ffn_embed_dim(embed_dim, glu)
         check_sizes(ffn_embed_dim=ffn_embed_dim)
         if attention_dim % 2 or embed_dim % attention_dim:
             raise ValueError(

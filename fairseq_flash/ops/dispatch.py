@@ -10,8 +10,7 @@ __all__ = ["BACKENDS", "IMPLEMENTATIONS", "STEPS", "check_backend", "choose"]
 
 #: Implementations of :func:`~fairseq_flash.ops.gated_mixed_chunk`, the fastest first: modules with
 #: ``run(projected, options, carry)`` and ``objections(projected, options) -> list[str]``, which may ask
-#: for device, dtype and sizes, never for values. With ``reservations(projected, options)`` one may stand
-#: back from ``"auto"`` where it could run. A module is imported when it is first asked.
+#: for device, dtype and sizes, never for values. A module is imported when it is first asked.
 IMPLEMENTATIONS = {
     "triton": "fairseq_flash.ops.mixed_chunk.kernel",
     "recomputed": "fairseq_flash.ops.mixed_chunk.recomputed",
@@ -65,16 +64,11 @@ def choose(backend: str, *arguments: Any, among: Optional[Mapping[str, str]] = N
     refused = []
     for name in among if backend == "auto" else (backend,):
         module = _module(among[name])
-        objections = module if isinstance(module, list) else _reasons(backend, module, arguments)
+        objections = module if isinstance(module, list) else module.objections(*arguments)
         if not objections:
             return module.run
         refused.append(f"backend={name!r} cannot run: {'; '.join(objections)}")
     raise ValueError(". ".join(refused) + ("" if backend == "auto" else "; allowed: auto"))
-
-
-def _reasons(backend: str, module: Any, arguments: tuple) -> list[str]:
-    reservations = getattr(module, "reservations", None) if backend == "auto" else None
-    return (reservations(*arguments) if reservations else []) or module.objections(*arguments)
 
 
 def _module(path: str) -> Any:

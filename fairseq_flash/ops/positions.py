@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
 from fairseq_flash.ops.precision import widened
 
@@ -100,9 +99,14 @@ def _frequencies(dim: int, device: torch.device) -> torch.Tensor:
 
 
 @torch.compiler.assume_constant_result
-@functools.lru_cache(maxsize=16)
 def _digit_tables(dim: int, device: torch.device) -> torch.Tensor:
     """Cosines and sines of every value of every digit: (3, BASE, s)."""
+    return _cached_digit_tables(dim, device)
+
+
+# A compiler looks through a cache, and would make the table on the host, and copy it, in every pass.
+@functools.lru_cache(maxsize=16)
+def _cached_digit_tables(dim: int, device: torch.device) -> torch.Tensor:
     with torch.inference_mode(False), torch.no_grad():
         digits = torch.arange(BASE, dtype=torch.float64)
         powers = BASE ** torch.arange(3, dtype=torch.float64)
@@ -211,7 +215,9 @@ def rotary_bias(
     return torch.einsum("...is,...js->...ij", rotated_a, rotated_b)
 
 
-def rotary_bias_by_distance(a: torch.Tensor, b: torch.Tensor, length: int) -> torch.Tensor:
+def rotary_bias_by_distance(
+    a: torch.Tensor, b: torch.Tensor, length: int, *, both: bool = False
+) -> torch.Tensor:
     r"""The bias of :func:`rotary_bias` as a function of the distance, from few numbers.
 
     .. math:: b(t) = \sum_i (a_i b_i + a'_i b'_i) \cos \omega_i t + (a_i b'_i - a'_i b_i) \sin \omega_i t
@@ -220,20 +226,36 @@ def rotary_bias_by_distance(a: torch.Tensor, b: torch.Tensor, length: int) -> to
         a: ``(s,)``, ``s`` even; :math:`a'` is its second half.
         b: ``(s,)``.
         length: Distances 0 to ``length - 1``.
+        both: Whether those towards later keys, from ``1 - length`` on, come first.
 
     Returns:
-        ``(length,)`` in float32 or wider.
+        ``(length,)``, or ``(2 length - 1,)``, in float32 or wider.
     """
     wide = widened(a.dtype)
     (a1, a2), (b1, b2) = a.to(wide).chunk(2), b.to(wide).chunk(2)
-    waves = torch.cat((a1 * b1 + a2 * b2, a1 * b2 - a2 * b1))
-    # A tensor without numbers must not enter the cache, nor meet one with numbers.
-    table = _waves.__wrapped__ if isinstance(a, FakeTensor) else _waves
-    return table(length, a.numel(), wide, a.device) @ waves
+    heights = torch.cat((a1 * b1 + a2 * b2, a1 * b2 - a2 * b1))
+    begin = 1 - length if both else 0
+    return _waves(begin, length, a.numel(), wide, a.device) @ heights
+
+
+def _waves(begin: int, end: int, dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Cosines, then sines, of every frequency at distances ``begin`` to ``end - 1``: (end - begin, s)."""
+    if torch.compiler.is_compiling() or torch._guards.detect_fake_mode() is not None:
+        # A compiler makes it where it is used; a tensor without numbers must not enter the cache.
+        return _signed_angles(torch.arange(begin, end, device=device), dim, dtype)
+    # Of many lengths one table, twice as long as need be at most.
+    table = _cached_waves(1 << (end - 1).bit_length(), dim, dtype, device)
+    middle = table.shape[0] // 2
+    return table[middle + begin : middle + end]
 
 
 @functools.lru_cache(maxsize=16)
-def _waves(length: int, dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Cosines, then sines, of every frequency at every distance: (length, s)."""
+def _cached_waves(length: int, dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     with torch.inference_mode(False), torch.no_grad():
-        return torch.cat(rotary_angles(torch.arange(length), dim, torch.float64), dim=-1).to(device, dtype)
+        distances = torch.arange(1 - length, length)
+        return _signed_angles(distances, dim, torch.float64).to(device, dtype)
+
+
+def _signed_angles(distances: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
+    cos, sin = rotary_angles(distances.abs(), dim, dtype)
+    return torch.cat((cos, sin * distances.sign().unsqueeze(-1)), dim=-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -27,7 +27,7 @@ def without_autocast(function: _Function) -> _Function:
     """Runs ``function`` in the dtype of its arguments: under autocast a float16 product could overflow."""
 
     @functools.wraps(function)
-    def wrapped(*args, **kwargs):
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
         device = next(x.device.type for x in args if isinstance(x, torch.Tensor))
         with torch.autocast(device_type=device, enabled=False):
             return function(*args, **kwargs)

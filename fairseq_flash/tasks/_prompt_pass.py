@@ -51,7 +51,10 @@ class PromptPassGenerator(SequenceGenerator):
         constraints: Optional[torch.Tensor] = None,
         bos_token: Optional[int] = None,
     ) -> list[list[dict[str, torch.Tensor]]]:
-        def one_by_one(sample, prefix_tokens):
+        def one_by_one(
+            sample: dict[str, Any], prefix_tokens: Optional[torch.Tensor]
+        ) -> list[list[dict[str, torch.Tensor]]]:
+            """Fairseq's own way."""
             return super(PromptPassGenerator, self)._generate(sample, prefix_tokens, constraints, bos_token)
 
         if prefix_tokens is None or not prefix_tokens.shape[1] or self._objects(constraints):
@@ -168,7 +171,9 @@ class _PrimedEnsemble(EnsembleModel):
     def start_from(self, states: list[DecodingState]) -> None:
         self._states = states
 
-    def forward_decoder(self, tokens, encoder_outs, incremental_states, temperature=1.0):
+    def forward_decoder(
+        self, tokens: torch.Tensor, encoder_outs: Any, incremental_states: Any, temperature: float = 1.0
+    ) -> Any:
         if self._states is not None:
             for model, incremental, state in zip(self.models, incremental_states, self._states, strict=True):
                 model.decoder.continue_from(incremental, state)

@@ -191,28 +191,19 @@ class FlashLanguageModelingTask(SequenceParallel, LanguageModelingTask):
         max_tokens: Optional[int],
         max_sentences: Optional[int],
         shuffle_seed: Optional[int],
-        *,
-        num_shards: int = 1,
-        shard_id: int = 0,
-        num_workers: int = 0,
-        epoch: int = 1,
-        data_buffer_size: int = 0,
-        skip_remainder_batch: bool = False,
-        **unused: Any,
+        **loading: Any,
     ) -> iterators.EpochBatchIterator:
+        """Batches whose rows go on from one to the next; of fairseq's options, ``loading``, what matters."""
         limits = [max_sentences, max_tokens and max(1, max_tokens // self.args.tokens_per_sample)]
         rows = min((limit for limit in limits if limit), default=1)
+        names = ("num_shards", "shard_id", "num_workers", "epoch", "skip_remainder_batch")
         return iterators.EpochBatchIterator(
             dataset,
             dataset.collater,
-            dataset.batches(rows, num_shards, shuffle_seed),
-            num_shards=num_shards,
-            shard_id=shard_id,
-            num_workers=num_workers,
-            epoch=epoch,
-            buffer_size=data_buffer_size,
-            skip_remainder_batch=skip_remainder_batch,
+            dataset.batches(rows, loading.get("num_shards", 1), shuffle_seed),
+            buffer_size=loading.get("data_buffer_size", 0),
             disable_shuffling=True,
+            **{name: loading[name] for name in names if name in loading},
         )
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from fairseq.search import DiverseBeamSearch
 
+from fairseq_flash.models.flash_lm import FlashLanguageModel
 from support import tools
 
 LANGUAGES = ("--source-lang", "here", "--target-lang", "there")
@@ -109,3 +110,42 @@ def test_validation_carries_the_state_where_the_task_can(data_bin, words_of_trai
     evaluated = tools.perplexity(tools.call("eval-lm", data_bin, *test, *task, *blocks, "--carry-state"))
     assert carried == pytest.approx(evaluated, rel=1e-3)
     assert carried != plain
+
+
+@pytest.mark.parametrize("option", ["--print-step", "--retain-iter-history"])
+def test_steps_of_what_has_none_are_refused_by_name(parallel, data_bin, trained, option):
+    for model, words in {
+        "flash_seq2seq": (parallel, *LANGUAGES),
+        "flash_lm": (data_bin, "--task", "language_modeling"),
+    }.items():
+        with pytest.raises(
+            ValueError, match=f"{option} is not allowed; allowed: with --task translation_lev"
+        ):
+            generate("generate", words[0], trained[model], *words[1:], option)
+
+
+def test_validation_without_a_task_says_which_is_meant(data_bin, trained, capsys):
+    with pytest.raises(SystemExit):
+        tools.call("validate", data_bin, "--user-dir", tools.USER_DIR, "--path", trained["flash_lm"])
+    assert "--task is missing; allowed: the task that the checkpoint was" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [
+        ("beam", 0, "1 or more"),
+        ("beam", -1, "1 or more"),
+        ("sampling_topk", 0, "1 or more, or -1"),
+        ("sampling_topk", -2, "1 or more, or -1"),
+        ("sampling_topp", 1.5, "above 0 to 1"),
+        ("sampling_topp", 0.0, "above 0 to 1"),
+        ("sampling_topp", float("nan"), "above 0 to 1"),
+    ],
+)
+def test_a_choice_of_words_that_cannot_be_is_refused_by_name(trained, data_bin, option, value, allowed):
+    path = trained["flash_lm"]
+    interface = FlashLanguageModel.from_pretrained(str(path.parent), path.name, str(data_bin))
+    own = f"--{option.replace('_', '-')} {value} is not allowed; allowed: {allowed}"
+    with pytest.raises(ValueError, match=own):
+        interface.sample("the", **{"beam": 1, "sampling": True, option: value})
+    interface.sample("the", beam=1, sampling=True, sampling_topk=3, sampling_topp=1.0, max_len_b=3)

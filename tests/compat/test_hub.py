@@ -1,18 +1,21 @@
 """Proves that from_pretrained writes into its own folder only, and opens only what its caller names."""
 
+import argparse
 import io
 import pathlib
 import shutil
 import tarfile
 
 import pytest
+import sentencepiece
 import torch
-from fairseq import file_utils
+from fairseq import checkpoint_utils, file_utils
 
+from fairseq_flash._compat import room
 from fairseq_flash.models.flash_lm import FlashLanguageModel
 from fairseq_flash.models.flash_masked_lm import FlashMaskedLM
 from fairseq_flash.models.flash_seq2seq import FlashSeq2Seq
-from support import hostile
+from support import hostile, tools
 
 CLASSES = {"flash_lm": FlashLanguageModel, "flash_masked_lm": FlashMaskedLM, "flash_seq2seq": FlashSeq2Seq}
 ADDRESS = "http://127.0.0.1:9/model"
@@ -198,3 +201,103 @@ def test_an_address_that_the_caller_names_is_fetched(trained, data_bin, parallel
     with pytest.raises(OSError, match="no network"):
         load("flash_lm", folder, bpe="sentencepiece", sentencepiece_model=ADDRESS)
     assert opened[1] == ADDRESS
+
+
+def test_an_archive_of_a_masked_model_is_looked_into_for_its_pieces(trained, data_bin, parallel, tmp_path):
+    files = files_of("flash_masked_lm", trained, data_bin, parallel)
+    path = pack(tmp_path / "model.tar.gz", files)
+    with pytest.raises(ValueError, match=r"no sentencepiece.bpe.model in .*unpacked"):
+        FlashMaskedLM.from_pretrained(str(path), "checkpoint_last.pt")
+    text = tmp_path / "text"
+    text.write_text("\n".join(tools.real_lines()[:200]))
+    options = dict(input=str(text), model_prefix=str(tmp_path / "pieces"), vocab_size=100, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(**options)
+    path = pack(tmp_path / "whole.tar.gz", {**files, "sentencepiece.bpe.model": tmp_path / "pieces.model"})
+    assert FlashMaskedLM.from_pretrained(str(path), "checkpoint_last.pt").encode("the").numel() > 2
+
+
+#: By model, options that ask for far more than its weights have.
+HUGE = {
+    "flash_lm": [
+        dict(embed_dim=2**20),
+        dict(embed_dim=2**40),
+        dict(layers=2**40),
+        dict(expansion_factor=2**30),
+        dict(block="transformer", attention="quadratic", ffn_embed_dim=2**40),
+        dict(relative_bias="toeplitz", chunk_size=2**40),
+        dict(attention="quadratic", relative_bias="toeplitz", n_ref=2**50),
+        dict(adaptive_input=True, adaptive_input_cutoff="10", embed_dim=2**20),
+    ],
+    "flash_masked_lm": [dict(embed_dim=2**20), dict(layers=2**40), dict(attention_dim=2**40)],
+    "flash_seq2seq": [dict(embed_dim=2**20), dict(encoder_layers=2**40), dict(decoder_layers=2**40)],
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "form"),
+    [(model, case, "cfg") for model in HUGE for case in HUGE[model]]
+    + [(model, HUGE[model][0], "args") for model in HUGE],
+)
+def test_a_small_file_builds_no_huge_model(
+    model, options, form, trained, data_bin, parallel, tmp_path, robustness
+):
+    def ask(state):
+        state["cfg"]["model"].update(options)
+        if form == "args":
+            words = {**state["cfg"]["task"], **state["cfg"]["model"], "arch": model}
+            state["args"] = argparse.Namespace(**words, task=state["cfg"]["task"]["_name"])
+
+    path = hostile.changed(trained[model], tmp_path / "checkpoint_last.pt", ask)
+    data = parallel if model == "flash_seq2seq" else data_bin
+    asked = r"checkpoint .*checkpoint_last.pt' is refused: its options ask for a model of"
+    attempt, refused = (
+        robustness.attempt("small files of huge models"),
+        pytest.raises(ValueError, match=asked),
+    )
+    with attempt, hostile.little_memory(), refused:
+        load(model, tmp_path, data_name_or_path=str(data))
+    if form == "cfg":
+        with hostile.little_memory(), pytest.raises(ValueError, match=asked):
+            checkpoint_utils.load_model_ensemble([str(path)], arg_overrides={"data": str(data)})
+
+
+@pytest.mark.parametrize("model", CLASSES)
+def test_counting_leaves_random_numbers_alone(model, trained, data_bin, parallel, tmp_path, monkeypatch):
+    data = parallel if model == "flash_seq2seq" else data_bin
+
+    def drawn():
+        torch.manual_seed(3)
+        checkpoint_utils.load_model_ensemble([str(trained[model])], arg_overrides={"data": str(data)})
+        return torch.rand(3)
+
+    found = drawn()
+    monkeypatch.setattr(room, "_asked", lambda *unused: None)
+    assert torch.equal(found, drawn())
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("layers", value) for value in ("x", 2.5, float("nan"), [1], True, "${oc.env:HOME}")),
+        *(("dropout", "x"), ("scaled_sin", 3), ("chunk_size", "8")),
+    ],
+)
+def test_an_option_of_another_type_is_refused_by_name(option, value, trained, data_bin, tmp_path):
+    def change(state):
+        state["cfg"]["model"][option] = value
+
+    hostile.changed(trained["flash_lm"], tmp_path / "checkpoint_last.pt", change)
+    with pytest.raises(ValueError, match=f"last.pt' is refused: its --{option.replace('_', '-')} is"):
+        load("flash_lm", tmp_path, data_name_or_path=str(data_bin))
+
+
+@pytest.mark.parametrize("model", ["missing", None, "flash_lm", 3])
+def test_a_configuration_without_a_model_is_refused(model, trained, data_bin, tmp_path):
+    def change(state):
+        state["cfg"]["model"] = model
+        if model == "missing":
+            del state["cfg"]["model"]
+
+    hostile.changed(trained["flash_lm"], tmp_path / "checkpoint_last.pt", change)
+    with pytest.raises(ValueError, match=r"cannot be read: its configuration holds no options"):
+        load("flash_lm", tmp_path, data_name_or_path=str(data_bin))

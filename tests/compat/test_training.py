@@ -135,6 +135,29 @@ def test_no_thread_loads_when_the_interpreter_ends():
     assert found.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("name", ["missing.pt", "folder"])
+def test_a_file_to_begin_with_that_is_none_is_warned_of(words_of_training, tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    path = tmp_path / name
+    output = train(words_of_training["flash_lm"], tmp_path / "save", "--restore-file", path, updates=1)
+    assert f"--restore-file {path} is no file: training begins anew" in output
+    output = train(words_of_training["flash_lm"], tmp_path / "save", updates=2)
+    assert "begins anew" not in output
+
+
+@pytest.mark.parametrize(
+    ("criterion", "cause"),
+    [
+        ("adaptive_loss", "the model has no adaptive softmax; allowed: with --adaptive-softmax-cutoff"),
+        ("masked_lm", "the model predicts the next word; allowed: --arch flash_masked_lm, or cross_entropy"),
+    ],
+)
+def test_a_criterion_of_another_model_is_refused_by_name(words_of_training, tmp_path, criterion, cause):
+    words = ("--criterion", criterion, "--ddp-backend", "legacy_ddp")
+    with pytest.raises(ValueError, match=f"--criterion {criterion} is not allowed: {cause}"):
+        train(words_of_training["flash_lm"], tmp_path, *words)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("model", MODELS)

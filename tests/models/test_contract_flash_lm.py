@@ -6,20 +6,14 @@ for gradients, and 2.9 of the narrow type's in half precision.
 """
 
 import copy
-import functools
 import math
-import zlib
 
 import pytest
 import torch
-from fairseq import options, tasks
-from fairseq.data import Dictionary
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
-from support import oracle, tools
+from support import contract, oracle
+from support.contract import EPSILON, assert_close, draw, generation_settings
 
-EPSILON = torch.finfo(torch.float64).eps
-TOLERANCE = 100 * EPSILON
 GRADIENT_TOLERANCE = 1000 * EPSILON
 HALF_TOLERANCE = 10  # of the narrow type's epsilon, root mean square
 CHUNK, LAYERS = 4, 3
@@ -61,10 +55,8 @@ LENGTHS = (1, 3, 4, 7, 13, 16)
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """A folder with a dictionary of 20 words."""
-    folder, dictionary = tmp_path_factory.mktemp("dictionary"), Dictionary()
-    for word in "abcdefghijklmnop":
-        dictionary.add_symbol(word)
-    dictionary.save(str(folder / "dict.txt"))
+    folder = tmp_path_factory.mktemp("dictionary")
+    contract.write_dictionary(folder / "dict.txt")
     return folder
 
 
@@ -91,24 +83,9 @@ def model(setup):
 
 
 def build(data, *arguments):
-    """The model and its task, as fairseq's tools build them from a command line, with telling weights."""
-    words = [data, "--user-dir", tools.USER_DIR, "--task", "language_modeling", "--arch", "flash_lm", *SIZES]
-    parser = options.get_training_parser()
-    args = options.parse_args_and_arch(parser, [str(word) for word in (*words, *arguments)])
-    cfg = convert_namespace_to_omegaconf(args)
-    task = tasks.setup_task(cfg.task)
-    model = task.build_model(cfg.model).double().eval()
-    for name, parameter in model.named_parameters():
-        torch.manual_seed(zlib.crc32(name.encode()))
-        # Around one for a norm; above zero for a relative bias, so that few scores fall to zero.
-        centre = 1.0 if "norm" in name and not name.endswith("bias") else 0.5 if ".bias." in name else 0.0
-        torch.nn.init.normal_(parameter, mean=centre, std=1.0 if "gamma" in name else 0.4)
-    return model, task
-
-
-def draw(rows: int, length: int, seed: int = 0) -> torch.Tensor:
-    """Tokens that are neither padding nor special, (rows, length)."""
-    return torch.randint(4, 20, (rows, length), generator=torch.Generator().manual_seed(seed))
+    """The model and its task, with telling weights."""
+    model, task = contract.build(data, "language_modeling", "--arch", "flash_lm", *SIZES, *arguments)
+    return contract.make_telling(model), task
 
 
 def logits(model, tokens: torch.Tensor) -> torch.Tensor:
@@ -120,12 +97,6 @@ def decode(model, tokens: torch.Tensor, ends, state=None) -> torch.Tensor:
     state = {} if state is None else state
     with torch.no_grad():
         return torch.cat([model(tokens[:, :end], incremental_state=state)[0] for end in ends], dim=1)
-
-
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE):
-    assert actual.shape == expected.shape
-    error = ((actual - expected).abs().max() / expected.abs().max()).item()
-    assert error <= tolerance, f"off by {error / EPSILON:.0f} epsilon"
 
 
 def oracle_parameters(model, parameters: dict | None = None) -> dict:
@@ -261,15 +232,9 @@ def test_decoding_goes_on_after_rows_are_reordered_repeated_and_dropped(model, o
     assert_close(decode(model, tokens, range(switch + 1, switch + 9), state), expected)
 
 
-@functools.cache
-def generation_settings():
-    parser = options.get_generation_parser(default_task="language_modeling")
-    return convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, ["data"])).generation
-
-
 def generate(model, task, incremental: bool, prefixes=None, rows: int = 3, **arguments):
     """Hypotheses of fairseq's generator; without a state it computes the whole prefix at every step."""
-    settings = copy.deepcopy(generation_settings())
+    settings = copy.deepcopy(generation_settings("language_modeling"))
     for name, value in arguments.items():
         settings[name] = value
     torch.manual_seed(1)

@@ -8,18 +8,13 @@ the narrow type's for the few numbers of a class, 5 for all others.
 
 import copy
 import math
-import zlib
 
 import pytest
 import torch
-from fairseq import options, tasks
-from fairseq.data import Dictionary
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
-from support import as_oracle, oracle, tools
+from support import as_oracle, contract, oracle
+from support.contract import EPSILON, assert_close, draw
 
-EPSILON = torch.finfo(torch.float64).eps
-TOLERANCE = 100 * EPSILON
 GRADIENT_TOLERANCE = 2000 * EPSILON
 HALF_TOLERANCE = 20  # of the narrow type's epsilon, root mean square
 CHUNK, CLASSES = 4, 3
@@ -56,10 +51,8 @@ LENGTHS = (1, 3, 4, 7, 13, 16)
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """A folder with a dictionary of 20 words; the task adds ``<mask>``."""
-    folder, dictionary = tmp_path_factory.mktemp("dictionary"), Dictionary()
-    for word in "abcdefghijklmnop":
-        dictionary.add_symbol(word)
-    dictionary.save(str(folder / "dict.txt"))
+    folder = tmp_path_factory.mktemp("dictionary")
+    contract.write_dictionary(folder / "dict.txt")
     return folder
 
 
@@ -80,24 +73,10 @@ def model(built, kind):
 
 
 def build(data, *arguments):
-    """The model as fairseq's tools build it from a command line, with a head and telling weights."""
-    words = [data, "--user-dir", tools.USER_DIR, "--task", "masked_lm", "--arch", "flash_masked_lm", *SIZES]
-    parser = options.get_training_parser()
-    args = options.parse_args_and_arch(parser, [str(word) for word in (*words, *arguments)])
-    cfg = convert_namespace_to_omegaconf(args)
-    model = tasks.setup_task(cfg.task).build_model(cfg.model).double().eval()
+    """The model with a head and telling weights."""
+    model, _ = contract.build(data, "masked_lm", "--arch", "flash_masked_lm", *SIZES, *arguments)
     model.register_classification_head("head", num_classes=CLASSES)
-    for name, parameter in model.named_parameters():
-        torch.manual_seed(zlib.crc32(name.encode()))
-        # Around one for a norm; above zero for a relative bias, so that few scores fall to zero.
-        centre = 1.0 if "norm" in name and not name.endswith("bias") else 0.5 if ".bias." in name else 0.0
-        torch.nn.init.normal_(parameter, mean=centre, std=1.0 if "gamma" in name else 0.4)
-    return model
-
-
-def draw(rows: int, length: int, seed: int = 0) -> torch.Tensor:
-    """Tokens that are neither padding nor special, (rows, length)."""
-    return torch.randint(4, 20, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return contract.make_telling(model)
 
 
 def outputs(model, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -131,12 +110,6 @@ def expected_outputs(model, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE):
-    assert actual.shape == expected.shape
-    error = ((actual - expected).abs().max() / expected.abs().max()).item()
-    assert error <= tolerance, f"off by {error / EPSILON:.0f} epsilon"
-
-
 @pytest.mark.parametrize(
     ("arch", "roberta"),
     [
@@ -149,10 +122,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
 def test_it_has_as_many_parameters_as_the_roberta_that_it_pairs_with(data, arch, roberta):
     counts = []
     for words in (("--arch", arch), ("--arch", "roberta_base", *roberta)):
-        words = [str(data), "--task", "masked_lm", "--tokens-per-sample", "512", *words]
-        args = options.parse_args_and_arch(options.get_training_parser(), words)
-        cfg = convert_namespace_to_omegaconf(args)
-        model = tasks.setup_task(cfg.task).build_model(cfg.model)
+        model, _ = contract.build(data, "masked_lm", "--tokens-per-sample", "512", *words)
         # At a vocabulary of 8000: the embeddings are shared with the output, which has a bias.
         width, words = model.get_parameter(EMBEDDING[type(model).__name__]).shape[::-1]
         counts.append(sum(p.numel() for p in model.parameters()) + (8000 - words) * (width + 1))

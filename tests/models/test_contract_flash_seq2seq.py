@@ -8,18 +8,13 @@ for gradients, and 3.6 of the narrow type's in half precision.
 import copy
 import functools
 import math
-import zlib
 
 import pytest
 import torch
-from fairseq import options, tasks
-from fairseq.data import Dictionary
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
-from support import as_oracle, oracle, tools
+from support import as_oracle, contract, oracle
+from support.contract import EPSILON, assert_close, generation_settings
 
-EPSILON = torch.finfo(torch.float64).eps
-TOLERANCE = 100 * EPSILON
 GRADIENT_TOLERANCE = 1000 * EPSILON
 HALF_TOLERANCE = 10  # of the narrow type's epsilon, root mean square
 CHUNK, PAD, EOS = 4, 1, 2
@@ -37,6 +32,8 @@ KINDS = {
     "quadratic": ("--attention", "quadratic", "--scaled-sin"),
     "quadratic toeplitz": ("--attention", "quadratic", "--relative-bias", "toeplitz", "--n-ref", "33"),
 }
+#: Of the words that every dictionary has.
+draw = functools.partial(contract.draw, words=17)
 #: Of source and target: one token, less than a chunk, a chunk, several with and without a rest.
 LENGTHS = ((1, 1), (3, 7), (13, 4), (8, 13))
 
@@ -45,11 +42,9 @@ LENGTHS = ((1, 1), (3, 7), (13, 4), (8, 13))
 def data(tmp_path_factory):
     """A folder with dictionaries: of 20 words for the source, the same again, and of 17 for the target."""
     folder = tmp_path_factory.mktemp("dictionaries")
-    for language, words in (("source", "abcdefghijklmnop"), ("alike", "abcdefghijklmnop"), ("target", "qr")):
-        dictionary = Dictionary()
-        for word in words if len(words) > 2 else "qrstuvwxyzabc":
-            dictionary.add_symbol(word)
-        dictionary.save(str(folder / f"dict.{language}.txt"))
+    for language in ("source", "alike"):
+        contract.write_dictionary(folder / f"dict.{language}.txt")
+    contract.write_dictionary(folder / "dict.target.txt", "qrstuvwxyzabc")
     return folder
 
 
@@ -82,27 +77,11 @@ def model(setup):
 
 
 def build(data, *arguments, seed: str = ""):
-    """The model and its task, as fairseq's tools build them from a command line, with telling weights."""
-    words = [data, "--user-dir", tools.USER_DIR, "--task", "translation", "--arch", "flash_seq2seq", *SIZES]
-    words += ["--source-lang", "source"]
+    """The model and its task, with telling weights."""
+    words = ["--arch", "flash_seq2seq", *SIZES, "--source-lang", "source"]
     words += [] if "--target-lang" in arguments else ["--target-lang", "target"]
-    parser = options.get_training_parser()
-    args = options.parse_args_and_arch(parser, [str(word) for word in (*words, *arguments)])
-    cfg = convert_namespace_to_omegaconf(args)
-    task = tasks.setup_task(cfg.task)
-    model = task.build_model(cfg.model).double().eval()
-    for name, parameter in model.named_parameters():
-        torch.manual_seed(zlib.crc32((name + seed).encode()))
-        # Around one for a norm; above zero for what lifts scores, so that few of them fall to zero.
-        lifts = ".bias." in name or name.endswith("_scale.beta")
-        centre = 1.0 if "norm" in name and not name.endswith("bias") else 0.5 if lifts else 0.0
-        torch.nn.init.normal_(parameter, mean=centre, std=1.0 if "gamma" in name else 0.4)
-    return model, task
-
-
-def draw(rows: int, length: int, seed: int = 0) -> torch.Tensor:
-    """Tokens that are neither padding nor special, (rows, length)."""
-    return torch.randint(4, 17, (rows, length), generator=torch.Generator().manual_seed(seed))
+    model, task = contract.build(data, "translation", *words, *arguments)
+    return contract.make_telling(model, seed, lifting=(".bias.", "_scale.beta")), task
 
 
 def logits(model, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -116,12 +95,6 @@ def decode(model, encoder_out, target: torch.Tensor, ends, state: dict | None = 
         outs = [model.decoder(target[:, :end], encoder_out, incremental_state=state)[0] for end in ends]
     assert all(out.shape[1] == 1 for out in outs)
     return torch.cat(outs, dim=1)
-
-
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE):
-    assert actual.shape == expected.shape
-    error = ((actual - expected).abs().max() / expected.abs().max()).item()
-    assert error <= tolerance, f"off by {error / EPSILON:.0f} epsilon"
 
 
 def expected_logits(model, source: torch.Tensor, target: torch.Tensor, kind: str) -> torch.Tensor:
@@ -237,15 +210,9 @@ def test_two_models_share_no_state(model, others, kind):
             assert_close(decode(each, encoder_out, target, [end], state), expected)
 
 
-@functools.cache
-def generation_settings():
-    parser = options.get_generation_parser(default_task="translation")
-    return convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, ["data"])).generation
-
-
 def generate(models, task, source, incremental: bool, prefixes=None, **arguments):
     """Hypotheses of fairseq's generator; without a state it computes the whole prefix at every step."""
-    settings = copy.deepcopy(generation_settings())
+    settings = copy.deepcopy(generation_settings("translation"))
     for name, value in arguments.items():
         settings[name] = value
     torch.manual_seed(1)

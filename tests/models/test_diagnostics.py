@@ -1,11 +1,13 @@
 """Proves that diagnostics report what they say, when they say, and change no bit of the training."""
 
+import io
 import json
 import math
+from unittest import mock
 
 import pytest
 import torch
-from fairseq.logging import metrics
+from fairseq.logging import metrics, progress_bar
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fairseq_flash.models._diagnostics import watch_layers
@@ -229,6 +231,35 @@ def test_reports_reach_tensorboard_and_the_json_log(data_bin, tmp_path):
     steps = [event.step for event in events.Scalars("sparsity/layer0")]
     assert steps == [1, 3, 5]
     assert all(0 <= event.value <= 1 for event in events.Scalars("sparsity/layer0"))
+
+
+@pytest.fixture(autouse=True)
+def fresh_boards(monkeypatch):
+    """fairseq writes all trainings of a process to the folder of the first."""
+    monkeypatch.setattr(progress_bar, "_tensorboard_writers", {})
+
+
+@pytest.mark.parametrize("shown", [("json",), ("simple",), ("tqdm",), ("tqdm", "--no-progress-bar")])
+def test_between_two_reports_no_line_of_the_log_has_a_number_of_ours(data_bin, tmp_path, shown):
+    board = tmp_path / "tensorboard"
+    extra = ("--diagnostics-interval", "3", "--log-format", *shown, "--tensorboard-logdir", board)
+    words = (*SMALL, "--chunk-size", "8", "--batch-size", "8", "--optimizer", "adam", *extra)
+    with mock.patch("sys.stderr", new_callable=Terminal) as terminal:
+        tools.train(data_bin, tmp_path / "run", *words, updates=5)
+        # Resumed within an epoch, and over the end of one that is shorter than the interval.
+        log = tools.train(data_bin, tmp_path / "run", *words, "--diagnostics-interval", "100", updates=99)
+    lines = (log + terminal.getvalue()).replace("\r", "\n").splitlines()
+    lines = [line for line in lines if "train_wall" in line or "gnorm" in line]
+    assert any("branch/layer0" in line for line in lines)
+    assert not all("branch/layer0" in line for line in lines)
+    assert not [line for line in lines if "None" in line or "null" in line]
+    steps = EventAccumulator(str(board / "train_inner")).Reload().Scalars("sparsity/layer0")
+    assert all(math.isfinite(event.value) for event in steps)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
 
 def test_two_processes_report_what_the_first_one_sees(data_bin, tmp_path):

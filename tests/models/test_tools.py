@@ -651,3 +651,10 @@ def test_a_name_of_fairseqs_own_model_is_answered_with_ours(data_bin, tmp_path, 
     last = capsys.readouterr().err.splitlines()[-1]
     assert "unrecognized arguments: " + theirs in last
     assert (f" is {ours}" in last) if ours else last.endswith(f"{theirs} 4")
+
+
+@pytest.mark.parametrize("words", [("--tokens-per-sample", "0"), ("--context-window", "1024")])
+def test_rows_without_room_for_a_word_are_refused_by_name(checkpoint, data_bin, words):
+    tool = ("--user-dir", tools.USER_DIR, "--task", "language_modeling", "--path", checkpoint, "--cpu")
+    with pytest.raises(ValueError, match="--tokens-per-sample 0, --context-window taken away, is not"):
+        tools.call("eval-lm", data_bin, *tool, "--gen-subset", "valid", *words)

@@ -329,3 +329,6 @@ def test_alignments_are_refused_before_work_begins(second_checkpoint, data_bin, 
         generate(data_bin, second_checkpoint, "--print-alignment", "hard")
     with pytest.raises(ValueError, match=r"--load-alignments .* is not allowed"):
         train(data_bin, tmp_path, "--load-alignments")
+    criterion = "label_smoothed_cross_entropy_with_alignment"
+    with pytest.raises(ValueError, match=f"--criterion {criterion} is not allowed"):
+        train(data_bin, tmp_path, "--criterion", criterion)

@@ -60,7 +60,7 @@ def equal(kernel, options, inputs, dtype):
 @pytest.mark.parametrize(("c", "s", "n"), SIZES)
 def test_whole_numbers_come_out_equal(kernel, c, s, n, causal, dtype):
     options = ops.Options(c, causal, "chunk")
-    assert equal(kernel, options, exact.draw(options, 2, n, 24, s, padded=True), dtype)
+    assert equal(kernel, options, exact.draw(options, (2, n, 24, s), padded=True), dtype)
 
 
 @run_here
@@ -70,7 +70,7 @@ def test_whole_numbers_come_out_equal(kernel, c, s, n, causal, dtype):
 def test_every_branch_and_either_way_to_sum_with_a_carry(kernel, monkeypatch, branches, causal, serial):
     monkeypatch.setattr(kernel, "SERIAL_PROGRAMS", serial)
     options = ops.Options(64, causal, "chunk", branches=branches)
-    inputs = exact.draw(options, 2, 150, 72, 64, carried="lin" in branches)
+    inputs = exact.draw(options, (2, 150, 72, 64), carried="lin" in branches)
     assert equal(kernel, options, inputs, torch.bfloat16)
 
 
@@ -101,7 +101,7 @@ def test_errors_are_at_most_twice_the_reference_s(kernel, n, e, causal, dtype):
     for name, exactly in want.items():
         errors = [(x[name].double() - exactly).square().mean().sqrt() for x in (ours, reference)]
         # Of one token, the reference's numbers may happen to be exact.
-        few = 1 / 8 if n > 1 else 2
+        few = 1 / 8 if n > 1 else 4
         assert errors[0] <= 2 * errors[1] + few * torch.finfo(dtype).eps * exactly.square().mean().sqrt(), (
             name
         )
@@ -145,18 +145,15 @@ def test_the_operator_is_sound_and_lives_in_a_compiled_graph(kernel):
 @run_here
 def test_a_card_is_tried_out_while_somebody_evaluates(kernel):
     with torch.inference_mode():
-        assert exact.mistakes(kernel.run, DEVICE, torch.bfloat16) == []
+        assert exact.mistakes(kernel.run, ops.Options(64, True), 64, DEVICE, torch.bfloat16) == []
 
 
 @run_here
-def test_auto_leaves_a_compiled_layer_to_the_reference(kernel, monkeypatch):
+def test_auto_takes_the_kernels_where_they_can_run(kernel):
     options = ops.Options(64, True)
     projected, _, _ = random_inputs(options, 2, 70, 8, 64, torch.float32)
     narrow = ops.Projected(*(x if x is None else x.to(DEVICE, torch.float32) for x in projected[:6]))
     assert dispatch.choose("auto", narrow, options) is kernel.run
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert dispatch.choose("auto", narrow, options) is gated.run
-    assert dispatch.choose("triton", narrow, options) is kernel.run
 
 
 @run_here
@@ -182,11 +179,33 @@ def test_what_the_kernels_do_not_take_is_named():
 def test_a_card_that_computes_wrongly_is_named_in_a_warning_and_left_out(monkeypatch):
     from fairseq_flash.ops.mixed_chunk import kernel
 
-    monkeypatch.setattr(kernel, "mistakes", lambda run, device, dtype: ["out"])
+    tried = []
+
+    def mistakes(run, options, s, device, dtype, b):
+        tried.append((options.chunk_size, options.causal, options.branches, s, b))
+        return ["out"] if b > 2 else []
+
+    monkeypatch.setattr(kernel, "mistakes", mistakes)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a card")
     kernel._failures.cache_clear()
     with pytest.warns(UserWarning, match=r"Triton 3\S+ on a card computes out wrongly in torch.bfloat16"):
-        assert len(kernel._failures(0, torch.bfloat16)) == 1
+        assert len(kernel._failures(0, torch.bfloat16, 128, 256, False, BOTH)) == 1
+    assert tried == [(256, False, BOTH, 128, 2), (256, False, BOTH, 128, 64)]
+    assert 64 * 2 >= kernel.SERIAL_PROGRAMS > 2 * 2, "the rows make few programs, and many"
+    kernel._failures.cache_clear()
+
+
+def test_a_card_that_cannot_run_them_is_named_in_a_warning_and_left_out(monkeypatch):
+    from fairseq_flash.ops.mixed_chunk import kernel
+
+    def mistakes(*args, **rest):
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(kernel, "mistakes", mistakes)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a small card")
+    kernel._failures.cache_clear()
+    with pytest.warns(UserWarning, match="a small card fails with RuntimeError: out of resource"):
+        assert len(kernel._failures(0, torch.bfloat16, 128, 256, False, BOTH)) == 1
     kernel._failures.cache_clear()
 
 
@@ -194,4 +213,4 @@ def test_what_is_wrong_is_found():
     def wrong(projected, options, carry):
         return gated.run(projected, options, carry) + 1
 
-    assert "out" in exact.mistakes(wrong, torch.device("cpu"), torch.bfloat16)
+    assert "out" in exact.mistakes(wrong, ops.Options(64, True), 64, torch.device("cpu"), torch.bfloat16)

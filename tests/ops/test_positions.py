@@ -72,6 +72,34 @@ def test_rotary_bias_is_the_oracles_and_depends_on_the_distance_alone():
     assert close(ops.rotary_bias(a, b, queries + 1000, keys + 1000), ours, 1e-11)
 
 
+@pytest.mark.parametrize("length", [1, 2, 5, 8, 9])
+def test_rotary_bias_by_distance_is_the_oracles(length):
+    a, b = torch.randn(2, 6)
+    expected = [oracle.rotary_bias(a, b, t + 20, 20) for t in range(1 - length, length)]
+    assert close(ops.rotary_bias_by_distance(a, b, length, both=True), torch.stack(expected))
+    assert close(ops.rotary_bias_by_distance(a, b, length), torch.stack(expected[length - 1 :]))
+
+
+@pytest.mark.parametrize(
+    "angles",
+    [lambda t: summed_angles(t, 6), lambda t: ops.rotary_bias_by_distance(t[:6] * 1.0, t[:6] * 1.0, 7)],
+)
+def test_a_compiled_graph_makes_no_table_on_the_host(angles):
+    """A table that a compiler traces would be made, and copied to the device, in every pass."""
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compile(angles, backend=keep, fullgraph=True)(torch.arange(30))
+    made = [node for node in graphs[0].graph.nodes if node.op.startswith("call")]
+    moves = [node for node in made if node.target == "to" and torch.device("cpu") in node.args]
+    assert made
+    assert not moves
+    assert not [node for node in made if node.target is torch.arange and 2048 in node.args]
+
+
 def test_an_odd_dimension_is_refused_by_name():
     with pytest.raises(ValueError, match="attention_dim=7 is odd"):
         ops.rotary(torch.randn(3, 7), torch.arange(3))

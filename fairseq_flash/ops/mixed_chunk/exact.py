@@ -20,25 +20,23 @@ __all__ = ["draw", "mistakes", "results"]
 
 
 def draw(
-    options: Options, b: int, n: int, e: int, s: int, *, padded: bool = False, carried: bool = False
+    options: Options, sizes: tuple[int, int, int, int], *, padded: bool = False, carried: bool = False
 ) -> tuple[gated.Projected, Optional[Carry], Tensor]:
     """Inputs and the gradient of the output, in float64 on the CPU, the same in each call.
 
     Args:
         options: With ``linear_norm="chunk"`` and a power of two as chunk size.
-        b: Rows.
-        n: Tokens.
-        e: Size of values.
-        s: Size of queries and keys.
+        sizes: Rows ``b``, tokens ``n``, size of values ``e``, size of queries and keys ``s``.
         padded: Whether the last row is padded.
         carried: Whether something is carried in.
 
     Returns:
         The tensors; what is carried, or None; and the gradient.
     """
-    generator = torch.Generator().manual_seed(0)
+    (b, n, e, s), generator = sizes, torch.Generator().manual_seed(0)
 
-    def sparse(*shape, one_in, signed=True):
+    def sparse(*shape: int, one_in: int, signed: bool = True) -> Tensor:
+        """Ones, or signs, at one place in ``one_in``, zero elsewhere."""
         values = torch.randint(-1 if signed else 1, 2, shape, generator=generator).double()
         return values * (torch.randint(0, one_in, shape, generator=generator) == 0)
 
@@ -94,12 +92,23 @@ def results(
     return {"out": out.detach(), **dict(zip(leaves, found, strict=True))}
 
 
-def mistakes(run: Callable, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """What an implementation computes wrongly on a device: names of results, none if all is well."""
-    options = Options(64, True, "chunk")
+def mistakes(
+    run: Callable, options: Options, s: int, device: torch.device, dtype: torch.dtype, *, b: int = 2
+) -> list[str]:
+    """What an implementation computes wrongly: names of results, none if all is well.
+
+    Args:
+        run: The implementation.
+        options: Those that it is to be used with; scores are divided by the chunk size in any case.
+        s: Size of queries and keys.
+        device: Where it is to run.
+        dtype: Of its tensors.
+        b: Rows, each of more than one chunk.
+    """
+    options = options._replace(linear_norm="chunk")
     # Whoever asks may be evaluating.
     with torch.inference_mode(False), torch.enable_grad():
-        inputs = draw(options, 2, 150, 72, 64, padded=True)
+        inputs = draw(options, (b, options.chunk_size + 70, 72, s), padded=True)
         want = results(gated.run, options, inputs, torch.float64, torch.device("cpu"))
         ours = results(run, options, inputs, dtype, device)
     return [name for name, x in ours.items() if not torch.equal(x.cpu(), want[name].to(x.dtype))]

@@ -1,6 +1,6 @@
 """Gated mixed chunk attention by Triton kernels: the forward and the backward pass as operators of PyTorch.
 
-Between the two passes only the pre-activations and the linear branch's states are kept. See
+Between the two passes only the pre-activations are kept. See
 :mod:`~fairseq_flash.ops.mixed_chunk.kernel_forward` for what runs and why.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 import triton
@@ -21,13 +21,15 @@ from fairseq_flash.ops.mixed_chunk.exact import mistakes
 from fairseq_flash.ops.mixed_chunk.gated import Projected
 from fairseq_flash.ops.mixed_chunk.inputs import Carry, Options
 
-__all__ = ["CHUNK_SIZES", "DTYPES", "WIDTHS", "next_carry", "objections", "reservations", "run"]
+__all__ = ["CHUNK_SIZES", "DTYPES", "WIDTHS", "next_carry", "objections", "run"]
 
 CHUNK_SIZES = (64, 128, 256, 512)
 #: Sizes of queries and keys.
 WIDTHS = (64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+#: Triton's compiled kernels have taken all arguments, with the constants, since 3.3.
+LOOKED_UP = not INTERPRETED and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
 
 
 class Tiling(NamedTuple):
@@ -54,6 +56,35 @@ BASE = (16, 4, 8)
 #: From so many programs on, each goes through a whole row.
 SERIAL_PROGRAMS = 128
 FLOAT32_TILING = Tiling(64, 64, 32, 4, 2)
+
+
+#: Compiled kernels by what Triton compiles anew for, with their constants.
+_compiled: dict[tuple, tuple] = {}
+
+
+def _start(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
+    """Launches ``programs`` of a kernel.
+
+    Triton looks at each argument and at its own settings before every launch, for longer than many a kernel
+    runs. What the arguments decide is looked up here in one place.
+    """
+    key = (kernel, torch.cuda.current_device(), *map(_trait, args), *constants.items()) if LOOKED_UP else None
+    if key in _compiled:
+        found, rest = _compiled[key]
+        found[programs, 1, 1](*args, *rest)
+        return
+    found = kernel[programs,](*args, **constants)
+    if LOOKED_UP and isinstance(found, triton.compiler.CompiledKernel):
+        _compiled[key] = found, [constants[name] for name in kernel.arg_names[len(args) :]]
+
+
+def _trait(argument: Any) -> Any:
+    """What Triton compiles anew for: type and alignment of a pointer, size and divisors of a number."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, int):
+        return argument == 1, argument % 16 == 0, argument.bit_length() > 31
+    return argument
 
 
 class _Sizes(NamedTuple):
@@ -101,7 +132,8 @@ class _Launch:
     def copies(self, gamma, beta, cos, sin):
         _b, n, e, s, h, chunks, rows = self.sizes
         copies = self.empty(h, self.grid, rows, s)
-        forward.copies_kernel[(self.grid * rows // 32,)](
+        _start(
+            forward.copies_kernel, self.grid * rows // 32,
             self.uvz, gamma, beta, cos, sin, copies, n, chunks, rows, self.copy_stride, _angle_stride(cos),
             E=e, S=s, H=h, BLOCK=32,
         )  # fmt: skip
@@ -113,7 +145,8 @@ class _Launch:
         scores = self.empty(self.grid, rows, rows)
         other = torch.empty_like(scores) if turned else scores
         tile, _, tiling = self.tiling("scores")
-        forward.scores_kernel[(self.grid * (rows // tile) ** 2,)](
+        _start(
+            forward.scores_kernel, self.grid * (rows // tile) ** 2,
             copies, bias, scores, other, rows, self.copy_stride, bias.shape[-1],
             C=self.chunk_size, S=s, TILE=tile, CAUSAL=self.causal, TURNED=turned, **tiling, **self.product,
         )  # fmt: skip
@@ -140,14 +173,16 @@ class _Launch:
         if self.causal and not final:
             first, last = (1, chunks) if backward else (0, chunks - 1)
         shared = dict(E=e, S=s, C=self.chunk_size, BACKWARD=backward, FINAL=final, **self.norm)
-        forward.states_kernel[(b * (1 if serial else chunks) * triton.cdiv(e, columns),)](
+        _start(
+            forward.states_kernel, b * (1 if serial else chunks) * triton.cdiv(e, columns),
             source, copies, values, sums, initial, whole, self.lengths, self.count,
             n, chunks, rows, first, last,
             STRIDE=e if backward else values.stride(1), COLUMNS=columns, SERIAL=serial, LIN=self.lin,
             PRECISION=self.product["PRECISION"], **tiling, **shared,
         )  # fmt: skip
         if self.lin and not serial:
-            forward.scan_kernel[(b * triton.cdiv(s * e, 1024),)](
+            _start(
+                forward.scan_kernel, b * triton.cdiv(s * e, 1024),
                 sums, states, initial, whole, self.lengths, self.count, n, chunks, rows, first, last,
                 BLOCK=1024, **shared,
             )  # fmt: skip
@@ -159,7 +194,8 @@ class _Launch:
         backward = grad is not None
         result = self.empty(b, n, e)
         tile, columns, tiling = self.tiling("output_backward" if backward else "output")
-        forward.output_kernel[(self.grid * (rows // tile) * triton.cdiv(e, columns),)](
+        _start(
+            forward.output_kernel, self.grid * (rows // tile) * triton.cdiv(e, columns),
             self.uvz, copies, values, scores, states, grad, out if backward else result, result,
             n, chunks, rows, self.copy_stride, STRIDE=values.stride(1), CARRIED=self.norm["CARRIED"],
             TILE=tile, COLUMNS=columns, BACKWARD=backward, **tiling, **self.core(),
@@ -181,7 +217,8 @@ class _Launch:
         tile, _, tiling = self.tiling("pairs")
         tile = min(tile, s)
         programs = self.quad * (rows // tile) ** 2 + self.lin * 2 * (rows // tile) * (s // tile)
-        backward.pairs_backward_kernel[(self.grid * programs,)](
+        _start(
+            backward.pairs_backward_kernel, self.grid * programs,
             values, grad_branch, scores, states, grad_states, grad_scores, grad_copies,
             n, chunks, rows, self.copy_stride, STRIDE=values.stride(1), CARRIED=self.norm["CARRIED"],
             TILE=tile, **tiling, **self.core(),
@@ -196,7 +233,8 @@ class _Launch:
     def values_backward(self, grad_branch, copies, turned, grad_states, grad_uvz):
         _b, n, e, _s, _h, chunks, rows = self.sizes
         tile, columns, tiling = self.tiling("values")
-        backward.values_backward_kernel[(self.grid * (rows // tile) * triton.cdiv(e, columns),)](
+        _start(
+            backward.values_backward_kernel, self.grid * (rows // tile) * triton.cdiv(e, columns),
             self.uvz, grad_branch, copies, turned, grad_states, self.lengths, grad_uvz,
             n, chunks, rows, self.copy_stride, TILE=tile, COLUMNS=columns,
             HAS_LENGTHS=self.norm["HAS_LENGTHS"], **tiling, **self.core(),
@@ -208,7 +246,8 @@ class _Launch:
         block, blocks, warps = BASE
         programs = self.grid * rows // (block * blocks)
         partial = self.empty(programs, 2, h, s, dtype=torch.float32)
-        backward.base_backward_kernel[(programs,)](
+        _start(
+            backward.base_backward_kernel, programs,
             self.uvz, gamma, cos, sin, grad_copies, grad_uvz, partial,
             n, chunks, rows, self.copy_stride, _angle_stride(cos),
             E=e, S=s, H=h, BLOCK=block, BLOCKS=blocks, num_warps=warps,
@@ -354,33 +393,35 @@ def objections(projected: Projected, options: Options) -> list[str]:
     if options.softmax or options.dropout:
         found.append("softmax and dropout are the reference's alone")
     if not found and not INTERPRETED:
-        found += _tried(uvz.device.index, uvz.dtype)
+        found += _tried(uvz.device.index, uvz.dtype, s, c, options.causal, options.branches)
     return found
 
 
-def reservations(projected: Projected, options: Options) -> list[str]:
-    """Why they are passed over unless asked for by name.
-
-    A whole training with ``--compile`` ran at 180 000 tokens a second on an H100 with them (24 layers of
-    d = 768, 32 768 tokens a batch), where the compiled reference had run at 240 000: the host launches each
-    kernel from Python. They still take two thirds of its memory.
-    """
-    return ["a compiler fuses the reference"] if torch.compiler.is_compiling() else []
-
-
 @torch.compiler.assume_constant_result
-def _tried(index: int, dtype: torch.dtype) -> list[str]:
-    return list(_failures(index, dtype))
+def _tried(*configuration) -> list[str]:
+    return list(_failures(*configuration))
 
 
 @functools.cache
-def _failures(index: int, dtype: torch.dtype) -> tuple[str, ...]:
-    """Tries the kernels on a card, once: small integers, of which every sum is exact."""
-    found = mistakes(run, torch.device("cuda", index), dtype)
-    if not found:
-        return ()
+def _failures(
+    index: int, dtype: torch.dtype, s: int, chunk_size: int, causal: bool, branches: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Tries the kernels out in a configuration on a card, once: small integers, of which every sum is exact.
+
+    Each tiling may be compiled wrongly where another is right: no configuration speaks for another. Few rows
+    and many are summed up by different kernels.
+    """
+    options, device = Options(chunk_size, causal, branches=branches), torch.device("cuda", index)
+    try:
+        found = {name for b in (2, 64) for name in mistakes(run, options, s, device, dtype, b=b)}
+        if not found:
+            return ()
+        wrong = f"computes {', '.join(sorted(found))} wrongly"
+    except Exception as error:
+        # Another card may have less of what a tiling needs, another Triton another way to say so.
+        wrong = f"fails with {type(error).__name__}: {error}"
     pair = f"Triton {triton.__version__} on {torch.cuda.get_device_name(index)}"
-    wrong = f"{pair} computes {', '.join(found)} wrongly in {dtype}"
+    wrong = f"{pair} {wrong} in {dtype} for chunks of {chunk_size}"
     warnings.warn(f"{wrong}; the kernels are left out", stacklevel=2)
     return (wrong,)
 

@@ -12,10 +12,10 @@ sum is added up in place, and gradients are written where they belong: no concat
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fairseq_flash.ops.mixed_chunk.gated import Projected
@@ -29,6 +29,7 @@ __all__ = ["objections", "run"]
 #: Queries in a block: the smaller, the less is computed above the diagonal, and the slower each product.
 BLOCK = 128
 
+Gradients = tuple[Optional[Tensor], ...]
 _silu, _silu_backward = nn.functional.silu, torch.ops.aten.silu_backward
 
 
@@ -46,7 +47,7 @@ def objections(projected: Projected, options: Options) -> list[str]:
     return found
 
 
-def run(projected: Projected, options: Options, carry: Optional[Carry]) -> torch.Tensor:
+def run(projected: Projected, options: Options, carry: Optional[Carry]) -> Tensor:
     """As :func:`~fairseq_flash.ops.gated_mixed_chunk`; computes in the dtype of ``uvz``, sums in float32."""
     uvz, gamma, beta, cos, sin, bias, lengths = projected
     n = uvz.shape[1]
@@ -60,7 +61,8 @@ def run(projected: Projected, options: Options, carry: Optional[Carry]) -> torch
     if lengths is None and not options.causal:
         lengths = uvz.new_full((uvz.shape[0],), n, dtype=torch.long)
     fixed = _Fixed(options, min(options.chunk_size, n))
-    return _Recomputed.apply(uvz, gamma, beta, bias, kv_sum, cos, sin, lengths, count, fixed)[:, :n]
+    given = _Given(uvz, gamma, beta, bias, kv_sum, cos, sin, lengths, count, fixed)
+    return _Recomputed.apply(*given)[:, :n]
 
 
 class _Fixed(NamedTuple):
@@ -68,34 +70,48 @@ class _Fixed(NamedTuple):
     c: int
 
 
+class _Given(NamedTuple):
+    """What autograd is given, in this order: the gradients come in the same."""
+
+    uvz: Tensor
+    gamma: Tensor
+    beta: Tensor
+    bias: Optional[Tensor]
+    kv_sum: Optional[Tensor]
+    cos: Tensor
+    sin: Tensor
+    lengths: Optional[Tensor]
+    count: Optional[Tensor]  # type: ignore[assignment]  # a tuple has a method of that name
+    fixed: _Fixed
+
+
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *arguments):
-        uvz, *rest, fixed = arguments
-        with torch.autocast(uvz.device.type, enabled=False):
-            grid = _Grid(*arguments)
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *tensors, ctx.fixed = arguments
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            grid = _Grid(_Given(*arguments))
             out, sums = grid.attend()
-            ctx.save_for_backward(uvz, *rest, out, sums)
-            ctx.fixed = fixed
+            ctx.save_for_backward(*tensors, out, sums)
             return (_silu(grid.u) * out).flatten(1, 2)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_gated):
+    def backward(ctx: Any, d_gated: Tensor) -> Gradients:
         *arguments, out, sums = ctx.saved_tensors
         with torch.autocast(d_gated.device.type, enabled=False):
-            grid = _Grid(*arguments, ctx.fixed)
+            grid = _Grid(_Given(*arguments, ctx.fixed))
             return (*grid.gradients(d_gated, out, sums), None, None, None, None, None)
 
 
 class _Grid:
     """Rows as chunks, and what is cheap to compute of them: made anew in each pass."""
 
-    def __init__(self, uvz, gamma, beta, bias, kv_sum, cos, sin, lengths, count, fixed):
-        self.options, c = fixed
+    def __init__(self, given: _Given) -> None:
+        uvz, gamma, beta, bias, self.kv_sum, cos, sin, lengths, count, (self.options, c) = given
         s, self.c, self.causal = gamma.shape[1], c, self.options.causal
         self.e = e = (uvz.shape[2] - s) // 2
-        self.uvz, self.gamma, self.angles, self.kv_sum = uvz, gamma, (cos, sin), kv_sum
+        self.uvz, self.gamma, self.angles = uvz, gamma, (cos, sin)
         self.u, self.v_pre, self.z_pre = uvz.unflatten(1, (-1, c)).split([e, e, s], dim=-1)
         self.v, self.z, self.padding = _silu(self.v_pre), _silu(uvz[..., 2 * e :]), None
         if lengths is not None:
@@ -111,7 +127,7 @@ class _Grid:
         if self.lin is not None:
             self.denominators = self._denominators(lengths, count)
 
-    def attend(self) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+    def attend(self) -> tuple[Tensor, Optional[Tensor]]:
         """The output before the gate (b, g, c, e), and what the chunks read, (g or 1, b, s, e)."""
         out = torch.zeros_like(self.v) if self.quad is None else torch.empty_like(self.v)
         for rows, columns in self._blocks():
@@ -124,7 +140,7 @@ class _Grid:
             reached.baddbmm_(queries, seen)
         return out, sums
 
-    def gradients(self, d_gated, out, sums):
+    def gradients(self, d_gated: Tensor, out: Tensor, sums: Optional[Tensor]) -> Gradients:
         """Gradients of uvz, gamma, beta, bias and kv_sum."""
         d_gated = d_gated.unflatten(1, (-1, self.c))
         d_uvz = torch.empty_like(self.uvz)
@@ -148,7 +164,7 @@ class _Grid:
         _silu_backward(d_z.unflatten(1, (-1, self.c)), self.z_pre, grad_input=d_z_pre)
         return d_uvz, d_gamma, d_beta, d_bias, d_kv_sum
 
-    def _quad_gradients(self, d_out, d_v):
+    def _quad_gradients(self, d_out: Tensor, d_v: Tensor) -> Gradients:
         (q, k), v = (x.flatten(0, 1) for x in self.quad), self.v.flatten(0, 1)
         d_out, d_v = d_out.flatten(0, 1), d_v.flatten(0, 1)
         d_q, d_k = torch.empty_like(q), torch.empty_like(k)
@@ -164,7 +180,7 @@ class _Grid:
             _add_or_put(d_v, columns, relu.square_().transpose(1, 2), d_out[:, rows])
         return d_q.view_as(self.quad[0]), d_k.view_as(self.quad[1]), d_bias
 
-    def _lin_gradients(self, d_out, d_v, sums):
+    def _lin_gradients(self, d_out: Tensor, d_v: Tensor, sums: Tensor) -> Gradients:
         q, k = self.lin
         d_q, d_k = torch.empty_like(q), torch.empty_like(k)
         if self.causal:
@@ -188,13 +204,13 @@ class _Grid:
         return d_q, d_k, d_sum if self.kv_sum is not None else None
 
     @staticmethod
-    def _summary_gradients(d_sum, k, v, d_k, d_v):
+    def _summary_gradients(d_sum: Tensor, k: Tensor, v: Tensor, d_k: Tensor, d_v: Tensor) -> None:
         """Of ``k^T v`` (b, s, e): puts that of k, adds that of v."""
         d_sum = d_sum.to(v.dtype)
         d_v.baddbmm_(k, d_sum)
         torch.bmm(v, d_sum.transpose(1, 2), out=d_k)
 
-    def _offset_scale_gradients(self, d_copies):
+    def _offset_scale_gradients(self, d_copies: Tensor) -> Gradients:
         cos, sin = self.angles
         d_copies = _rotated(d_copies, cos, -sin)
         d_gamma = torch.stack([(copy * self.z).sum((0, 1)) for copy in d_copies])
@@ -210,20 +226,20 @@ class _Grid:
             end = min(start + step, self.c)
             yield slice(start, end), slice(0, end if self.causal else self.c)
 
-    def _relu(self, rows, columns):
+    def _relu(self, rows: slice, columns: slice) -> Tensor:
         q, k = (x.flatten(0, 1) for x in self.quad)
         keys = k[:, columns].transpose(1, 2)
         scale = 1 / self.options.chunk_size
         return torch.baddbmm(self.bias[rows, columns], q[:, rows], keys, alpha=scale).relu_()
 
-    def _readers(self, queries, sums, out):
+    def _readers(self, queries: Tensor, sums: Tensor, out: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Queries, what they see and where it goes: chunk by chunk, or the whole row."""
         if not self.causal:
             return [(queries.flatten(1, 2), sums[0], out.flatten(1, 2))]
         first = 1 if self.kv_sum is None else 0
         return [(queries[:, g], sums[g], out[:, g]) for g in range(first, len(sums))]
 
-    def _sums(self):
+    def _sums(self) -> Tensor:
         k, v = self.lin[1], self.v
         b, g, _, s = k.shape
         total = v.new_zeros(b, s, self.e, dtype=widened(v.dtype))
@@ -240,7 +256,7 @@ class _Grid:
             sums[index] = total / self.denominators[index]
         return sums
 
-    def _denominators(self, lengths, count):
+    def _denominators(self, lengths: Optional[Tensor], count: Optional[Tensor]) -> Tensor:
         """Of every chunk, or of the whole row: (g or 1, b or 1, 1, 1)."""
         device = self.v.device
         counts = torch.arange(self.v.shape[1], device=device).view(-1, 1) * self.c
@@ -252,7 +268,7 @@ class _Grid:
         return linear_denominator(options.linear_norm, options.chunk_size, counts, wide)[:, :, None, None]
 
 
-def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """As ``apply_rotary``, written half by half into the result."""
     wide = x.to(torch.promote_types(x.dtype, cos.dtype))
     out = torch.empty_like(wide)
@@ -262,7 +278,7 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
     return out.to(x.dtype)
 
 
-def _add_product(total, a, b):
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """A product of narrower tensors is rounded once, the sum never."""
     if a.dtype == total.dtype:
         total.baddbmm_(a, b)
@@ -270,7 +286,7 @@ def _add_product(total, a, b):
         total.add_(torch.bmm(a, b))
 
 
-def _add_or_put(total, columns, a, b):
+def _add_or_put(total: Tensor, columns: slice, a: Tensor, b: Tensor) -> None:
     if columns.stop == total.shape[1]:
         torch.bmm(a, b, out=total)
     else:

@@ -133,7 +133,10 @@ class ChunkState(NamedTuple):
         start, slots = chunk * c, grid.slots[:c]
         new_fill = grid.end - start
 
-        def ring(old, new, first):
+        def ring(
+            old: Optional[torch.Tensor], new: torch.Tensor, first: torch.Tensor
+        ) -> Optional[torch.Tensor]:
+            """The ring whose slots follow ``first``, of what it held and of the grid."""
             return None if old is None else _take(torch.cat((old, new.flatten(1, 2)), dim=1), first + slots)
 
         # One index serves every slot: `c` tokens on from a slot of the previous chunk lies its successor.
