@@ -2,7 +2,7 @@
 
     python scripts/extrapolate.py --data data-bin/books --checkpoints outputs/ablation/winners/*.pt
 
-Each checkpoint reads a split as consecutive rows of each length. A row of the CSV is one checkpoint, one row
+Each checkpoint reads a split as consecutive rows of each length. A record of the CSV is one checkpoint, one
 length and one stretch of positions; the first stretch reaches up to the shortest length, each next one is as
 long as all before it. "all" is the whole row. Losses are nats per token.
 """
@@ -66,7 +66,7 @@ def losses(model: nn.Module, tokens: torch.Tensor, n: int, device: str) -> torch
 
 
 def measure(options: argparse.Namespace, path: Path, tokens: torch.Tensor, table: Table) -> None:
-    """Adds the rows of one checkpoint that are missing."""
+    """Adds the records of one checkpoint that are missing."""
     table.common["checkpoint"] = hashlib.sha256(path.read_bytes()).hexdigest()[:10]
     waiting = [n for n in options.lengths if not table.has([path.stem], n=n, positions="all")]
     if not waiting:
@@ -75,17 +75,18 @@ def measure(options: argparse.Namespace, path: Path, tokens: torch.Tensor, table
     (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task([str(path)], arg_overrides=overrides)
     model.to(options.device).eval()
     for n in waiting:
-        rows = []
+        records = []
         try:
             found = losses(model, tokens, n, options.device)
         except (ValueError, RuntimeError, AssertionError) as error:
-            rows = [dict(name=path.stem, n=n, positions="all", status=f"error: {str(error)[:200]}")]
+            records = [dict(name=path.stem, n=n, positions="all", status=f"error: {str(error)[:200]}")]
         else:
             for name, stretch in stretches(n, min(options.lengths)):
                 loss = found[:, stretch].double().mean().item()
-                row = dict(name=path.stem, n=n, positions=name, tokens=found[:, stretch].numel(), status="ok")
-                rows.append({**row, "loss": f"{loss:.4f}", "perplexity": f"{math.exp(loss):.2f}"})
-        table.add(rows)
+                count = found[:, stretch].numel()
+                record = dict(name=path.stem, n=n, positions=name, tokens=count, status="ok")
+                records.append({**record, "loss": f"{loss:.4f}", "perplexity": f"{math.exp(loss):.2f}"})
+        table.add(records)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -93,7 +94,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = command_line(__doc__, "extrapolate.py")
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder that prepare_lm.py wrote")
-    add("--checkpoints", type=Path, nargs="+", required=True, help="a row's name is the file's")
+    add("--checkpoints", type=Path, nargs="+", required=True, help="a record's name is the file's")
     add("--split", default="test")
     add("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384], help="tokens a row")
     add("--output", type=Path, default=ROOT / "scripts" / "results" / "extrapolation.csv")
