@@ -7,7 +7,7 @@ import torch
 from fairseq import file_utils, hub_utils
 from fairseq.models import FairseqEncoderModel, register_model
 from fairseq.models.roberta.model import RobertaClassificationHead
-from torch import nn
+from torch import distributed, nn
 
 from fairseq_flash.models._diagnostics import watch_layers
 from fairseq_flash.models._embedding import build_embedding
@@ -101,6 +101,7 @@ class FlashMaskedLM(RememberingModel, FairseqEncoderModel):
         return_all_hiddens: bool = False,
         classification_head_name: Optional[str] = None,
         masked_tokens: Optional[torch.Tensor] = None,
+        group: Optional[distributed.ProcessGroup] = None,
         **unused: Any,
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """Predicts what stands at every position or at the masked ones, or the class of each row.
@@ -112,6 +113,8 @@ class FlashMaskedLM(RememberingModel, FairseqEncoderModel):
             return_all_hiddens: Not available: features are those of the last layer.
             classification_head_name: Of the head to apply to each row, pooled as ``--pooling`` says.
             masked_tokens: ``(b, n)``, True at the positions to predict; None for all.
+            group: The processes that each hold a part of the rows, as
+                :func:`~fairseq_flash.modules.part_of_rows` cuts them; None for whole rows.
             unused: What fairseq passes to every model, such as ``src_id``.
 
         Returns:
@@ -120,12 +123,18 @@ class FlashMaskedLM(RememberingModel, FairseqEncoderModel):
             dictionary, for nothing yet.
 
         Raises:
-            ValueError: no head has that name, or a row is longer than a Toeplitz table.
+            ValueError: no head has that name, a row is longer than a Toeplitz table, or rows are shared in a
+                group by layers that cannot, or for a head.
         """
         if return_all_hiddens:
             raise ValueError("return_all_hiddens=True is not allowed; allowed: False, the last layer's alone")
         head = classification_head_name and self.classification_head(classification_head_name)
-        features = self.encoder.features(src_tokens)
+        if head is not None and group is not None:
+            raise ValueError(
+                f"group is given with classification_head_name={classification_head_name!r}; "
+                "allowed is one of them"
+            )
+        features = self.encoder.features(src_tokens, group)
         if head is not None:
             return head(head.pooling(features, src_tokens.eq(self.encoder.padding_idx))), {}
         return (features if features_only else self.encoder.lm_head(features, masked_tokens)), {}

@@ -1,6 +1,6 @@
 """FLASH as plain PyTorch modules, usable without fairseq; batch first throughout."""
 
-from fairseq_flash.modules.alignment import Rows, align_rows, restore_rows
+from fairseq_flash.modules.alignment import Rows, align_rows, part_of_rows, restore_rows
 from fairseq_flash.modules.attention import ATTENTIONS, LayerState
 from fairseq_flash.modules.decoder_layer import DecoderLayer, DecoderLayerState
 from fairseq_flash.modules.gated_attention_unit import GatedAttentionUnit
@@ -55,5 +55,6 @@ __all__ = [
     "align_rows",
     "build_norm",
     "build_relative_bias",
+    "part_of_rows",
     "restore_rows",
 ]
