@@ -9,7 +9,7 @@ from hydra.errors import ConfigCompositionException
 
 from fairseq_flash.models._loss import LOSSES
 from fairseq_flash.models._options import FlashLanguageModelConfig, FlashMaskedLMConfig, FlashSeq2SeqConfig
-from fairseq_flash.modules import ATTENTIONS, BACKENDS, INITS, LINEAR_NORMS, NORMS, RELATIVE_BIASES
+from fairseq_flash.modules import ATTENTIONS, BACKENDS, INITS, LINEAR_NORMS, NORMS, POOLINGS, RELATIVE_BIASES
 from support import tools
 from support.fuzz import fuzzed, try_out
 
@@ -88,6 +88,7 @@ OPTIONS = {
     "no_graph": SWITCH,
     "untie_weights_roberta": SWITCH,
     "pooler_dropout": RATE,
+    "pooling": choice(*POOLINGS),
     "load_checkpoint_heads": SWITCH,
     "max_positions": (["64", "512"], SIZE[1]),
 }
