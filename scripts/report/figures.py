@@ -181,6 +181,22 @@ def draw_factors(rows: Rows) -> plt.Figure:
     return figure
 
 
+def draw_positions(rows: Rows) -> plt.Figure:
+    """Perplexity by position in the longest rows that were read."""
+    rows = rows[(rows["split"] == "test") & (rows["positions"] != "all")]
+    rows = rows[numbers(rows, "n") == numbers(rows, "n").max()]
+    rows = rows.assign(end=rows["positions"].str.partition("-")[2])
+    settings = cells(rows, ("data", "n"))
+    figure, axes = panels(len(settings), 1)
+    figure.set_size_inches(7.2, 3.8 * len(settings))
+    for (axis,), (title, own) in zip(axes, settings.items(), strict=True):
+        draw_lines(axis, own, "end", "perplexity")
+        axis.set(ylabel="perplexity", title=title)
+        plain_log(axis, "position in the row, up to", values(own, "end"))
+    legend_below(figure)
+    return figure
+
+
 class Source(NamedTuple):
     """Where a figure comes from: the CSV's name, columns that it must have, and how it is drawn."""
 
@@ -193,6 +209,10 @@ _CURVE = ("name", "n", "split", "updates", "loss")
 FIGURES = {
     "generation": Source("generation.csv", ("name", "pass", "b", "beam", "n", "median_ms"), draw_generation),
     "training": Source("training.csv", ("name", "n", "tokens_per_s", "peak_memory"), draw_training),
+    "gpu": Source("fairseq_train.csv", ("name", "n", "tokens_per_s", "peak_memory"), draw_training),
+    "positions": Source(
+        "extrapolation.csv", ("name", "n", "split", "positions", "perplexity"), draw_positions
+    ),
     "tokens": Source("comparison_curves.csv", (*_CURVE, "tokens"), lambda rows: draw_curves(rows, "tokens")),
     "seconds": Source(
         "comparison_curves.csv", (*_CURVE, "seconds"), lambda rows: draw_curves(rows, "seconds")
