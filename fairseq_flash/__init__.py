@@ -32,7 +32,7 @@ if importlib.util.find_spec("fairseq") is not None:
 
 
 def __getattr__(name: str) -> Any:
-    """What ``fairseq_flash.modules`` holds, such as ``fairseq_flash.GatedAttentionUnit``, once it is asked for."""
+    """What ``modules`` holds, such as ``fairseq_flash.GatedAttentionUnit``, once it is asked for."""
     if not name.startswith("_"):
         modules = importlib.import_module("fairseq_flash.modules")
         if name in modules.__all__:

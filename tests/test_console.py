@@ -58,7 +58,7 @@ def test_a_version_and_an_unknown_command(capsys):
 
 
 def test_every_script_that_is_for_users_is_a_command():
-    own = {"ablate", "quickstart", "write_configs"}  # for those who work on a clone
+    own = {"ablate", "draw_layer", "quickstart", "write_configs", "write_options"}  # for those who work on a clone
     files = {path.stem for path in (tools.REPOSITORY / "scripts").glob("*.py")}
     assert {command.replace("-", "_") for command in console.COMMANDS} == files - own
 

@@ -1,4 +1,4 @@
-"""Proves what a stranger meets first: layers by the package's name, layers and states that say what they are."""
+"""Proves what a stranger meets first: layers by the package's name, that say what they are."""
 
 import subprocess
 import sys
@@ -55,9 +55,8 @@ def test_a_layer_shows_attention_chunk_and_causality(layer, shown):
 
 @pytest.mark.parametrize("attention", ["mixed_chunk", "quadratic"])
 def test_a_state_prints_shapes_and_no_numbers(attention):
-    unit = modules.GatedAttentionUnit(
-        8, attention_dim=4, attention=attention, chunk_size=3, n_ref=9, causal=True
-    )
+    sizes = {"attention_dim": 4, "chunk_size": 3, "n_ref": 9}
+    unit = modules.GatedAttentionUnit(8, attention=attention, causal=True, **sizes)
     _, state = unit(torch.full((2, 5, 8), 0.123), None, unit.empty_state(torch.zeros(2)))
     shown = repr(modules.DecodingState((state, state)))
     assert shown.startswith(f"DecodingState(layers=2 x {type(state).__name__}(")
