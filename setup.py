@@ -1,8 +1,8 @@
 """What setup.cfg cannot say.
 
-A wheel carries the folder scripts/ too, as the package fairseq_flash_commands: beside fairseq_flash, as scripts/ lies in
-a clone, so that commands find the plug-in in the same way. A package index has none of the files that the README links
-to, so its description shows neither pictures nor links to them.
+A wheel carries the folder scripts/ too, as the package fairseq_flash_commands: beside fairseq_flash, as
+scripts/ lies in a clone, so that commands find the plug-in in the same way. A package index has none of the
+files that the README links to, so its description shows neither pictures nor links to them.
 """
 
 import re

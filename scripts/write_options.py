@@ -30,9 +30,10 @@ PARTS = {
 HEAD = """\
 # Options
 
-Written by `scripts/write_options.py` from the code. fairseq's own options (`fairseq-train --help`) are there as well; what
-`transformer_lm` calls otherwise is in [from-transformer_lm.md](from-transformer_lm.md). A default of "by architecture" is
-in the last tables. In a hydra file an option is `model.embed_dim` for `--embed-dim`.
+Written by `scripts/write_options.py` from the code. fairseq's own options (`fairseq-train --help`) are there
+as well; what `transformer_lm` calls otherwise is in [from-transformer_lm.md](from-transformer_lm.md).
+An architecture has values of its own in place of some defaults: the last tables. In a hydra file,
+`--embed-dim` is `model.embed_dim`.
 """
 
 

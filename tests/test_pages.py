@@ -142,7 +142,7 @@ def test_the_table_of_sizes_is_what_is_built_and_trained():
 
 
 def hydra(arch):
-    first, *listed = OmegaConf.load(tools.CONFIGS / f"{arch}.yaml").defaults
+    _, *listed = OmegaConf.load(tools.CONFIGS / f"{arch}.yaml").defaults
     return OmegaConf.merge(*(OmegaConf.load(tools.CONFIGS / f"{part}.yaml") for part in listed))
 
 
@@ -209,7 +209,7 @@ STORIES = {
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with this repository's commands, and text for all pages, on which the README has been followed."""
+    """A folder with this repository's commands and text, in which the README has been followed."""
     folder = tmp_path_factory.mktemp("world")
     for name in ("scripts", "fairseq_flash"):
         (folder / name).symlink_to(tools.REPOSITORY / name)

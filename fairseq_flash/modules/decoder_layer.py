@@ -29,7 +29,8 @@ class DecoderLayerState(NamedTuple):
     own: LayerState
     source: SourceMemory
 
-    __repr__ = shown
+    def __repr__(self) -> str:
+        return shown(self)
 
     @property
     def position(self) -> torch.Tensor:

@@ -39,7 +39,8 @@ class SourceMemory(NamedTuple):
     v: torch.Tensor
     valid: torch.Tensor
 
-    __repr__ = shown
+    def __repr__(self) -> str:
+        return shown(self)
 
 
 class GatedCrossAttention(nn.Module):

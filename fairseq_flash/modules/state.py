@@ -31,7 +31,8 @@ class DecodingState(NamedTuple):
 
     layers: tuple[LayerState, ...]
 
-    __repr__ = shown
+    def __repr__(self) -> str:
+        return shown(self)
 
     @property
     def position(self) -> torch.Tensor:

@@ -38,7 +38,8 @@ class ChunkState(NamedTuple):
     v: torch.Tensor
     position: torch.Tensor
 
-    __repr__ = shown
+    def __repr__(self) -> str:
+        return shown(self)
 
     @classmethod
     def empty(

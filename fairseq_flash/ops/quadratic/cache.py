@@ -36,7 +36,8 @@ class KeyValueCache(NamedTuple):
     position: torch.Tensor
     columns: int = 0
 
-    __repr__ = shown
+    def __repr__(self) -> str:
+        return shown(self)
 
     @classmethod
     def empty(cls, like: torch.Tensor, attention_dim: int, expanded_dim: int) -> KeyValueCache:
