@@ -24,7 +24,7 @@ COMMANDS = (
     *("prepare-lm", "prepare-translation", "prepare-classification"),
     *("compare-lm", "compare-masked-lm", "compare-translation"),
     *("generate", "describe", "health", "plot", "extrapolate"),
-    *("benchmark-training", "benchmark-generation", "benchmark-ops"),
+    *("benchmark-training", "benchmark-generation", "benchmark-ops", "benchmark-fairseq-train"),
 )
 #: fairseq's own; its generate has another name here.
 TOOLS = {
@@ -46,6 +46,7 @@ PLACES = {
     "benchmark-training": {"--output": "results/training.csv"},
     "benchmark-generation": {"--output": "results/generation.csv"},
     "benchmark-ops": {"--output": "results/ops.csv"},
+    "benchmark-fairseq-train": {"--output": "results/fairseq_train.csv"},
 }
 EXTRAS = {"matplotlib": "plot", "pandas": "plot", "triton": "triton"}
 

@@ -187,7 +187,7 @@ CUTS = {
     "fairseq-hydra-train": "optimization.max_update=2 task.tokens_per_sample=32 dataset.max_tokens=256 "
     "model.embed_dim=32 model.layers=2 model.attention_dim=16 model.chunk_size=8 common.cpu=true",
     "scripts/prepare_lm.py": "--vocab-size 400",
-    "scripts/prepare_translation.py": "--vocab-size 300",
+    "scripts/prepare_translation.py": "--vocab-size 400",
     "scripts/prepare_classification.py": "",
     "scripts/generate.py": "--cpu",
     "scripts/describe.py": f"{SMALL} --tokens-per-sample 64 --batch 1",
