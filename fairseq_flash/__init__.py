@@ -23,8 +23,9 @@ if importlib.util.find_spec("fairseq") is not None:
 
     # Here and not only through --user-dir, which skips what belongs to a package that is imported already.
     from fairseq_flash import optim  # noqa: F401
-    from fairseq_flash.models import flash_lm, flash_masked_lm, flash_seq2seq
-    from fairseq_flash.tasks import flash_language_modeling  # noqa: F401
+    from fairseq_flash.models import flash_lm, flash_masked_lm, flash_seq2seq, pooled_roberta  # noqa: F401
+    from fairseq_flash.tasks import flash_language_modeling, recall  # noqa: F401
+    from fairseq_flash.tasks import flash_masked_lm as flash_masked_lm_task  # noqa: F401
 
     count_before_building(
         (flash_lm.FlashLanguageModel, flash_masked_lm.FlashMaskedLM, flash_seq2seq.FlashSeq2Seq), config_of

@@ -21,10 +21,11 @@ PACKAGE = Path(fairseq_flash.__file__).resolve().parent
 INSTALLED = PACKAGE.parent / "fairseq_flash_commands"
 SCRIPTS = INSTALLED if INSTALLED.is_dir() else PACKAGE.parent / "scripts"
 COMMANDS = (
-    *("prepare-lm", "prepare-translation", "prepare-classification"),
+    *("prepare-lm", "prepare-corpus", "cut-corpus", "prepare-translation", "prepare-classification"),
     *("compare-lm", "compare-masked-lm", "compare-translation"),
-    *("generate", "describe", "health", "plot", "extrapolate"),
+    *("generate", "describe", "health", "plot", "extrapolate", "yardsticks"),
     *("benchmark-training", "benchmark-generation", "benchmark-ops", "benchmark-fairseq-train"),
+    "benchmark-sequence-parallel",
 )
 #: fairseq's own; its generate has another name here.
 TOOLS = {
@@ -42,11 +43,13 @@ PLACES = {
     "compare-masked-lm": {"--output": "results/masked_lm.csv", "--folder": "outputs/masked_lm"},
     "compare-translation": {"--output": "results/translation.csv", "--folder": "outputs/translation"},
     "extrapolate": {"--output": "results/extrapolation.csv"},
+    "yardsticks": {"--output": "results/yardsticks.csv"},
     "plot": {"--results": "results"},
     "benchmark-training": {"--output": "results/training.csv"},
     "benchmark-generation": {"--output": "results/generation.csv"},
     "benchmark-ops": {"--output": "results/ops.csv"},
     "benchmark-fairseq-train": {"--output": "results/fairseq_train.csv"},
+    "benchmark-sequence-parallel": {"--output": "results/sequence_parallel.csv"},
 }
 EXTRAS = {"matplotlib": "plot", "pandas": "plot", "triton": "triton"}
 
@@ -148,8 +151,8 @@ def _docstring(command: str) -> str:
 
 
 def _list_of_commands() -> str:
-    lines = [f"  {command:24}{_docstring(command).partition(chr(10))[0]}" for command in COMMANDS]
+    lines = [f"  {command:28}{_docstring(command).partition(chr(10))[0]}" for command in COMMANDS]
     tools = [
-        f"  {tool:24}fairseq-{module.replace('_', '-')} with --user-dir" for tool, module in TOOLS.items()
+        f"  {tool:28}fairseq-{module.replace('_', '-')} with --user-dir" for tool, module in TOOLS.items()
     ]
     return "\n".join(["commands (each has a --help of its own):", *lines, "", "tools of fairseq:", *tools])

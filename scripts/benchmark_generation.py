@@ -12,9 +12,10 @@ pass, and a Transformer, whose cost depends only on their number, gets random ke
 is timed, each system must give the same token by token as in parallel.
 
 ``peak_memory`` is what building the state and two steps add to the memory of the process, in bytes. What
-does not fit is a row with status "out of memory"; on a CPU that is decided beforehand, as the kernel would
-end the process. Rows of one position, batch and beam are written together, and not measured again; a system
-that is new in a file takes turns with the new ones alone, so measure ratios into a new file (--output).
+does not fit is a record with status "out of memory"; on a CPU that is decided beforehand, as the kernel would
+end the process. Records of one position, batch and beam are written together, and not measured again; a
+system that is new in a file takes turns with the new ones alone, so measure ratios into a new file
+(--output).
 """
 
 import argparse
@@ -59,12 +60,12 @@ def orders(rows: int, beam: int, steps: int, device: str) -> list[torch.Tensor]:
 def measure_steps(
     contenders: list[Contender], memory: Memory, b: int, beam: int, n: int, options: Any
 ) -> list:
-    """Rows for generation at position ``n``."""
+    """Records for generation at position ``n``."""
     rows, found, fitting = b * beam, [], []
     for contender in contenders:
-        row = {**columns_of(contender), "pass": "step", "b": b, "beam": beam, "n": n}
-        row["state_bytes"] = contender.state_bytes(n, rows)
-        found.append(row)
+        record = {**columns_of(contender), "pass": "step", "b": b, "beam": beam, "n": n}
+        record["state_bytes"] = contender.state_bytes(n, rows)
+        found.append(record)
 
         def work(contender: Contender = contender) -> None:
             incremental, tokens = contender.start(n, rows)
@@ -73,16 +74,16 @@ def measure_steps(
 
         try:
             # The state and, while it is extended or reordered, the copy of one layer or of all of it.
-            if memory.available() < 2.5 * row["state_bytes"]:
+            if memory.available() < 2.5 * record["state_bytes"]:
                 raise MemoryError
-            row["peak_memory"] = memory.peak_of(work)
-            fitting.append((contender, row, []))
+            record["peak_memory"] = memory.peak_of(work)
+            fitting.append((contender, record, []))
         except (MemoryError, torch.OutOfMemoryError):
-            row["status"] = "out of memory"
+            record["status"] = "out of memory"
     for _, (contender, _, times) in product(range(options.rounds), fitting):
         times += time_steps(contender, rows, beam, n, options.steps)
-    for _, row, times in fitting:
-        row.update(rated(times, rows // beam))
+    for _, record, times in fitting:
+        record.update(rated(times, rows // beam))
     return found
 
 
@@ -110,7 +111,7 @@ def prompt_ways(contender: Contender, n: int, longest_stepped: int) -> dict[str,
 
 
 def measure_prompts(contenders: list[Contender], table: Table, n: int, options: Any) -> list[dict]:
-    """Rows for a prompt of ``n`` tokens, but for those that ``table`` has."""
+    """Records for a prompt of ``n`` tokens, but for those that ``table`` has."""
     runs = []
     for contender in contenders:
         for name, work in prompt_ways(contender, n, options.longest_stepped).items():
@@ -124,9 +125,9 @@ def measure_prompts(contenders: list[Contender], table: Table, n: int, options: 
                 begin = clock(options.device)
                 work()
                 times.append(clock(options.device) - begin)
-    for row, _, _, times in runs:
-        row.update(rated(times, n))
-    return [row for row, *_ in runs]
+    for record, _, _, times in runs:
+        record.update(rated(times, n))
+    return [record for record, *_ in runs]
 
 
 def step_through(contender: Contender, tokens: torch.Tensor) -> None:

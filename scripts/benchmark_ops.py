@@ -105,7 +105,7 @@ class Turn:
         if not all(p.grad.isfinite().all() for p in self.layers.parameters() if p.grad is not None):
             raise RuntimeError(f"{self.name} has a gradient that is not finite")
 
-    def row(self, kind: str, b: int, n: int) -> dict:
+    def record(self, kind: str, b: int, n: int) -> dict:
         """The columns that are known beforehand."""
         times = 1 if kind == "forward" else 3
         mac = times * multiply_adds(self.name, self.d, n, self.options.chunk_size)
@@ -125,46 +125,46 @@ class Turn:
 def measure(
     turns: list[Turn], kind: str, n: int, memory: Memory, rates: Rates, options: argparse.Namespace
 ) -> list[dict]:
-    """Rows of all contenders for rows of ``n`` tokens."""
+    """Records of all contenders for rows of ``n`` tokens."""
     b = max(1, options.tokens // n)
     x = torch.randn(b, n, turns[0].d, device=options.device).to(turns[0].dtype).requires_grad_()
-    rows, fitting = [], []
+    records, fitting = [], []
     for turn in turns:
-        row = turn.row(kind, b, n)
-        rows.append(row)
+        record = turn.record(kind, b, n)
+        records.append(record)
         try:
             with memory.limited():
                 turn.check(x)
                 turn.work(kind, x)
-                row["peak_memory"] = memory.peak_of(lambda turn=turn: turn.work(kind, x))
+                record["peak_memory"] = memory.peak_of(lambda turn=turn: turn.work(kind, x))
         except (MemoryError, torch.OutOfMemoryError):
-            row["status"] = "out of memory"
+            record["status"] = "out of memory"
             continue
         except ValueError as error:  # an implementation that does not run compiled, or here
-            row["status"] = str(error)
+            record["status"] = str(error)
             continue
-        fitting.append((turn, row, []))
+        fitting.append((turn, record, []))
     for _, (turn, _, times) in product(range(options.rounds), fitting):
         begin = clock(options.device)
         turn.work(kind, x)
         times.append(clock(options.device) - begin)
-    for _, row, times in fitting:
-        finish(row, times, b * n, rates)
-    bases = [float(row["median_ms"]) for row in rows if row["name"] == BASELINE and "median_ms" in row]
-    for row in rows if bases else ():
-        if "median_ms" in row:
-            row["ratio"] = f"{float(row['median_ms']) / min(bases):.3f}"
-    return rows
+    for _, record, times in fitting:
+        finish(record, times, b * n, rates)
+    timed = [record for record in records if "median_ms" in record]
+    bases = [float(record["median_ms"]) for record in timed if record["name"] == BASELINE]
+    for record in timed if bases else ():
+        record["ratio"] = f"{float(record['median_ms']) / min(bases):.3f}"
+    return records
 
 
-def finish(row: dict, times: list[float], tokens: int, rates: Rates) -> None:
+def finish(record: dict, times: list[float], tokens: int, rates: Rates) -> None:
     """Adds what follows from the times."""
-    row.update(summary(times))
-    seconds = float(row["median_ms"]) / 1000
-    row["tokens_per_s"] = f"{tokens / seconds:.4g}"
-    if row["multiply_adds"]:
-        row["matmul_share"] = f"{row['multiply_adds'] / seconds / rates.products:.3f}"
-    row["copy_share"] = f"{row['bytes'] / seconds / rates.copies:.3f}"
+    record.update(summary(times))
+    seconds = float(record["median_ms"]) / 1000
+    record["tokens_per_s"] = f"{tokens / seconds:.4g}"
+    if record["multiply_adds"]:
+        record["matmul_share"] = f"{record['multiply_adds'] / seconds / rates.products:.3f}"
+    record["copy_share"] = f"{record['bytes'] / seconds / rates.copies:.3f}"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

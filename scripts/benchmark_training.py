@@ -9,8 +9,8 @@ n is more), without optimizer and dropout. All systems have random weights and t
 round by round; ``ratio`` is a system's median time over transformer_lm's in the same rounds. Before anything
 is timed, each system must give a finite loss and finite gradients at that length.
 
-``peak_memory`` is what a step adds to the memory of the process, in bytes. What does not fit is a row with
-status "out of memory". The rows of one length are written together, and not measured again.
+``peak_memory`` is what a step adds to the memory of the process, in bytes. What does not fit is a record with
+status "out of memory". The records of one length are written together, and not measured again.
 
 FLASH-pytorch (``pip install FLASH-pytorch``; never a dependency) is a peer's model, which takes part where
 it is installed: of the same width, depth, chunk and vocabulary, its output tied to its embedding as in the
@@ -18,6 +18,7 @@ others, and otherwise with its own defaults.
 """
 
 import argparse
+import functools
 import importlib.util
 import logging
 import math
@@ -133,7 +134,7 @@ def build_peer(options: argparse.Namespace) -> tuple[nn.Module, dict]:
 
 
 def sizes_of(model: nn.Module) -> dict:
-    """What a row says about a model of fairseq's or ours."""
+    """What a record says about a model of fairseq's or ours."""
     decoder = model.decoder
     if not hasattr(decoder, "stack"):
         return {"d": decoder.embed_dim, "layers": len(decoder.layers)}
@@ -156,26 +157,28 @@ def describe(contender: Contender) -> dict:
 
 
 def measure(contenders: list[Contender], memory: Memory, n: int, options: argparse.Namespace) -> list[dict]:
-    """Rows for ``n`` tokens a row."""
+    """Records for ``n`` tokens a row."""
     b = batch_size(n, options)
     found, fitting = [], []
     tokens = torch.randint(4, options.vocabulary, (b, n + 1), device=options.device)
     for contender in contenders:
-        row = {**describe(contender), "pass": STEP, "b": b, "n": n}
-        found.append(row)
-        row["status"] = attempt(memory, lambda row=row, own=contender: first_steps(own, memory, tokens, row))
-        if row["status"] == "ok":
-            fitting.append((contender, row, []))
+        record = {**describe(contender), "pass": STEP, "b": b, "n": n}
+        found.append(record)
+        steps = functools.partial(first_steps, contender, memory, tokens, record)
+        record["status"] = attempt(memory, steps)
+        if record["status"] == "ok":
+            fitting.append((contender, record, []))
         free(contender)
     for _ in range(options.rounds):
-        for contender, row, times in fitting:
-            if row["status"] == "ok":
-                row["status"] = attempt(memory, lambda own=contender, to=times: to.append(timed(own, tokens)))
+        for contender, record, times in fitting:
+            if record["status"] == "ok":
+                step = functools.partial(timed, contender, tokens)
+                record["status"] = attempt(memory, lambda step=step, to=times: to.append(step()))
             free(contender)
-    for _, row, times in fitting:
-        if row["status"] == "ok":
-            row.update(summary(times))
-            row["tokens_per_s"] = f"{1000 * b * n / float(row['median_ms']):.4g}"
+    for _, record, times in fitting:
+        if record["status"] == "ok":
+            record.update(summary(times))
+            record["tokens_per_s"] = f"{1000 * b * n / float(record['median_ms']):.4g}"
     add_ratios(found)
     return found
 
@@ -186,7 +189,7 @@ def batch_size(n: int, options: argparse.Namespace) -> int:
 
 
 def attempt(memory: Memory, work: Callable[[], Any]) -> str:
-    """Does ``work``; returns the status of the row."""
+    """Does ``work``; returns the status of the record."""
     try:
         with memory.limited():
             work()
@@ -197,14 +200,14 @@ def attempt(memory: Memory, work: Callable[[], Any]) -> str:
     return "ok"
 
 
-def first_steps(contender: Contender, memory: Memory, tokens: torch.Tensor, row: dict) -> None:
+def first_steps(contender: Contender, memory: Memory, tokens: torch.Tensor, record: dict) -> None:
     """Checks a step, then takes its memory; both warm up what is timed later."""
     contender.check(tokens)
     free(contender)
     if hasattr(contender.model, "decoder") and hasattr(contender.model.decoder, "_future_mask"):
         # fairseq's Transformer keeps its square mask from step to step; it is memory all the same.
         contender.model.decoder._future_mask = torch.empty(0)
-    row["peak_memory"] = memory.peak_of(lambda: contender.step(tokens))
+    record["peak_memory"] = memory.peak_of(lambda: contender.step(tokens))
 
 
 def timed(contender: Contender, tokens: torch.Tensor) -> float:
@@ -221,12 +224,12 @@ def free(contender: Contender) -> None:
         torch.cuda.empty_cache()
 
 
-def add_ratios(rows: list[dict]) -> None:
+def add_ratios(records: list[dict]) -> None:
     """Each median over the baseline's, where both were measured."""
-    medians = {row["name"]: float(row["median_ms"]) for row in rows if "median_ms" in row}
-    for row in rows:
-        if row["name"] in medians and BASELINE in medians:
-            row["ratio"] = f"{medians[row['name']] / medians[BASELINE]:.3f}"
+    medians = {record["name"]: float(record["median_ms"]) for record in records if "median_ms" in record}
+    for record in records:
+        if record["name"] in medians and BASELINE in medians:
+            record["ratio"] = f"{medians[record['name']] / medians[BASELINE]:.3f}"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -10,7 +10,7 @@ a row with its error. "pretraining": each system with each of its rates, on rows
 best checkpoint of FLASH and of RoBERTa is fine-tuned with each rate on the first seed: with whole passages,
 and cut to the 512 tokens of pretraining. RoBERTa has a table of positions, which for whole passages is
 repeated (as Longformer does). "seeds": each again with other seeds at the rate that was best on valid. The
-accuracy to compare is the one on test, with which nothing is chosen.
+accuracy to compare is the one on test, with which nothing is chosen. Each --pooling has its own rows.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import torch
 
+from fairseq_flash.modules import POOLINGS
 from report import markdown
 from runs.command_line import command_line, require
 from runs.log import MEASURED
@@ -35,7 +36,7 @@ from runs.roberta_positions import with_more_positions
 from runs.schedule import Finished, TrainingRun, carry_out, readable
 from runs.table import Table
 
-KEY = ("data", "stage", "n", "lr", "seed", "pretraining", "epochs")
+KEY = ("data", "stage", "n", "lr", "seed", "pretraining", "epochs", "pooling")
 SCORES = ("valid_perplexity", "valid_accuracy", "test_accuracy")
 COLUMNS = ("commit", "date", "device", "python", "torch", "jobs", "name", *KEY, *MEASURED, *SCORES, "command")
 SHOWN = ("stage", "name", "n", "lr", "seed", *SCORES, "seconds", "status")
@@ -130,7 +131,7 @@ class Plan:
         """Successful rows of a stage at this amount of pretraining, with a finite loss."""
         cells |= {"stage": stage, "data": self.data.get(stage), "pretraining": self.options.tokens}
         if stage == "fine-tuning":
-            cells["epochs"] = self.options.epochs
+            cells |= {"epochs": self.options.epochs, "pooling": self.options.pooling}
         return [row for row in succeeded(self.options.output, **cells) if row["loss"] < math.inf]
 
     def _fine_tuning(self, kind: str, n: int, rate: float, seed: int) -> TrainingRun:
@@ -149,7 +150,9 @@ class Plan:
             **{"--reset-meters": "", "--no-save": ""},
         }
         words = self._words(classes, name, options, recipe(rate, updates, seed), self.options.dropout)
-        row = self._row("fine-tuning", name, n, rate, seed, epochs=self.options.epochs)
+        words = with_pooling(words, kind, self.options.pooling)
+        told = dict(epochs=self.options.epochs, pooling=self.options.pooling)
+        row = self._row("fine-tuning", name, n, rate, seed, **told)
         return self._run(words, updates, row, updates * batch * n)
 
     def _words(self, data: Path, name: str, options: dict, training: dict, dropout: float) -> tuple:
@@ -162,8 +165,8 @@ class Plan:
         plugin = ("--user-dir", str(ROOT / "fairseq_flash"))
         return (str(data), *as_words(options), *plugin, *system.words, *as_words({**training, **common}))
 
-    def _row(self, stage: str, name: str, n: int, rate: float, seed: int, epochs: object = "") -> dict:
-        found = dict(name=name, stage=stage, n=n, lr=rate, seed=seed, epochs=epochs)
+    def _row(self, stage: str, name: str, n: int, rate: float, seed: int, **told: object) -> dict:
+        found = dict(name=name, stage=stage, n=n, lr=rate, seed=seed, **{"epochs": "", "pooling": "", **told})
         return {**found, "data": self.data[stage], "pretraining": self.options.tokens}
 
     def _run(self, words: tuple, updates: int, row: dict, weight: float) -> TrainingRun:
@@ -187,6 +190,14 @@ class Plan:
     def _kept(self, row: dict) -> Path:
         told = (row[name] for name in ("name", "data", "n", "lr", "seed", "pretraining"))
         return self.checkpoints / f"{'-'.join(map(str, told))}.pt"
+
+
+def with_pooling(words: tuple, kind: str, pooling: str) -> tuple:
+    """The words of a fine-tuning whose head sees more than the first token."""
+    if pooling == "first":
+        return words
+    place, pooled = words.index("--arch") + 1, "pooled_" if kind == "roberta" else ""
+    return (*words[:place], pooled + words[place], "--pooling", pooling, *words[place + 1 :])
 
 
 def last_test_accuracy(log: Path) -> float:
@@ -220,7 +231,13 @@ def report(plan: Plan) -> str:
             test, valid = ([float(row[f"{s}_accuracy"]) for row in own] for s in ("test", "valid"))
             each = f"{mean(test):.1f} ({', '.join(f'{value:g}' for value in test)})"
             lines.append([f"`{key[0]}`", *key[1:], each, f"{mean(valid):.1f}"])
-    header = ["fine-tuned", "tokens", "learning rate", "accuracy on test, mean (each seed)", "on valid"]
+    header = [
+        f"fine-tuned, pooling {plan.options.pooling}",
+        "tokens",
+        "learning rate",
+        "accuracy on test, mean (each seed)",
+        "on valid",
+    ]
     return f"\n{pretrained}\n\n{markdown.table(header, lines)}"
 
 
@@ -241,6 +258,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--epochs", type=int, default=10, help="of a fine-tuning")
     add("--batch-size", type=int, default=8, help="of a fine-tuning")
     add("--dropout", type=float, default=0.1, help="of a fine-tuning; pretraining has none")
+    add("--pooling", choices=POOLINGS, default="first", help="what heads see of a row, in FLASH and RoBERTa")
     add("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3], help="of a fine-tuning")
     add("--seeds", type=int, nargs="+", default=[1, 2, 3])
     add("--valid-batches", type=int, default=0, help="at most so many in a validation (all)")

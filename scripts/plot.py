@@ -13,6 +13,10 @@
     quality     comparison.csv          loss against training speed
     ablation    comparison.csv          loss of each system against flash_lm's, as bars
     factors     ablation.csv            loss with one choice changed against that without, as bars
+    recurrence  yardsticks.csv          gain over another model by distance of the token's last occurrence
+    copy        yardsticks.csv          gain of a first copy by the distance of the second
+    context     yardsticks.csv          loss of the same last tokens by length of the row
+    passkey     yardsticks.csv          part of the keys that are found, by their distance
 
 A system has the same colour and marker in every figure. Lines and bars are means over seeds; bands and
 whiskers reach from the lowest to the highest. Needs matplotlib and pandas

@@ -20,14 +20,13 @@ import functools
 from pathlib import Path
 
 from runs.command_line import command_line
-from text.folder import RECORD, Corpus, add_shared, run_prepare
+from text.folder import Corpus, add_shared, print_counts, run_prepare
+from text.numbered import LM_FILES
 from text.pieces import MODEL, encode, learn_pieces, number_pieces
 from text.read import TextFile, find_text_files
 from text.split import HELD_OUT, SPLITS, check_fractions, held_out_fractions, write_splits
 
 __all__ = ["main", "prepare"]
-
-OUR_FILES = {"dict.txt", MODEL, RECORD, *(f"{split}.{end}" for split in SPLITS for end in ("bin", "idx"))}
 
 
 def prepare(options: argparse.Namespace) -> bool:
@@ -49,7 +48,7 @@ def prepare(options: argparse.Namespace) -> bool:
     }
     shares = {f"{split}_fraction": share for split, share in held_out_fractions(options).items()}
     recorded = {"vocab_size": options.vocab_size, **shares, "seed": options.seed}
-    return Corpus(inputs, recorded, OUR_FILES, functools.partial(_make, options, inputs)).publish(options)
+    return Corpus(inputs, recorded, LM_FILES, functools.partial(_make, options, inputs)).publish(options)
 
 
 def _make(options: argparse.Namespace, inputs: dict[str, list[TextFile]], work: Path, lock: int) -> dict:
@@ -84,9 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; a mistake of the user ends it with one line and status 2."""
-    record = run_prepare(_parser(), prepare, arguments)
-    for split, counts in record["splits"].items():
-        print(f"  {split:5} " + "  ".join(f"{count:>13,} {name}" for name, count in counts.items()))
+    print_counts(run_prepare(_parser(), prepare, arguments))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,9 @@ Starts fairseq-train in N processes of this machine and exits 0 only if they tra
 Every other argument goes to fairseq-train, except those named --distributed-*, which this script sets.
 A batch of N processes is that of one process with --update-freq N.
 
+TIMEOUT=N: seconds that a process waits for others before all end with an error; by default torch's own, 600 on
+GPUs and 1800 on CPUs.
+
 Several machines: run the same command on each with NNODES, NODE_RANK (0 on the first), MASTER_ADDR (a name or
 address of the first) and MASTER_PORT (default 29500) set.
 
@@ -55,8 +58,16 @@ if [ "${NNODES:-1}" = 1 ]; then
     where=(--standalone) # its own port, free at the moment it starts
 else
     [ -n "${NODE_RANK:-}" ] && [ -n "${MASTER_ADDR:-}" ] || fail "NNODES=$NNODES needs NODE_RANK and MASTER_ADDR"
+    [[ "$NNODES" =~ ^[1-9][0-9]*$ ]] || fail "NNODES is '$NNODES'; allowed are whole numbers from 1"
+    [[ "$NODE_RANK" =~ ^(0|[1-9][0-9]*)$ ]] && [ "$NODE_RANK" -lt "$NNODES" ] ||
+        fail "NODE_RANK is '$NODE_RANK'; allowed are 0 to $((NNODES - 1)), another on each machine"
     where=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR"
         --master-port "${MASTER_PORT:-29500}")
+fi
+
+if [ -n "${TIMEOUT:-}" ]; then
+    [[ "$TIMEOUT" =~ ^[1-9][0-9]*$ ]] || fail "TIMEOUT is '$TIMEOUT'; allowed are whole numbers from 1, of seconds"
+    where+=(--rdzv-conf "timeout=$TIMEOUT")
 fi
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # torchrun's own default, without its warning

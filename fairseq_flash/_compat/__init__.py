@@ -12,6 +12,8 @@
     one training a folder, and no cut file in it;
 ``training``
     where it begins, goes on and ends;
+``ending``
+    how it ends when a scheduler asks for it;
 ``data``
     rows that fairseq would drop, garble or refuse;
 ``generation``
@@ -27,7 +29,17 @@ Two things happen before ``--user-dir`` is read and so cannot be healed from her
 tensorboardX" (hence tensorboardX is a dependency of this package) and warnings about fairseq's own syntax.
 """
 
-from fairseq_flash._compat import checkpoints, data, generation, hub, messages, saving, training, versions
+from fairseq_flash._compat import (
+    checkpoints,
+    data,
+    ending,
+    generation,
+    hub,
+    messages,
+    saving,
+    training,
+    versions,
+)
 
 __all__ = ["prepare_host"]
 
@@ -39,5 +51,5 @@ def prepare_host() -> None:
     registered.
     """
     # Messages first: the others import the modules whose noise is to be hidden.
-    for kind in (messages, versions, checkpoints, hub, saving, training, data, generation):
+    for kind in (messages, versions, checkpoints, hub, saving, training, ending, data, generation):
         kind.prepare()

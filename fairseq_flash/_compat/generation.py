@@ -115,7 +115,7 @@ def _refuse_what_generation_ignores() -> None:
     """Says which options of generation cannot be; fairseq 0.12 ignores some, and fails late with others.
 
     Where there are no steps to be printed it is a KeyError after a batch; top-k of 0 and top-p beyond 1 are
-    taken as if they were not given.
+    taken as if they were not given, and so are both without ``--sampling``.
     """
     from fairseq.tasks import FairseqTask
 
@@ -133,11 +133,23 @@ def _refuse_what_generation_ignores() -> None:
                 if value is not None and not fits(value):
                     option = f"--{name.replace('_', '-')}" + (f" {value}" if value is not True else "")
                     raise ValueError(f"{option} is not allowed; allowed: {allowed}")
+            _refuse_combinations(args)
             return build(self, models, args, *others, **kwargs)
 
         return healed
 
     wrap(FairseqTask, "build_generator", heal)
+
+
+def _refuse_combinations(args: Any) -> None:
+    beam, nbest = getattr(args, "beam", 5), getattr(args, "nbest", 1)
+    if nbest > beam:
+        raise ValueError(f"--nbest {nbest} is not allowed with --beam {beam}; allowed: 1 to {beam}")
+    for name in ("sampling_topk", "sampling_topp"):
+        value = getattr(args, name, -1)
+        if value > 0 and not getattr(args, "sampling", False):
+            option = f"--{name.replace('_', '-')} {value}"
+            raise ValueError(f"{option} has no effect without --sampling; allowed: with --sampling")
 
 
 def _refuse_another_task() -> None:

@@ -202,29 +202,36 @@ def _refuse_alignments() -> None:
     wrap(SequenceGeneratorWithAlignment, "__init__", heal)
 
 
-def _refuse_other_criterions() -> None:
-    """Says before the first update that a criterion cannot go with one of our models.
+#: Of fairseq's criterions, those that a model of the next word can be trained with.
+_CRITERIONS = ("cross_entropy", "label_smoothed_cross_entropy", "label_smoothed_cross_entropy_with_rdrop")
 
-    Some of fairseq's fail with an AssertionError without text or a RuntimeError about sizes; that of
-    alignments trains, without ``--load-alignments``, as if it were another.
+
+def _refuse_other_criterions() -> None:
+    """Says before the first update that a criterion of fairseq's cannot go with one of our decoders.
+
+    Some fail with an AssertionError without text or a RuntimeError about sizes; that of alignments trains,
+    without ``--load-alignments``, as if it were another. Criterions of the user's own are the user's.
     """
     from fairseq.trainer import Trainer
 
     def heal(init: Callable) -> Callable:
         def healed(self, cfg: Any, task: Any, model: Any, criterion: Any, *args: Any, **kwargs: Any) -> None:
-            name, decoder = type(criterion).__name__, getattr(model, "decoder", None)
-            ours = hasattr(decoder, "has_attention_weights")
-            problem = None
-            if name == "LabelSmoothedCrossEntropyCriterionWithAlignment" and ours:
-                problem = "gated attention gives no weights to align; allowed: label_smoothed_cross_entropy"
-            elif name == "AdaptiveLoss" and ours and getattr(decoder, "adaptive_softmax", None) is None:
-                problem = "the model has no adaptive softmax; allowed: with --adaptive-softmax-cutoff"
-            elif name == "MaskedLmLoss" and ours:
-                problem = (
-                    "the model predicts the next word; allowed: --arch flash_masked_lm, or cross_entropy"
+            decoder, name = getattr(model, "decoder", None), cfg.criterion._name
+            allowed = _CRITERIONS
+            if getattr(decoder, "adaptive_softmax", None) is not None:
+                allowed = ("adaptive_loss",)
+            fairseqs = type(criterion).__module__.startswith("fairseq.criterions.")
+            if hasattr(decoder, "has_attention_weights") and fairseqs and name not in allowed:
+                raise ValueError(
+                    f"--criterion {name} is not allowed with this model; allowed: {', '.join(allowed)} "
+                    "(adaptive_loss goes with --adaptive-softmax-cutoff)"
                 )
-            if problem:
-                raise ValueError(f"--criterion {cfg.criterion._name} is not allowed: {problem}")
+            loss = getattr(cfg.model, "vocabulary_loss", None)
+            if fairseqs and loss not in (None, "plain") and name != "cross_entropy":
+                raise ValueError(
+                    f"--vocabulary-loss {loss} has no effect with --criterion {name}; "
+                    "allowed: --criterion cross_entropy"
+                )
             init(self, cfg, task, model, criterion, *args, **kwargs)
 
         return healed

@@ -22,6 +22,8 @@ def prepare() -> None:
     _know_before_training_that_it_is_complete()
     _begin_an_average_at_any_time()
     _stop_loading_at_the_end()
+    _tell_what_is_not_finite()
+    _refuse_sharded_weights()
 
 
 def _know_before_training_that_it_is_complete() -> None:
@@ -157,3 +159,74 @@ def _stop(consumer: Any, batches: queue.Queue) -> None:
         with contextlib.suppress(queue.Empty):
             batches.get_nowait()
         consumer.join(0.01)
+
+
+def _tell_what_is_not_finite() -> None:
+    """Names the update and the layer where a loss or gradients are not finite.
+
+    fairseq 0.12 makes the update again with hooks that log each layer; its error, "gradients are Nan/Inf",
+    says neither. Its backward hooks fail on a module that returns a dictionary, as encoders do: those of its
+    parts tell enough.
+    """
+    from fairseq.nan_detector import NanDetector
+    from fairseq.trainer import Trainer
+
+    found: list[str] = []
+
+    def heal_hooks(add_hooks: Callable) -> Callable:
+        def healed(self, module: Any) -> None:
+            backward, self.backward = self.backward, self.backward and next(module.children(), None) is None
+            add_hooks(self, module)
+            self.backward = backward
+
+        return healed
+
+    def heal_detect(detect: Callable) -> Callable:
+        def healed(self, *args: Any) -> Any:
+            message = detect(self, *args)
+            if message:
+                found.append(message)
+            return message
+
+        return healed
+
+    def heal_step(step: Callable) -> Callable:
+        def healed(self, *args: Any, **kwargs: Any) -> Any:
+            found.clear()
+            try:
+                return step(self, *args, **kwargs)
+            except FloatingPointError as error:
+                first = f"; first: {found[0]}" if found else ""
+                raise FloatingPointError(f"update {self.get_num_updates() + 1}: {error}{first}") from error
+
+        return healed
+
+    wrap(NanDetector, "add_hooks", heal_hooks)
+    wrap(NanDetector, "_detect", heal_detect)
+    wrap(Trainer, "train_step", heal_step)
+
+
+def _refuse_sharded_weights() -> None:
+    """Refuses ``--ddp-backend fully_sharded`` for models of this package, before anything is built.
+
+    fairseq 0.12 takes fairscale's, which ended before the torch that is needed here: what it computes there
+    has never been compared. ``--zero-sharding os``, of the same package, has.
+    """
+    from fairseq.distributed import utils as distributed_utils
+    from fairseq.models import ARCH_MODEL_REGISTRY
+
+    def heal(call: Callable) -> Callable:
+        def healed(cfg: Any, *args: Any, **kwargs: Any) -> Any:
+            model = ARCH_MODEL_REGISTRY.get(getattr(getattr(cfg, "model", None), "_name", None))
+            ours = getattr(model, "__module__", "").startswith("fairseq_flash.")
+            if ours and cfg.distributed_training.ddp_backend == "fully_sharded":
+                raise ValueError(
+                    "--ddp-backend fully_sharded is not allowed: fairscale's sharded weights have not been "
+                    "kept up with torch; allowed: pytorch_ddp, legacy_ddp, no_c10d, and --zero-sharding os, "
+                    "by which processes share the optimizer's state"
+                )
+            return call(cfg, *args, **kwargs)
+
+        return healed
+
+    wrap(distributed_utils, "call_main", heal)

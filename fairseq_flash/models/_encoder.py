@@ -5,7 +5,7 @@ from typing import Any, Optional
 import torch
 from fairseq.data import Dictionary
 from fairseq.models import FairseqEncoder
-from torch import nn
+from torch import distributed, nn
 
 from fairseq_flash.models._embedding import padding_as_words
 from fairseq_flash.models._layers import build_stack
@@ -34,10 +34,16 @@ class FlashEncoder(FairseqEncoder):
         self.padding_idx = embed_tokens.padding_idx
         self.stack = build_stack(cfg, embed_tokens, causal=False, n_ref=n_ref)
 
-    def features(self, src_tokens: torch.Tensor) -> torch.Tensor:
-        """Features ``(b, m, d)`` of tokens ``(b, m)``, zero at padding; errors as :meth:`forward`."""
+    def features(
+        self, src_tokens: torch.Tensor, group: Optional[distributed.ProcessGroup] = None
+    ) -> torch.Tensor:
+        """Features ``(b, m, d)`` of tokens ``(b, m)``, zero at padding; errors as :meth:`forward`.
+
+        With a ``group``, the tokens are this process's part of the rows, as
+        :func:`~fairseq_flash.modules.part_of_rows` cuts them.
+        """
         src_tokens = padding_as_words(src_tokens, self.dictionary)
-        return self.stack(src_tokens, src_tokens.eq(self.padding_idx))[0]
+        return self.stack(src_tokens, src_tokens.eq(self.padding_idx), group=group)[0]
 
     def forward(
         self, src_tokens: torch.Tensor, src_lengths: Optional[torch.Tensor] = None, **unused: Any

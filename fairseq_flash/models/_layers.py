@@ -149,6 +149,8 @@ def _forward(
     """A layer on whole rows through its compiled code, which all layers of its kind share."""
     if state is not None or rows is None:
         return type(layer).forward(layer, x, padding_mask, state, rows=rows, **source)
+    if rows.group is not None:
+        raise ValueError("group is given to a compiled layer; allowed: without --compile")
     _mark_dynamic(x, 0, 1)
     for tensor, axes in (
         (rows.padding_mask, (0, 1)),

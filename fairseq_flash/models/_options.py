@@ -7,7 +7,15 @@ from typing import Optional
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
 from fairseq_flash.models._loss import LOSSES
-from fairseq_flash.modules import ATTENTIONS, BACKENDS, INITS, LINEAR_NORMS, NORMS, RELATIVE_BIASES
+from fairseq_flash.modules import (
+    ATTENTIONS,
+    BACKENDS,
+    INITS,
+    LINEAR_NORMS,
+    NORMS,
+    POOLINGS,
+    RELATIVE_BIASES,
+)
 
 __all__ = [
     "BLOCKS",
@@ -178,6 +186,10 @@ class FlashMaskedLMConfig(FlashConfig):
         default=False, metadata={"help": "give the output its own weights in place of the embeddings"}
     )
     pooler_dropout: float = field(default=0.0, metadata={"help": "dropout inside classification heads"})
+    pooling: ChoiceEnum(list(POOLINGS)) = field(
+        default="first",
+        metadata={"help": "what classification heads see: the first token, or all, evenly or by attention"},
+    )
     load_checkpoint_heads: bool = field(
         default=False, metadata={"help": "register the classification heads that a checkpoint holds"}
     )

@@ -127,7 +127,12 @@ class RememberingModel(BaseFairseqModel):
             ValueError: an option differs, or weights are missing, unknown or of another shape.
         """
         stored = _decode(state_dict[KEY]) if KEY in state_dict else {}
-        self._compare_options(stored.get("options", {}))
+        options = stored.get("options", {})
+        if any(name.startswith("classification_heads.") for name in state_dict):
+            options.setdefault("pooling", "first")  # of heads of before there was a choice
+        else:
+            options.pop("pooling", None)  # decides nothing yet
+        self._compare_options(options)
         words = stored.get("words")
         if self._record and words and words != self._record["words"]:
             warn_once(

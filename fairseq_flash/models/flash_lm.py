@@ -5,7 +5,7 @@ from typing import Any, Optional
 import torch
 from fairseq.data import Dictionary
 from fairseq.models import FairseqIncrementalDecoder, FairseqLanguageModel, register_model
-from torch import nn
+from torch import distributed, nn
 
 from fairseq_flash.models._diagnostics import watch_layers
 from fairseq_flash.models._embedding import build_adaptive_softmax, build_input, padding_as_words
@@ -65,6 +65,7 @@ class FlashDecoder(FairseqIncrementalDecoder):
         incremental_state: Optional[dict[str, Any]] = None,
         features_only: bool = False,
         memory: Optional[RowMemory] = None,
+        group: Optional[distributed.ProcessGroup] = None,
         **unused: Any,
     ) -> tuple[torch.Tensor, None]:
         """Predicts the next token at every position.
@@ -76,6 +77,8 @@ class FlashDecoder(FairseqIncrementalDecoder):
             features_only: Whether to stop before the vocabulary.
             memory: Where rows that continue earlier ones find their state, and leave it; without
                 ``incremental_state``.
+            group: The processes that each hold a part of the rows, as
+                :func:`~fairseq_flash.modules.part_of_rows` cuts them; None for whole rows.
             unused: What fairseq passes to every model, such as ``src_lengths``.
 
         Returns:
@@ -83,9 +86,11 @@ class FlashDecoder(FairseqIncrementalDecoder):
             softmax; and None, in place of attention weights.
 
         Raises:
-            ValueError: a row is longer than a Toeplitz table.
+            ValueError: a row is longer than a Toeplitz table, or the layers cannot share rows in a group.
         """
-        x, extra = self.extract_features(prev_output_tokens, encoder_out, incremental_state, memory)
+        x, extra = self.extract_features(
+            prev_output_tokens, encoder_out, incremental_state, memory, group=group
+        )
         if features_only:
             return x, extra
         if self.training and self.vocabulary_loss != "plain" and self.output_projection is not None:
@@ -98,6 +103,7 @@ class FlashDecoder(FairseqIncrementalDecoder):
         encoder_out: Any = None,
         incremental_state: Optional[dict[str, Any]] = None,
         memory: Optional[RowMemory] = None,
+        group: Optional[distributed.ProcessGroup] = None,
         **unused: Any,
     ) -> tuple[torch.Tensor, None]:
         """As :meth:`forward` with ``features_only``."""
@@ -105,7 +111,8 @@ class FlashDecoder(FairseqIncrementalDecoder):
             return self._advance(prev_output_tokens, incremental_state), None
         prev_output_tokens = padding_as_words(prev_output_tokens, self.dictionary)
         state = None if memory is None else memory.recall(self.stack, prev_output_tokens)
-        features, state = self.stack(prev_output_tokens, prev_output_tokens.eq(self.padding_idx), state)
+        padding_mask = prev_output_tokens.eq(self.padding_idx)
+        features, state = self.stack(prev_output_tokens, padding_mask, state, group=group)
         if memory is not None:
             memory.remember(self.stack, state)
         return features, None

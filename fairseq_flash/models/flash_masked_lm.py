@@ -7,7 +7,7 @@ import torch
 from fairseq import file_utils, hub_utils
 from fairseq.models import FairseqEncoderModel, register_model
 from fairseq.models.roberta.model import RobertaClassificationHead
-from torch import nn
+from torch import distributed, nn
 
 from fairseq_flash.models._diagnostics import watch_layers
 from fairseq_flash.models._embedding import build_embedding
@@ -19,7 +19,7 @@ from fairseq_flash.models._options import FlashMaskedLMConfig
 from fairseq_flash.models._presets import MASKED_LMS, register
 from fairseq_flash.models._trained import RememberingModel
 from fairseq_flash.models.flash_lm import normalized_probs
-from fairseq_flash.modules import build_norm
+from fairseq_flash.modules import Pooling, build_norm
 
 __all__ = ["PRESETS", "FlashMaskedLM", "FlashMaskedLMConfig", "MaskedLMHead"]
 
@@ -101,6 +101,7 @@ class FlashMaskedLM(RememberingModel, FairseqEncoderModel):
         return_all_hiddens: bool = False,
         classification_head_name: Optional[str] = None,
         masked_tokens: Optional[torch.Tensor] = None,
+        group: Optional[distributed.ProcessGroup] = None,
         **unused: Any,
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """Predicts what stands at every position or at the masked ones, or the class of each row.
@@ -110,8 +111,10 @@ class FlashMaskedLM(RememberingModel, FairseqEncoderModel):
             src_lengths: Ignored: the padding tells.
             features_only: Whether to stop before the vocabulary.
             return_all_hiddens: Not available: features are those of the last layer.
-            classification_head_name: Of the head to apply to each row's first real token.
+            classification_head_name: Of the head to apply to each row, pooled as ``--pooling`` says.
             masked_tokens: ``(b, n)``, True at the positions to predict; None for all.
+            group: The processes that each hold a part of the rows, as
+                :func:`~fairseq_flash.modules.part_of_rows` cuts them; None for whole rows.
             unused: What fairseq passes to every model, such as ``src_id``.
 
         Returns:
@@ -120,20 +123,21 @@ class FlashMaskedLM(RememberingModel, FairseqEncoderModel):
             dictionary, for nothing yet.
 
         Raises:
-            ValueError: no head has that name, or a row is longer than a Toeplitz table.
+            ValueError: no head has that name, a row is longer than a Toeplitz table, or rows are shared in a
+                group by layers that cannot, or for a head.
         """
         if return_all_hiddens:
             raise ValueError("return_all_hiddens=True is not allowed; allowed: False, the last layer's alone")
         head = classification_head_name and self.classification_head(classification_head_name)
-        features = self.encoder.features(src_tokens)
+        if head is not None and group is not None:
+            raise ValueError(
+                f"group is given with classification_head_name={classification_head_name!r}; "
+                "allowed is one of them"
+            )
+        features = self.encoder.features(src_tokens, group)
         if head is not None:
-            return head(self._first(features, src_tokens)), {}
+            return head(head.pooling(features, src_tokens.eq(self.encoder.padding_idx))), {}
         return (features if features_only else self.encoder.lm_head(features, masked_tokens)), {}
-
-    def _first(self, features: torch.Tensor, src_tokens: torch.Tensor) -> torch.Tensor:
-        """Of each row's first real token, where ``<s>`` stands: (b, 1, d) of (b, n, d)."""
-        first = src_tokens.ne(self.encoder.padding_idx).int().argmax(dim=1)
-        return features[torch.arange(len(first), device=first.device), first].unsqueeze(1)
 
     def classification_head(self, name: str) -> nn.Module:
         """The head of that name.
@@ -167,6 +171,7 @@ class FlashMaskedLM(RememberingModel, FairseqEncoderModel):
         head = RobertaClassificationHead(
             self.cfg.embed_dim, inner_dim, num_classes, "tanh", self.cfg.pooler_dropout
         )
+        head.pooling = Pooling(str(self.cfg.pooling), self.cfg.embed_dim)
         like = self.encoder.lm_head.bias
         self.classification_heads[name] = head.to(dtype=like.dtype, device=like.device)
 

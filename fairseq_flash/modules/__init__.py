@@ -1,6 +1,6 @@
 """FLASH as plain PyTorch modules, usable without fairseq; batch first throughout."""
 
-from fairseq_flash.modules.alignment import Rows, align_rows, restore_rows
+from fairseq_flash.modules.alignment import Rows, align_rows, part_of_rows, restore_rows
 from fairseq_flash.modules.attention import ATTENTIONS, LayerState
 from fairseq_flash.modules.decoder_layer import DecoderLayer, DecoderLayerState
 from fairseq_flash.modules.gated_attention_unit import GatedAttentionUnit
@@ -8,6 +8,7 @@ from fairseq_flash.modules.gated_cross_attention import GatedCrossAttention, Sou
 from fairseq_flash.modules.layer import INITS, AttentionLayer, Layer, LayerOptions
 from fairseq_flash.modules.normalization import NORMS, ScaleNorm, build_norm
 from fairseq_flash.modules.offset_scale import OffsetScale
+from fairseq_flash.modules.pooling import POOLINGS, Pooling
 from fairseq_flash.modules.positions import (
     RELATIVE_BIASES,
     RotaryBias,
@@ -28,6 +29,7 @@ __all__ = [
     "INITS",
     "LINEAR_NORMS",
     "NORMS",
+    "POOLINGS",
     "RELATIVE_BIASES",
     "AttentionLayer",
     "DecoderLayer",
@@ -39,6 +41,7 @@ __all__ = [
     "LayerOptions",
     "LayerState",
     "OffsetScale",
+    "Pooling",
     "RotaryBias",
     "RowMemory",
     "Rows",
@@ -52,5 +55,6 @@ __all__ = [
     "align_rows",
     "build_norm",
     "build_relative_bias",
+    "part_of_rows",
     "restore_rows",
 ]

@@ -64,7 +64,7 @@ class MixedChunk:
         matrix = None if bias is None else bias.matrix(min(self.options.chunk_size, uvz.shape[1]))
         copies = offset_scale.gamma, offset_scale.beta
         projected = Projected(uvz, *copies, rows.cos, rows.sin, matrix, rows.lengths)
-        return gated_mixed_chunk(projected, self.options, backend=self.backend)
+        return gated_mixed_chunk(projected, self.options, group=rows.group, backend=self.backend)
 
     def step(
         self,
@@ -115,7 +115,7 @@ class MixedChunk:
             if bias is not None:
                 inputs = inputs._replace(bias=bias.matrix(c if state is not None else min(c, n)))
             options = self.options if training else self.options._replace(dropout=0.0)
-            out, state = mixed_chunk_attention(inputs, options, state=state)
+            out, state = mixed_chunk_attention(inputs, options, state=state, group=rows.group)
         if heads is not None:
             out, state = out.unflatten(0, (-1, heads)), state and state.unfold(heads)
         return out, state

@@ -8,8 +8,9 @@ from numbers import Integral, Real
 from typing import Any, Optional, Union
 
 import torch
+from torch import distributed
 
-from fairseq_flash.ops import check_backend, check_even
+from fairseq_flash.ops import check_backend, check_even, check_part
 
 __all__ = [
     "check_backend",
@@ -19,6 +20,7 @@ __all__ = [
     "check_instance",
     "check_numbers",
     "check_rates",
+    "check_shared",
     "check_sizes",
     "check_tensor",
     "check_vectors",
@@ -79,6 +81,29 @@ def check_instance(name: str, value: Any, kind: type) -> None:
     """
     if not isinstance(value, kind):
         raise ValueError(f"{name} is a {type(value).__name__}; allowed: {kind.__name__}")
+
+
+def check_shared(layers: Iterable[Any], state: Any, n: int, group: Any) -> None:
+    """Refuses rows over the processes of a ``group`` where ``layers`` cannot share them.
+
+    Args:
+        layers: All of a stack, or one.
+        state: What came before the rows.
+        n: Length of this process's part.
+        group: As the argument came.
+
+    Raises:
+        ValueError: so it is.
+    """
+    check_instance("group", group, distributed.ProcessGroup)
+    for layer in layers:
+        kind = getattr(layer, "attention", None)
+        if kind in (None, "quadratic"):
+            found = type(layer).__name__ if kind is None else f"attention={kind!r}"
+            raise ValueError(f"{found} cannot share a row in a group; allowed: mixed_chunk, local, global")
+        check_part(n, layer.chunk_size, group)
+    if state is not None:
+        raise ValueError("group and state are both given; allowed is one of them")
 
 
 def check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:

@@ -5,11 +5,17 @@ from __future__ import annotations
 from typing import Any, Optional, TypedDict
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from fairseq_flash.modules.alignment import Rows, align_rows, restore_rows
 from fairseq_flash.modules.attention import ATTENTIONS
-from fairseq_flash.modules.checks import check_choice, check_rates, check_sizes, check_vectors
+from fairseq_flash.modules.checks import (
+    check_choice,
+    check_rates,
+    check_shared,
+    check_sizes,
+    check_vectors,
+)
 from fairseq_flash.modules.normalization import build_norm
 from fairseq_flash.modules.state import check_layer_state
 from fairseq_flash.ops import LINEAR_NORMS
@@ -62,6 +68,7 @@ class Layer(nn.Module):
         state: Optional[Any] = None,
         *,
         rows: Optional[Rows] = None,
+        group: Optional[distributed.ProcessGroup] = None,
         **source: Optional[torch.Tensor],
     ) -> tuple[torch.Tensor, Optional[Any]]:
         """Applies the layer.
@@ -71,7 +78,10 @@ class Layer(nn.Module):
             padding_mask: ``(b, n)``, True at padding, leading or trailing; None without padding.
             state: What came before, from ``empty_state`` or an earlier call; None for whole rows.
                 Outside of autograd its tensors may be overwritten: use only the state that comes back.
-            rows: Geometry of rows that a stack has aligned already, in place of ``padding_mask``.
+            rows: Geometry of rows that a stack has aligned already, in place of mask and group.
+            group: The processes that each hold a part of the rows, in their order, as
+                :func:`~fairseq_flash.modules.part_of_rows` cuts them: whole chunks, equally many, and
+                padding trails the whole row. All call at the same time. None for whole rows.
             source: What the layer reads beside its row, of layers that read a source.
 
         Returns:
@@ -81,7 +91,8 @@ class Layer(nn.Module):
         Raises:
             ValueError: vectors or mask have another shape, dtype or device, padding in the middle of a row,
                 a state of another layer or other rows, or of a bidirectional layer, a source for a layer that
-                reads none, or a row beyond the table of a Toeplitz bias.
+                reads none, a row beyond the table of a Toeplitz bias, a group for a layer of quadratic
+                attention or with a state, or parts that are not cut so.
         """
         if source and not self.reads_source:
             raise ValueError(
@@ -90,8 +101,10 @@ class Layer(nn.Module):
         given = rows
         if rows is None:
             self._check(x, state)
+            if group is not None:
+                check_shared([self], state, x.shape[1], group)
             start = None if state is None else state.position
-            x, rows = align_rows(x, padding_mask, start, self.attention_dim, x.dtype)
+            x, rows = align_rows(x, padding_mask, start, self.attention_dim, x.dtype, group)
         if x.shape[1]:
             x, state = self.aligned(x, rows, state, **source)
         return (x if given is not None else restore_rows(x, rows)), state

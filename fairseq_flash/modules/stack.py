@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from fairseq_flash.modules.alignment import align_rows, restore_rows
 from fairseq_flash.modules.checks import (
@@ -14,6 +14,7 @@ from fairseq_flash.modules.checks import (
     check_instance,
     check_numbers,
     check_rates,
+    check_shared,
     check_sizes,
     check_tensor,
     require,
@@ -98,6 +99,8 @@ class Stack(nn.Module):
         tokens: torch.Tensor,
         padding_mask: Optional[torch.Tensor] = None,
         state: Optional[DecodingState] = None,
+        *,
+        group: Optional[distributed.ProcessGroup] = None,
         **source: Optional[torch.Tensor],
     ) -> tuple[torch.Tensor, Optional[DecodingState]]:
         """Turns tokens into features.
@@ -107,6 +110,8 @@ class Stack(nn.Module):
             padding_mask: ``(b, n)``, True at padding, leading or trailing; None without padding.
             state: What came before, from :meth:`empty_state` or an earlier call; None for whole rows.
                 Outside of autograd its tensors may be overwritten: use only the state that comes back.
+            group: The processes that each hold a part of the rows, as for :class:`Layer`; None for whole
+                rows.
             source: ``source`` and ``source_padding_mask`` of blocks that are
                 :class:`~fairseq_flash.modules.DecoderLayer`, unless there is a state; of others, nothing.
 
@@ -116,8 +121,8 @@ class Stack(nn.Module):
 
         Raises:
             ValueError: tokens that are none or not in the dictionary (on a CPU), padding in the middle of a
-                row, a row beyond the table of a Toeplitz bias, or a state that is not this stack's or not of
-                these rows.
+                row, a row beyond the table of a Toeplitz bias, a state that is not this stack's or not of
+                these rows, or a group as for :class:`Layer`.
         """
         words = getattr(self.embed_tokens, "num_embeddings", None)
         if words is not None:
@@ -125,8 +130,10 @@ class Stack(nn.Module):
             check_tensor("tokens", tokens, (None, None), [torch.long, torch.int], device)
         if state is not None and not torch.compiler.is_compiling():
             check_state(state, self._described(), tokens)
+        if group is not None:
+            check_shared(self.blocks, state, tokens.shape[1], group)
         start = None if state is None else state.position
-        tokens, rows = align_rows(tokens, padding_mask, start, self.attention_dim, self._dtype())
+        tokens, rows = align_rows(tokens, padding_mask, start, self.attention_dim, self._dtype(), group)
         if words is not None and tokens.is_cpu:
             known = ((tokens >= 0) & (tokens < words)).all()
             require(known, f"tokens has indices out of range; allowed: 0 to {words - 1}")

@@ -14,15 +14,17 @@ from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageMode
 from fairseq_flash.modules import RowMemory
 from fairseq_flash.tasks._documents import DocumentSegments
 from fairseq_flash.tasks._prompt_pass import PromptPassGenerator
+from fairseq_flash.tasks._sequence_parallel import SequenceParallel, SequenceParallelConfig
 
 __all__ = ["FlashLanguageModelingConfig", "FlashLanguageModelingTask"]
 
+#: What gives a row other targets than the next token of each.
+OTHER_TARGETS = {"self_target": False, "past_target": False}
 #: Options that say how samples are made, and the one value that leaves documents whole.
 WHOLE_DOCUMENTS = {
     "sample_break_mode": "none",
     "add_bos_token": False,
-    "self_target": False,
-    "past_target": False,
+    **OTHER_TARGETS,
     "shorten_method": "none",
     "output_dictionary_size": -1,
     "pad_to_fixed_length": False,
@@ -31,7 +33,7 @@ WHOLE_DOCUMENTS = {
 
 
 @dataclass
-class FlashLanguageModelingConfig(LanguageModelingConfig):
+class FlashLanguageModelingConfig(SequenceParallelConfig, LanguageModelingConfig):
     """Options of ``--task flash_language_modeling``."""
 
     carry_state: bool = field(
@@ -44,7 +46,7 @@ class FlashLanguageModelingConfig(LanguageModelingConfig):
 
 
 @register_task("flash_language_modeling", dataclass=FlashLanguageModelingConfig)
-class FlashLanguageModelingTask(LanguageModelingTask):
+class FlashLanguageModelingTask(SequenceParallel, LanguageModelingTask):
     """fairseq's ``language_modeling``, with a bulk prompt pass and, if asked for, documents of any length.
 
     Generation reads each prompt in one forward pass (:class:`PromptPassGenerator`), with the same result.
@@ -72,11 +74,11 @@ class FlashLanguageModelingTask(LanguageModelingTask):
         super().__init__(args, dictionary, output_dictionary, targets)
         self.carry_state = getattr(args, "carry_state", False)
         self._memories: dict[tuple[str, bool], RowMemory] = defaultdict(RowMemory)
-        for name, allowed in WHOLE_DOCUMENTS.items() if self.carry_state else ():
-            value = getattr(args, name, None)
-            if value not in (None, allowed):
-                option = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{option} {value} is not allowed with --carry-state; allowed: {allowed}")
+        if self.carry_state:
+            _check_options(args, WHOLE_DOCUMENTS, "--carry-state")
+        if self.sequence_parallel_size > 1:
+            options = {**OTHER_TARGETS, "carry_state": False}
+            _check_options(args, options, f"--sequence-parallel-size {self.sequence_parallel_size}")
 
     def build_model(self, args: Any, from_checkpoint: bool = False) -> Any:
         """As fairseq's; ``--carry-state`` needs a model whose state does not grow."""
@@ -203,3 +205,11 @@ class FlashLanguageModelingTask(LanguageModelingTask):
             disable_shuffling=True,
             **{name: loading[name] for name in names if name in loading},
         )
+
+
+def _check_options(args: Any, allowed: dict[str, Any], reason: str) -> None:
+    for name, only in allowed.items():
+        value = getattr(args, name, None)
+        if value not in (None, only):
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} {value} is not allowed with {reason}; allowed: {only}")

@@ -97,9 +97,10 @@ def _change(block: nn.Module, cfg: AblationConfig) -> None:
     if cfg.score_scale is not None:
         block.offset_scale = ScaledCopies(block.offset_scale, cfg.score_scale)
     if cfg.plain_linear:
-        block.copies = types.MethodType(_copies_with_plain_linear, block)
+        block.copies = types.MethodType(copies_with_plain_linear, block)
 
 
-def _copies_with_plain_linear(block: nn.Module, z: torch.Tensor, rows: Any) -> torch.Tensor:
+def copies_with_plain_linear(block: nn.Module, z: torch.Tensor, rows: Any) -> torch.Tensor:
+    """As ``GatedAttentionUnit.copies``, those of the linear branch, the last two, not rotated."""
     copies = block.offset_scale(z)
-    return torch.cat((apply_rotary(copies[:2], rows.cos, rows.sin), copies[2:]))
+    return torch.cat((apply_rotary(copies[:-2], rows.cos, rows.sin), copies[-2:]))

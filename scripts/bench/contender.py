@@ -152,7 +152,7 @@ def _config(name: str, overrides: dict) -> Any:
 
 
 def columns_of(contender: Contender) -> dict:
-    """What a row says about the model."""
+    """What a record says about the model."""
     cfg = contender.cfg
     d = getattr(cfg, "embed_dim", None) or getattr(cfg, "decoder_embed_dim", "")
     units, chunks = getattr(cfg, "block", "") == "gau", getattr(cfg, "attention", "quadratic") != "quadratic"

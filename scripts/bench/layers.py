@@ -49,7 +49,7 @@ class Contender(NamedTuple):
     """What takes turns.
 
     Attributes:
-        name: As rows name it.
+        name: As records name it.
         make: From ``d`` and ``chunk_size`` to the layers.
         needs: A package that must be installed; None for none.
         gpu: Whether it runs on a GPU alone.

@@ -67,11 +67,11 @@ def measured_crossovers(ours: str, theirs: str) -> Iterator[str]:
     size, ending = max(SIZES.items(), key=lambda each: (ours.endswith(each[1]), len(each[1])))
     names = {ours.removesuffix(ending): 0, theirs: 1}
     steps: dict[str, tuple[dict, dict]] = {}
-    for row in read(MEASURED):
-        if row["status"] == "ok" and row["size"] == size and row["name"] in names:
-            setting = f"{row['device']}, {row['dtype']}, {row['threads']} threads"
-            times = steps.setdefault(setting, ({}, {}))[names[row["name"]]]
-            times[int(row["n"])] = float(row["median_ms"])
+    for record in read(MEASURED):
+        if record["status"] == "ok" and record["size"] == size and record["name"] in names:
+            setting = f"{record['device']}, {record['dtype']}, {record['threads']} threads"
+            times = steps.setdefault(setting, ({}, {}))[names[record["name"]]]
+            times[int(record["n"])] = float(record["median_ms"])
     for setting, times in steps.items():
         both = sorted(set(times[0]) & set(times[1]))
         slower = max((n for n in both if times[0][n] > times[1][n]), default=0)

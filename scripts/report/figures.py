@@ -3,6 +3,7 @@
 import io
 import textwrap
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy
 from PIL import Image
 
+from report.distance import YARDSTICKS, draw_positions, draw_yardstick
 from report.style import (
     Rows,
     cells,
@@ -181,22 +183,6 @@ def draw_factors(rows: Rows) -> plt.Figure:
     return figure
 
 
-def draw_positions(rows: Rows) -> plt.Figure:
-    """Perplexity by position in the longest rows that were read."""
-    rows = rows[(rows["split"] == "test") & (rows["positions"] != "all")]
-    rows = rows[numbers(rows, "n") == numbers(rows, "n").max()]
-    rows = rows.assign(end=rows["positions"].str.partition("-")[2])
-    settings = cells(rows, ("data", "n"))
-    figure, axes = panels(len(settings), 1)
-    figure.set_size_inches(7.2, 3.8 * len(settings))
-    for (axis,), (title, own) in zip(axes, settings.items(), strict=True):
-        draw_lines(axis, own, "end", "perplexity")
-        axis.set(ylabel="perplexity", title=title)
-        plain_log(axis, "position in the row, up to", values(own, "end"))
-    legend_below(figure)
-    return figure
-
-
 class Source(NamedTuple):
     """Where a figure comes from: the CSV's name, columns that it must have, and how it is drawn."""
 
@@ -219,6 +205,14 @@ FIGURES = {
     ),
     "quality": Source("comparison.csv", ("name", "n", "valid_loss", "tokens_per_second"), draw_quality),
     "ablation": Source("comparison.csv", ("name", "n", "valid_loss"), draw_ablation),
+    **{
+        name: Source(
+            "yardsticks.csv",
+            ("name", "yardstick", "x", "loss", "gain", "accuracy"),
+            partial(draw_yardstick, yardstick=name),
+        )
+        for name in YARDSTICKS
+    },
     "factors": Source("ablation.csv", ("base", "factor", "value", "valid_loss"), draw_factors),
 }
 

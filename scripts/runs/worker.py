@@ -9,9 +9,11 @@ import ctypes
 import os
 import signal
 import sys
+from datetime import timedelta
 from typing import Any
 
 import torch
+from torch.distributed import distributed_c10d
 
 # fairseq gathers Python objects through a CUDA buffer unless one is there: its size in bytes per process.
 _GATHER_BYTES = 1 << 20
@@ -62,6 +64,12 @@ def _end_with_parent() -> None:
     """Has Linux end this process when torchrun dies, even by SIGKILL."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def _wait_at_most(seconds: int) -> None:
+    """Bounds every wait for another process, in groups that are made later too; fairseq has no option."""
+    limit = timedelta(seconds=seconds)
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit
 
 
 def _gather_on_cpu(world_size: int) -> None:
@@ -120,6 +128,8 @@ def main() -> None:
         print(f"{__doc__}\ntorchrun starts it; train_distributed.sh --help explains")
         sys.exit(0 if {"-h", "--help"} & set(sys.argv[1:]) else 2)
     _end_with_parent()
+    if os.environ.get("TIMEOUT"):
+        _wait_at_most(int(os.environ["TIMEOUT"]))
     from fairseq_cli.train import cli_main
 
     arguments, world_size = sys.argv[1:], int(os.environ["WORLD_SIZE"])

@@ -20,8 +20,10 @@ __all__ = [
     "RECORD",
     "Corpus",
     "add_shared",
+    "digest_of",
     "fingerprint",
     "is_prepared",
+    "print_counts",
     "publish",
     "run_prepare",
     "work_folder",
@@ -77,10 +79,20 @@ def fingerprint(inputs: dict[str, list[TextFile]], recorded: dict) -> str:
     digest = hashlib.sha256(json.dumps(recorded).encode())
     files = [(role, file) for role in inputs for file in inputs[role]]
     for role, file in tqdm(files, "checking the text", unit="file", leave=False, disable=None):
-        with file.path.open("rb") as stream:
-            content = hashlib.file_digest(stream, "sha256").hexdigest()
+        content = _content(file.path)
         digest.update(f"{role}\0{file.name}\0{content}\0".encode())
     return digest.hexdigest()
+
+
+def digest_of(folder: Path) -> str:
+    """Identifies the files of a folder of data, by their names and contents."""
+    names = "".join(f"{path.name}\0{_content(path)}\0" for path in sorted(folder.iterdir()))
+    return hashlib.sha256(names.encode()).hexdigest()
+
+
+def _content(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def is_prepared(output: Path, identity: str, overwrite: bool, is_ours: Callable[[str], bool]) -> bool:
@@ -186,3 +198,11 @@ def run_prepare(
         parser.exit(130, "\ninterrupted; nothing was changed\n")
     print(f"{'prepared' if new else 'already prepared'}: {options.output}")
     return json.loads((options.output / RECORD).read_text())
+
+
+def print_counts(record: dict) -> None:
+    """Prints what each split of a record has, documents, lines, tokens and so on, and the digest."""
+    for split, counts in record["splits"].items():
+        print(f"  {split:5} " + "  ".join(f"{count:>13,} {name}" for name, count in counts.items()))
+    if "digest" in record:
+        print(f"  digest {record['digest']}")

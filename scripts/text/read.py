@@ -82,7 +82,11 @@ def find_text_files(paths: Iterable[Path], option: str) -> list[TextFile]:
 
 
 def read_documents(
-    file: TextFile, advance: Callable[[int], object] = lambda count: None, longest: int | None = None
+    file: TextFile,
+    advance: Callable[[int], object] = lambda count: None,
+    longest: int | None = None,
+    *,
+    empty: bool = False,
 ) -> Iterator[tuple[str, Iterator[str]]]:
     """Reads one file: a document, or an archive of documents.
 
@@ -90,17 +94,20 @@ def read_documents(
         file: What to read; its name's end tells whether it is compressed or an archive.
         advance: Called with the number of bytes (as stored) after each read.
         longest: Bytes of the longest line; None for ``MAX_LINE_BYTES``.
+        empty: Whether to keep empty lines, which may separate paragraphs.
 
     Yields:
-        ``(name, lines)``; the lines must be used up before the next document is asked for. A line has single
-        spaces, no line end, and is never empty; one over ``longest`` bytes comes in several pieces.
+        ``(name, lines)``; the lines must be read before the next document is asked for, or not at all. A line
+        has single spaces, no line end, and is never empty unless ``empty`` says so; one over ``longest``
+        bytes comes in several pieces.
 
     Raises:
         ValueError: not UTF-8, or a damaged archive.
     """
     with _explained(file.path), io.BufferedReader(_CountedFile(file.path, advance), 1 << 20) as stored:
         for name, stream in _open_streams(stored, file):
-            yield name, _clean_lines(stream, file.path, name, longest or MAX_LINE_BYTES)
+            lines = _clean_lines(stream, file.path, name, longest or MAX_LINE_BYTES)
+            yield name, lines if empty else filter(None, lines)
 
 
 def read_lines(file: TextFile) -> Iterator[str]:
@@ -167,8 +174,7 @@ def _clean_lines(stream: BinaryIO, path: Path, name: str, longest: int) -> Itera
         # split() knows every kind of space: fairseq would break a piece of the vocabulary that holds one
         line = " ".join(_decode(piece, position, path, name).split())
         position += end
-        if line:
-            yield line
+        yield line
 
 
 def _read_line(stream: BinaryIO, path: Path, longest: int | None = None) -> bytes:

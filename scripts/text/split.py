@@ -10,7 +10,15 @@ from tqdm import tqdm
 
 from text.read import TextFile, read_documents
 
-__all__ = ["HELD_OUT", "SPLITS", "check_fractions", "held_out_fractions", "write_splits"]
+__all__ = [
+    "HELD_OUT",
+    "SPLITS",
+    "SplitWriter",
+    "check_fractions",
+    "held_out_fractions",
+    "read_all",
+    "write_splits",
+]
 
 SPLITS = ("train", "valid", "test")
 HELD_OUT = 0.05
@@ -50,8 +58,8 @@ class SplitWriter:
         self._document = None
         self.counts = {"documents": 0, "lines": 0, "tokens": 0, "words": 0, "bytes": 0}
 
-    def write(self, line: str, document: Document) -> None:
-        """Adds a line of the document."""
+    def write(self, line: str, document: object) -> None:
+        """Adds a line of the document, which is told by what it is, not by what it equals."""
         if document is not self._document:
             if self._document is not None:
                 self._add("")
@@ -104,7 +112,7 @@ def write_splits(
     _refuse_two_sources(documents, options)
     _hold_out(documents, held_out_fractions(options), options.seed)
     writers = {split: SplitWriter(folder / split) for split in SPLITS}
-    found = _read_all(inputs, "splitting the text")
+    found = read_all(inputs, "splitting the text")
     for document, (_, _, lines) in zip(documents, found, strict=True):
         for number, line in enumerate(lines):
             writers[document.split_at(number)].write(line, document)
@@ -116,18 +124,27 @@ def write_splits(
     return {split: writer.counts for split, writer in writers.items()}
 
 
-def _read_all(inputs: dict[str, list[TextFile]], title: str) -> Iterator[tuple[str, str, Iterator[str]]]:
+def read_all(
+    inputs: dict[str, list[TextFile]], title: str, *, empty: bool = False
+) -> Iterator[tuple[str, str, Iterator[str]]]:
+    """Every document of the files by what they are for: ``(role, name, lines)``, behind a progress bar.
+
+    Args:
+        inputs: The files of each role.
+        title: Of the bar.
+        empty: Whether to keep empty lines.
+    """
     files = [(role, file) for role in inputs for file in inputs[role]]
     total = sum(file.path.stat().st_size for _, file in files)
     with tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=None) as bar:
         for role, file in files:
-            for name, lines in read_documents(file, bar.update):
+            for name, lines in read_documents(file, bar.update, empty=empty):
                 yield role, name, lines
 
 
 def _survey(inputs: dict[str, list[TextFile]]) -> list[Document]:
     documents = []
-    for role, name, lines in _read_all(inputs, "reading the text"):
+    for role, name, lines in read_all(inputs, "reading the text"):
         document = Document(name, role, _split_of_folder(name) if role == "text" else role)
         for line in lines:
             document.lines += 1

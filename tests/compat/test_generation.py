@@ -149,3 +149,18 @@ def test_a_choice_of_words_that_cannot_be_is_refused_by_name(trained, data_bin, 
     with pytest.raises(ValueError, match=own):
         interface.sample("the", **{"beam": 1, "sampling": True, option: value})
     interface.sample("the", beam=1, sampling=True, sampling_topk=3, sampling_topp=1.0, max_len_b=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "own"),
+    [
+        ({"nbest": 3, "beam": 2}, "--nbest 3 is not allowed with --beam 2; allowed: 1 to 2"),
+        ({"sampling_topk": 5}, "--sampling-topk 5 has no effect without --sampling"),
+        ({"sampling_topp": 0.5}, "--sampling-topp 0.5 has no effect without --sampling"),
+    ],
+)
+def test_choices_that_do_not_go_together_are_refused_by_name(trained, data_bin, options, own):
+    path = trained["flash_lm"]
+    interface = FlashLanguageModel.from_pretrained(str(path.parent), path.name, str(data_bin))
+    with pytest.raises(ValueError, match=own):
+        interface.sample("the", **{"beam": 5, **options})

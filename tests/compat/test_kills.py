@@ -1,5 +1,6 @@
 """Proves that a killed training goes on to the bit, wherever it is killed while it saves or ends."""
 
+import random
 import re
 import shutil
 import signal
@@ -10,11 +11,14 @@ import torch
 from support import tools
 
 KILLS = 20
+KILLS_IN_A_ROW = 15
 PROGRAM = tools.REPOSITORY / "tests" / "support" / "killed.py"
 
 
-def train_until(moment, words, folder):
-    return tools.run("python", PROGRAM, moment, folder, *words, PYTHONPATH=str(tools.REPOSITORY))
+def train_until(moment, words, folder, processes=1):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes)
+    program = (PROGRAM,) if processes == 1 else (*torchrun, PROGRAM)
+    return tools.run("python", *program, moment, folder, *words, PYTHONPATH=str(tools.REPOSITORY))
 
 
 def assert_same(one, other):
@@ -58,3 +62,24 @@ def test_a_killed_training_goes_on_as_if_it_had_not_been(words_of_training, tmp_
             assert sorted(path.name for path in folder.iterdir()) == files, (moment, again)
             assert (number > 0) or "training is complete" in again
         shutil.rmtree(folder)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_training_killed_again_and_again_goes_on(words_of_training, tmp_path, robustness, processes):
+    """One training, killed at random moments of its updates and of its saving, that of two in the first."""
+    saving = ("--save-interval-updates", 1, "--keep-interval-updates", 1, "--disable-validation")
+    words = (*words_of_training["flash_lm"], *saving, "--dropout", "0.1", "--max-update", 60)
+    whole = train_until(0, words, tmp_path / "straight", processes)
+    assert whole.returncode == 0, whole.stdout
+    straight, drawn = torch.load(tmp_path / "straight" / "checkpoint_last.pt"), random.Random(processes)
+    for _ in range(KILLS_IN_A_ROW):
+        with robustness.attempt("kills again and again, of one process and of two"):
+            killed = train_until(drawn.randint(1, 30), words, tmp_path / "killed", processes)
+            assert killed.returncode != 0, killed.stdout
+    again = train_until(0, words, tmp_path / "killed", processes)
+    assert again.returncode == 0, again.stdout
+    found = torch.load(tmp_path / "killed" / "checkpoint_last.pt")
+    for part in ("model", "last_optimizer_state"):
+        assert_same(found[part], straight[part])
+    assert_same(found["optimizer_history"][-1], straight["optimizer_history"][-1])

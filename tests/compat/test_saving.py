@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import resource
 import shutil
 import signal
@@ -136,3 +137,19 @@ def test_a_copy_that_fails_leaves_nothing_cut(tmp_path):
         PathManager.copy(str(tmp_path / "new.pt"), str(tmp_path / "last.pt"), overwrite=True)
     assert (tmp_path / "last.pt").read_bytes() == b"old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "new.pt"]
+
+
+def test_a_disk_that_is_full_while_training_saves_is_an_error_that_keeps_the_last_checkpoint(
+    words_of_training, tmp_path
+):
+    words = (*words_of_training["flash_lm"], "--save-interval-updates", 1)
+    train(words, tmp_path / "save", updates=2)
+    before = (tmp_path / "save" / "checkpoint_last.pt").read_bytes()
+    with LittleRoom(len(before) // 2):
+        full = start(words, tmp_path / "save", "--max-update", 9)
+        output = full.communicate(timeout=300)[0].decode()
+    assert full.returncode not in (0, -signal.SIGXFSZ)
+    assert re.search(r"OSError: .*checkpoint_\S+\.pt cannot be written: .*too large", output)
+    assert (tmp_path / "save" / "checkpoint_last.pt").read_bytes() == before
+    assert not list((tmp_path / "save").glob("*.tmp"))
+    train(words, tmp_path / "save", updates=3)

@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 from fairseq.data.iterators import BufferedIterator
+from fairseq.trainer import Trainer
 
 from support import tools
 
@@ -144,16 +145,16 @@ def test_a_file_to_begin_with_that_is_none_is_warned_of(words_of_training, tmp_p
     assert "begins anew" not in output
 
 
-@pytest.mark.parametrize(
-    ("criterion", "cause"),
-    [
-        ("adaptive_loss", "the model has no adaptive softmax; allowed: with --adaptive-softmax-cutoff"),
-        ("masked_lm", "the model predicts the next word; allowed: --arch flash_masked_lm, or cross_entropy"),
-    ],
-)
-def test_a_criterion_of_another_model_is_refused_by_name(words_of_training, tmp_path, criterion, cause):
+@pytest.mark.parametrize("criterion", ["adaptive_loss", "masked_lm", "ctc", "wav2vec"])
+def test_a_criterion_of_another_model_is_refused_by_name(words_of_training, tmp_path, criterion):
     words = ("--criterion", criterion, "--ddp-backend", "legacy_ddp")
-    with pytest.raises(ValueError, match=f"--criterion {criterion} is not allowed: {cause}"):
+    with pytest.raises(ValueError, match=f"--criterion {criterion} is not allowed .*allowed: cross_entropy"):
+        train(words_of_training["flash_lm"], tmp_path, *words)
+
+
+def test_a_loss_that_the_criterion_does_not_take_is_refused_by_name(words_of_training, tmp_path):
+    words = ("--criterion", "label_smoothed_cross_entropy", "--vocabulary-loss", "compiled")
+    with pytest.raises(ValueError, match=r"--vocabulary-loss compiled has no effect with --criterion label_"):
         train(words_of_training["flash_lm"], tmp_path, *words)
 
 
@@ -166,3 +167,41 @@ def test_short_trainings_end_with_status_0(words_of_training, tmp_path, model, w
         done = tools.run("fairseq-train", *words, "--save-dir", tmp_path / str(number), "--max-update", 3)
         assert done.returncode == 0, done.stdout
         assert re.search(r"done training in", done.stdout)
+
+
+#: A module of each model, whose weight becomes infinite or no number.
+PARTS = {
+    "flash_lm": "decoder.stack.blocks.1.uvz",
+    "flash_masked_lm": "encoder.stack.blocks.0.out",
+    "flash_seq2seq": "decoder.stack.blocks.1.cross_attention.vz",
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_the_update_and_the_layer_that_are_not_finite_are_named(
+    words_of_training, tmp_path, monkeypatch, model, number
+):
+    step = Trainer.train_step
+
+    def poisoned(self, *args, **kwargs):
+        if self.get_num_updates() == 2:
+            with torch.no_grad():
+                self.get_model().get_submodule(PARTS[model]).weight[0] = number
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "train_step", poisoned)
+    told = (
+        rf"^update 3: gradients are Nan/Inf; first: (NaN|Inf) detected in output of {PARTS[model]}, .*forward"
+    )
+    with pytest.raises(FloatingPointError, match=told):
+        train(words_of_training[model], tmp_path, "--save-interval-updates", 1)
+    assert updates_of(tmp_path) == 2
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_sharded_weights_are_refused_by_name(words_of_training, tmp_path, model):
+    told = "--ddp-backend fully_sharded is not allowed: .*; allowed: pytorch_ddp, .* and --zero-sharding os"
+    with pytest.raises(ValueError, match=told):
+        train(words_of_training[model], tmp_path / "save", "--ddp-backend", "fully_sharded")
+    assert not (tmp_path / "save").exists()

@@ -307,3 +307,64 @@ def test_a_checkpoint_that_is_moved_with_its_dictionary_is_enough(pretrained, da
         shutil.copy(path, tmp_path)
     hub = FlashMaskedLM.from_pretrained(str(tmp_path), pretrained.name, bpe=None)
     assert hub.fill_mask("the <mask> of")
+
+
+ROBERTA = (
+    *("--user-dir", tools.USER_DIR, *tools.QUICK, *tools.ADAM, "--encoder-layers", "1"),
+    *("--encoder-embed-dim", "16", "--encoder-ffn-embed-dim", "16", "--encoder-attention-heads", "2"),
+)
+PADDED = torch.tensor([[0, 9, 8, 7, 2], [0, 5, 2, 1, 1]])
+
+
+@pytest.mark.parametrize("kind", ["mean", "attention"])
+@pytest.mark.parametrize("family", ["flash", "roberta"])
+def test_heads_of_every_pooling_are_fine_tuned_from_the_same_checkpoint(
+    data_bin, labelled, pretrained, tmp_path, family, kind
+):
+    head = ("--pooling", kind, "--lr", "0.01")
+    if family == "flash":
+        fine_tune(labelled, tmp_path, pretrained, *head)
+    else:
+        common = ("train", data_bin, *ROBERTA, "--save-dir", tmp_path / "first", "--max-update", "2")
+        tools.call(*common, "--arch", "roberta", *MASKED, "--max-positions", "64")
+        start = ("--restore-file", tmp_path / "first" / "checkpoint_last.pt", *ANEW, "--max-update", "4")
+        words = ("train", labelled, *ROBERTA, *CLASSES, "--arch", "pooled_roberta", *start, *head)
+        tools.call(*words, "--save-dir", tmp_path)
+    model, _ = load(tmp_path / "checkpoint_last.pt", labelled)
+    (found,) = model.classification_heads.values()
+    assert found.pooling.kind == kind
+    with torch.no_grad():
+        features, _ = model(PADDED, features_only=True)
+        logits, _ = model(PADDED, classification_head_name="sentence_classification_head")
+        scores = torch.zeros(2, 5)
+        if kind == "attention":
+            assert found.pooling.query.abs().max() > 0
+            scores = features @ found.pooling.query / features.shape[-1] ** 0.5
+        weights = scores.exp() * PADDED.ne(1)
+        pooled = (weights.unsqueeze(-1) * features).sum(1) / weights.sum(1, keepdim=True)
+        torch.testing.assert_close(logits, found(pooled.unsqueeze(1)))
+
+
+def test_a_pooled_roberta_of_the_first_token_is_roberta(data_bin, labelled, tmp_path):
+    words = ("train", labelled, *ROBERTA, *CLASSES, "--max-update", "2")
+    for arch in ("roberta", "pooled_roberta"):
+        tools.call(*words, "--arch", arch, "--save-dir", tmp_path / arch)
+    one, other = (weights(tmp_path / arch) for arch in ("roberta", "pooled_roberta"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_a_trained_head_keeps_its_pooling(labelled, fine_tuned, tmp_path):
+    folder, _ = fine_tuned
+    path = folder / "checkpoint_last.pt"
+    with pytest.raises(ValueError, match=r"--pooling mean \(trained with first\)"):
+        fine_tune(labelled, tmp_path / "refused", path, "--pooling", "mean")
+    # One of before there was a choice has no word of it.
+    state = torch.load(path)
+    record = bytes(state["model"]["_extra_state"].int().tolist()).replace(b'"pooling": "first", ', b"")
+    assert b"pooling" not in record.replace(b"pooler", b"")
+    state["model"]["_extra_state"] = torch.tensor(list(record), dtype=torch.float64)
+    torch.save(state, tmp_path / "old.pt")
+    with pytest.raises(ValueError, match=r"--pooling mean \(trained with first\)"):
+        fine_tune(labelled, tmp_path / "refused", tmp_path / "old.pt", "--pooling", "mean")
+    fine_tune(labelled, tmp_path / "taken", tmp_path / "old.pt")

@@ -85,6 +85,7 @@ OTHER = dict(
     tie_adaptive_weights=[True],
     tie_adaptive_proj=[True],
     untie_weights_roberta=[True],
+    pooling=["mean", "attention"],
     pooler_dropout=[0.2],
     load_checkpoint_heads=[True],
     max_positions=[99],
@@ -101,6 +102,7 @@ FREE = {
     *("init", "dropout", "attention_dropout", "adaptive_softmax_dropout", "pooler_dropout"),
     *("checkpoint_activations", "offload_activations", "backend", "diagnostics_interval", "no_graph"),
     *("load_checkpoint_heads", "max_positions", "vocabulary_loss", "change_trained_options"),
+    "pooling",  # without a head; with one, see test_tools_flash_masked_lm.py
 }
 #: What has no effect beside the other options of a kind, is not refused for it, and changes nothing.
 WITHOUT_EFFECT = {("quadratic", "chunk_size"), ("quadratic", "linear_norm")} | {

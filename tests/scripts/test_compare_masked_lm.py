@@ -47,7 +47,7 @@ def pretrained(name, lr, loss, status="ok", budget=2000):
 
 def tuned(name, n, lr, seed, valid, test):
     return dict(name=name, stage="fine-tuning", n=n, lr=lr, seed=seed, pretraining=2000, epochs=10) | dict(
-        valid_loss=1, valid_accuracy=valid, test_accuracy=test, status="ok"
+        valid_loss=1, valid_accuracy=valid, test_accuracy=test, status="ok", pooling="first"
     )
 
 
@@ -228,3 +228,14 @@ def test_one_command_does_it_all_and_a_second_one_nothing(tmp_path):
     reports = [re.findall(r"^\| `.*", run.stdout, re.MULTILINE) for run in (done, again)]
     assert len(reports[0]) == 6
     assert reports[0] == reports[1]
+
+
+def test_another_pooling_is_fine_tuned_in_rows_of_its_own(compare, plan):
+    assert plan.rows("fine-tuning")
+    plan.options.pooling = "mean"
+    assert not plan.rows("fine-tuning")
+    words = ("data", "--arch", "roberta_prenorm", "--lr", "1")
+    expected = ("data", "--arch", "pooled_roberta_prenorm", "--pooling", "mean", "--lr", "1")
+    assert compare.with_pooling(words, "roberta", "mean") == expected
+    assert compare.with_pooling(words, "roberta", "first") == words
+    assert compare.with_pooling(words, "flash", "mean")[2:5] == ("roberta_prenorm", "--pooling", "mean")

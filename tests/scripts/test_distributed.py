@@ -3,6 +3,7 @@
 import importlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -71,6 +72,94 @@ def test_two_processes_resume_where_they_stopped(data_bin, tmp_path):
         assert torch.equal(weight, read_losses(parts)[2][name]), name
 
 
+def start_node(data_bin, folder, rank, port, nodes=2, timeout=90, updates=4):
+    """One of several machines, with one process, all on this one."""
+    words = [DISTRIBUTED, "--nproc", "1", *arguments(data_bin, folder), "--max-update", updates]
+    environment = {**os.environ, "VIRTUAL_ENV": sys.prefix, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"}
+    environment |= {"NNODES": nodes, "NODE_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = {name: str(value) for name, value in {**environment, "TIMEOUT": timeout}.items()}
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(list(map(str, words)), env=environment, **streams)
+
+
+@pytest.fixture
+def port():
+    """One that is free."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.mark.long
+def test_two_machines_train_as_two_processes(two_processes, data_bin, tmp_path, port):
+    nodes = [start_node(data_bin, tmp_path / "save", rank, port) for rank in (1, 0)]
+    outputs = [node.communicate(timeout=200)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    updates, losses, weights = read_losses(tmp_path / "save")
+    of_two, losses_of_two, weights_of_two = read_losses(two_processes)
+    assert updates == of_two
+    assert losses == losses_of_two
+    for name, weight in weights.items():
+        assert torch.equal(weight, weights_of_two[name]), name
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", [(0,), (1,), (0, 0)], ids=["no second", "no first", "twice the first"])
+def test_a_machine_that_does_not_come_is_an_error_in_bounded_time(data_bin, tmp_path, port, ranks):
+    nodes = [start_node(data_bin, tmp_path / "save", rank, port, timeout=15) for rank in ranks]
+    try:
+        assert all(node.wait(150) != 0 for node in nodes)
+    finally:
+        for node in nodes:
+            node.kill()
+    assert not (tmp_path / "save" / "checkpoint_last.pt").exists()
+
+
+@pytest.mark.long
+def test_a_port_in_use_is_an_error_in_bounded_time(data_bin, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        node = start_node(data_bin, tmp_path / "save", 0, taken.getsockname()[1], timeout=15)
+        output, _ = node.communicate(timeout=150)
+    assert node.returncode != 0
+    assert "EADDRINUSE" in output or "address already in use" in output
+
+
+@pytest.mark.parametrize(
+    ("rank", "nodes", "message"),
+    [
+        (2, 2, "NODE_RANK is '2'; allowed are 0 to 1, another on each machine"),
+        ("first", 2, "NODE_RANK is 'first'; allowed are 0 to 1, another on each machine"),
+        (0, "two", "NNODES is 'two'; allowed are whole numbers from 1"),
+    ],
+)
+def test_a_wrong_machine_is_explained(tmp_path, rank, nodes, message):
+    node = start_node("data", tmp_path, rank, 29500, nodes=nodes)
+    output, _ = node.communicate(timeout=60)
+    assert node.returncode == 2
+    assert message in output
+
+
+@pytest.mark.long
+def test_a_sharded_optimizer_trains_as_a_whole_one_and_its_checkpoint_is_whole(data_bin, tmp_path):
+    """Two processes that share it, then each with all of it, then again."""
+    pytest.importorskip("fairscale", reason="the extra 'sharded' is not installed")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train_in_two(data_bin, whole, "--max-update", "6").returncode == 0
+    for last, sharding in (("2", "os"), ("4", "none"), ("6", "os")):
+        result = train_in_two(data_bin, parts, "--max-update", last, "--zero-sharding", sharding)
+        assert result.returncode == 0, result.stdout
+    for name, weight in read_losses(whole)[2].items():
+        assert torch.equal(weight, read_losses(parts)[2][name]), name
+    states = [
+        torch.load(path / "checkpoint_last.pt")["last_optimizer_state"]["state"] for path in (whole, parts)
+    ]
+    assert len(states[0]) == len(states[1])
+    for index, state in states[0].items():
+        assert torch.equal(state["exp_avg_sq"], states[1][index]["exp_avg_sq"]), index
+
+
 def test_a_wrong_data_path_is_a_failure(tmp_path):
     result = train_in_two(tmp_path / "nowhere", tmp_path / "out", "--max-update", "4")
     assert result.returncode != 0
@@ -92,6 +181,38 @@ def test_a_process_that_dies_takes_the_training_down(data_bin, tmp_path):
     (plugin / "__init__.py").write_text(text.format(int(signal.SIGKILL)))
     result = train_in_two(data_bin, tmp_path / "out", "--max-update", "4", "--user-dir", plugin)
     assert result.returncode != 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_dies_or_hangs_at_work_ends_the_training(data_bin, tmp_path, sent, rank):
+    """Within TIMEOUT, and the 30 seconds that torchrun gives those that it ends."""
+    words = [
+        *arguments(data_bin, tmp_path / "save"),
+        "--max-update",
+        "100000",
+        "--save-interval-updates",
+        "5",
+    ]
+    command = [DISTRIBUTED, "--nproc", "2", *words]
+    environment = {**os.environ, "VIRTUAL_ENV": sys.prefix, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"}
+    environment["TIMEOUT"] = "10"
+    process = subprocess.Popen(list(map(str, command)), env=environment, stdout=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: (tmp_path / "save" / "checkpoint_last.pt").exists(), seconds=120)
+        (hit,) = [pid for pid in processes_of(tmp_path) if f"RANK={rank}" in environment_of(pid)]
+        os.kill(hit, sent)
+        assert process.wait(80) != 0
+    finally:
+        process.kill()
+    wait_until(lambda: not processes_of(tmp_path), seconds=20)
+    torch.load(tmp_path / "save" / "checkpoint_last.pt")
+
+
+def environment_of(pid):
+    with open(f"/proc/{pid}/environ") as file:
+        return file.read().split("\0")
 
 
 @pytest.mark.long
@@ -145,6 +266,13 @@ def test_help_says_how_to_call_it():
     result = run([DISTRIBUTED, "--help"])
     assert result.returncode == 0
     assert result.stdout.startswith("Usage:")
+
+
+def test_a_wrong_timeout_is_explained():
+    path = f"{sys.prefix}/bin:{os.environ['PATH']}"
+    result = run([DISTRIBUTED, "--nproc", "2", "data"], VIRTUAL_ENV=sys.prefix, PATH=path, TIMEOUT="soon")
+    assert result.returncode == 2
+    assert "TIMEOUT is 'soon'; allowed are whole numbers from 1, of seconds" in result.stdout
 
 
 @pytest.mark.parametrize(("words", "status"), [(["--help"], 0), ([], 2)])

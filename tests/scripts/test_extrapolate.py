@@ -7,6 +7,7 @@ import torch
 from fairseq import checkpoint_utils
 
 import extrapolate
+from runs import reading
 from support import tools
 
 
@@ -24,13 +25,13 @@ def rows_of(path):
 
 
 def test_the_loss_by_position_is_that_of_each_row_alone(data_bin, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(extrapolate, "TOKENS_PER_BATCH", 48)
+    monkeypatch.setattr(reading, "TOKENS_PER_BATCH", 48)
     output = tmp_path / "out.csv"
     words = ["--data", str(data_bin), "--checkpoints", str(checkpoint), "--split", "valid", "--device", "cpu"]
     extrapolate.main([*words, "--lengths", "8", "20", "--output", str(output)])
     rows = rows_of(output)
     assert list(rows) == [(8, "all"), (8, "0-8"), (20, "all"), (20, "0-8"), (20, "8-16"), (20, "16-20")]
-    tokens, _ = extrapolate.read_tokens(data_bin, "valid")
+    tokens, _ = reading.read_tokens(data_bin, "valid")
     (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)])
     expected = []
     for begin in range(0, len(tokens) - 20, 20):
@@ -63,3 +64,18 @@ def test_a_row_beyond_a_table_is_a_row_with_the_error(data_bin, tmp_path):
     rows = rows_of(output)
     assert rows[32, "all"]["status"] == "ok"
     assert "longer than the table" in rows[64, "all"]["status"]
+
+
+def test_a_linear_branch_that_reads_otherwise_has_rows_of_its_own(data_bin, checkpoint, tmp_path):
+    output = tmp_path / "out.csv"
+    words = ["--data", str(data_bin), "--checkpoints", str(checkpoint), "--split", "valid", "--device", "cpu"]
+    for change in ((), ("--linear-window", "1"), ("--linear-window", "2", "--plain-linear")):
+        extrapolate.main([*words, *change, "--lengths", "16", "32", "--output", str(output)])
+    with output.open(newline="") as stream:
+        found = {(row["name"], row["n"], row["positions"]): row["loss"] for row in csv.DictReader(stream)}
+    names = ["ours", "ours, window 1", "ours, window 2, plain linear"]
+    assert list(dict.fromkeys(name for name, _, _ in found)) == names
+    # Chunks have 8 tokens: two are within a window of one, four are not.
+    assert found["ours", "16", "all"] == found["ours, window 1", "16", "all"]
+    with pytest.raises(SystemExit):
+        extrapolate.main([*words, "--linear-window", "0", "--output", str(output)])

@@ -76,6 +76,21 @@ def ablation():
     yield {**row, "stage": "learning rate", "seed": 1, "valid_loss": 9}
 
 
+def yardsticks():
+    for name, loss in SYSTEMS.items():
+        for yardstick, places in (
+            ("recurrence", ("1-127", "new")),
+            ("copy", (64, 1024)),
+            ("context", (8, 16)),
+        ):
+            for place, x in enumerate(places):
+                row = {"name": name, "yardstick": yardstick, "x": x, "data": "d", "split": "test", **COMMON}
+                yield {**row, "n": 8, "against": "a", "loss": loss, "gain": 4.7 - loss + place}
+        for x in (64, 256, 1024):
+            row = {"name": name, "yardstick": "passkey", "x": x, "data": "d", "split": "test", **COMMON}
+            yield {**row, "against": "-", "loss": loss, "accuracy": (loss - 4) / x}
+
+
 @pytest.fixture
 def results(tmp_path):
     """A folder of measurements of three systems, one of them unknown."""
@@ -87,6 +102,7 @@ def results(tmp_path):
         ("ablation", ablation()),
         ("fairseq_train", gpu()),
         ("extrapolation", extrapolation()),
+        ("yardsticks", yardsticks()),
     ):
         write(tmp_path / f"{name}.csv", list(rows))
     return tmp_path
@@ -106,6 +122,7 @@ def test_every_figure_becomes_a_png_and_where_asked_an_svg(results):
         "training",
         *("ablation", "fairseq_train", "extrapolation"),
         *(f"comparison_{f}" for f in ("tokens", "seconds", "quality", "ablation")),
+        *(f"yardsticks_{f}" for f in ("recurrence", "copy", "context", "passkey")),
     ]
     assert set(written) == {f"{stem}.{end}" for stem in stems for end in ("png", "svg")}
     assert min(written.values()) > 10_000
@@ -161,6 +178,19 @@ def test_factors_are_differences_from_what_is_unchanged(results):
     bars = dict(zip((label.get_text() for label in axis.get_yticklabels()), axis.patches, strict=True))
     widths = {label: bar.get_width() for label, bar in bars.items()}
     assert widths == pytest.approx({"gamma: 0.3": -0.1, "gamma: 0.1": 0.1, "unchanged": 0.0})
+
+
+def test_a_yardstick_is_a_line_of_what_it_measures_by_place(results):
+    figure = figures.draw("copy", results / "yardsticks.csv")
+    assert drawn_lines(figure, "flash_lm")[0].get_ydata() == pytest.approx([0.1, 1.1])
+    (axis,) = figures.draw("recurrence", results / "yardsticks.csv").axes
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["1-127", "new"]
+    figure = figures.draw("context", results / "yardsticks.csv")
+    assert drawn_lines(figure, "flash_lm")[0].get_ydata() == pytest.approx([4.6, 4.6])
+    rows = [{**row, "gain": ""} for row in yardsticks()]
+    write(results / "alone.csv", rows)
+    figure = figures.draw("recurrence", results / "alone.csv")
+    assert drawn_lines(figure, "flash_lm")[0].get_ydata() == pytest.approx([4.6, 4.6])
 
 
 def test_failed_runs_and_searches_for_a_rate_are_left_out(results):

@@ -1,7 +1,8 @@
 """fairseq-train that kills itself at a given moment of its saving: killed.py MOMENT SAVE-DIR ARGUMENTS...
 
-A moment is each time that the process touches a file of its save folder, each time that half a file is
-written or copied, and its end. MOMENT 0 kills nothing; the number of moments is printed at the end.
+A moment is each update, each time that the process touches a file of its save folder, each time that half a
+file is written or copied, and its end. MOMENT 0 kills nothing; the number of moments is printed at the end.
+Under torchrun it is a process of scripts/train_distributed.sh, of which the first has moments.
 """
 
 import atexit
@@ -15,13 +16,15 @@ import torch
 
 MOMENT, FOLDER, ARGUMENTS = int(sys.argv[1]), os.path.realpath(sys.argv[2]), sys.argv[3:]
 EVENTS = ("open", "os.rename", "os.remove", "shutil.copyfile")
+DISTRIBUTED = "RANK" in os.environ
+FIRST = os.environ.get("RANK", "0") == "0"
 seen = 0
 
 
 def pass_moment() -> None:
     global seen
     seen += 1
-    if seen == MOMENT:
+    if seen == MOMENT and FIRST:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -60,7 +63,18 @@ shutil.copyfile = half_then_whole(shutil.copyfile, content)
 sys.addaudithook(touched)
 sys.argv = ["fairseq-train", *ARGUMENTS, "--save-dir", FOLDER]
 
+from fairseq.trainer import Trainer  # noqa: E402
 from fairseq_cli.train import cli_main  # noqa: E402
+
+train_step = Trainer.train_step
+
+
+def update(self, *arguments, **options):
+    pass_moment()
+    return train_step(self, *arguments, **options)
+
+
+Trainer.train_step = update
 
 
 @atexit.register
@@ -69,4 +83,10 @@ def end() -> None:
     print(f"moments: {seen}")
 
 
-cli_main()
+if DISTRIBUTED:
+    sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "..", "scripts"))
+    from runs.worker import main
+
+    main()
+else:
+    cli_main()

@@ -40,9 +40,9 @@ def python(page: Path) -> list[str]:
 def words(command: str) -> list[str]:
     """Of the last program of a pipe, without what is set before it and where its input comes from."""
     found = shlex.split(command.rpartition(" | ")[2].partition(" <")[0])
-    while re.fullmatch(r"[A-Z_]+=\S*|srun", found[0]):
+    while re.fullmatch(r"[A-Z_]+=\S*|srun|-\S+", found[0]):
         del found[0]
-    return found
+    return [word for word in found if word != "..."]
 
 
 def text_of(page: Path) -> str:

@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import NamedTuple, Optional
 
 import torch
+from torch import distributed
+from torch.utils.checkpoint import checkpoint
 
 from fairseq_flash.ops.dispatch import choose
 from fairseq_flash.ops.mixed_chunk.inputs import Carry, Inputs, Options, Pair
+from fairseq_flash.ops.mixed_chunk.linear import row_summary
 from fairseq_flash.ops.mixed_chunk.reference import blanked, on_grid, to_chunks
+from fairseq_flash.ops.mixed_chunk.sharded import check_part, seen_elsewhere
 from fairseq_flash.ops.projections import rotated_copies, split_silu
 
 __all__ = ["Projected", "gated_mixed_chunk", "objections", "run"]
@@ -38,7 +42,12 @@ class Projected(NamedTuple):
 
 
 def gated_mixed_chunk(
-    projected: Projected, options: Options, *, carry: Optional[Carry] = None, backend: str = "auto"
+    projected: Projected,
+    options: Options,
+    *,
+    carry: Optional[Carry] = None,
+    group: Optional[distributed.ProcessGroup] = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     r"""Mixed chunk attention from pre-activations, gated.
 
@@ -52,6 +61,8 @@ def gated_mixed_chunk(
         options: Without softmax and dropout.
         carry: What the linear branch sees beside these rows; None at the start of a row. The rows then start
             at a chunk.
+        group: In place of a carry, the processes that hold the parts of these rows, in their order; each is
+            whole chunks long, and padding trails the whole row. All call at the same time.
         backend: ``"auto"`` for the first implementation in :mod:`~fairseq_flash.ops.dispatch` that can run,
             or a name, which insists.
 
@@ -59,7 +70,8 @@ def gated_mixed_chunk(
         ``(b, n, e)`` in the dtype of ``uvz``, finite and meaningless at padding.
 
     Raises:
-        ValueError: sizes do not fit together, ``linear_norm`` is unknown, or the backend cannot run.
+        ValueError: sizes do not fit together, ``linear_norm`` is unknown, the backend cannot run, a part is
+            not of whole chunks, or a carry and a group are both given.
 
     Source: Hua et al. 2022, sections 3.1 and 3.2.
     """
@@ -69,12 +81,48 @@ def gated_mixed_chunk(
             f"gamma has shape {tuple(projected.gamma.shape)} and uvz {tuple(projected.uvz.shape)}; allowed "
             f"for branches {', '.join(options.branches)}: ({copies}, s) and (b, n, 2e + s)"
         )
-    return choose(backend, projected, options)(projected, options, carry)
+    run = choose(backend, projected, options)
+    if group is not None:
+        if carry is not None:
+            raise ValueError("carry and group are both given; allowed is one of them")
+        check_part(projected.uvz.shape[1], options.chunk_size, group)
+        carry = _from_others(projected, options, group)
+    return run(projected, options, carry)
 
 
 def objections(projected: Projected, options: Options) -> list[str]:
     """Why the reference cannot run: it always can."""
     return []
+
+
+def _from_others(projected: Projected, options: Options, group: distributed.ProcessGroup) -> Optional[Carry]:
+    if "lin" not in options.branches:
+        return None
+    uvz, gamma, beta, cos, sin, _, lengths = projected
+    # Computed again in the backward pass, as all implementations but the reference do with what is cheap.
+    kv_sum = checkpoint(
+        _summary, uvz, gamma[-1:], beta[-1:], cos, sin, lengths, options.chunk_size,
+        use_reentrant=False, preserve_rng_state=False,
+    )  # fmt: skip
+    count = uvz.shape[1] if lengths is None else lengths
+    return seen_elsewhere(kv_sum, count, options.causal, group)
+
+
+def _summary(
+    uvz: torch.Tensor,
+    gamma: torch.Tensor,
+    beta: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    lengths: Optional[torch.Tensor],
+    c: int,
+) -> torch.Tensor:
+    """``k^T v`` of the linear branch over whole rows: (b, s, e)."""
+    s = gamma.shape[1]
+    e = (uvz.shape[2] - s) // 2
+    v, z = split_silu(uvz[..., e:], [e, s])
+    k = rotated_copies(z, gamma, beta, cos, sin)[0]
+    return row_summary(to_chunks(k, c), to_chunks(blanked(v, lengths), c))
 
 
 def run(projected: Projected, options: Options, carry: Optional[Carry]) -> torch.Tensor:

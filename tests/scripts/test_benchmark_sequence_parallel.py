@@ -1,0 +1,90 @@
+"""Proves that the benchmark of shared rows measures only what is right, and is a row for each measurement."""
+
+import csv
+import os
+import sys
+
+import pytest
+import torch
+
+from support import tools
+from support.ranks import run_ranks
+
+SCRIPT = tools.REPOSITORY / "scripts" / "benchmark_sequence_parallel.py"
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+QUICK = ("--quick", "--device", "cpu", "--rounds", "2", "--vocabulary", "50")
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    """The script as a module."""
+    return tools.load_script("benchmark_sequence_parallel")
+
+
+def rows_of(path):
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_two_processes_are_a_row_beside_one_and_are_measured_once(tmp_path):
+    words = (*TORCHRUN, SCRIPT, *QUICK, "--lengths", "256", "--output", tmp_path / "found.csv")
+    environment = {"PYTHONPATH": str(tools.REPOSITORY)}
+    for _ in range(2):
+        done = tools.run("python", *words, **environment)
+        assert done.returncode == 0, done.stdout
+    alone, together = rows_of(tmp_path / "found.csv")
+    assert (alone["ranks"], alone["n"], together["ranks"], together["n"]) == ("1", "128", "2", "256")
+    assert alone["status"] == together["status"] == "ok"
+    assert float(together["ratio"]) == pytest.approx(
+        float(together["median_ms"]) / float(alone["median_ms"]), abs=1e-3
+    )
+    assert 0 < float(together["error"]) < 1e-5
+    assert int(together["peak_memory"]) > 0
+
+
+def wrongly_shared(group):
+    """What the check says where each process sees its own part alone."""
+    from fairseq_flash.ops.mixed_chunk import gated
+
+    sys.path.insert(0, str(SCRIPT.parent))
+    benchmark = tools.load_script("benchmark_sequence_parallel")
+    os.environ["RANK"], os.environ["WORLD_SIZE"] = str(group.rank()), str(group.size())
+    torch.set_default_dtype(torch.float32)
+    options = benchmark.parse([*QUICK])
+    gated._from_others = lambda projected, options, group: None
+    try:
+        benchmark.check(options, group)
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_what_is_not_one_processes_result_is_not_timed():
+    for message in run_ranks(wrongly_shared, 2):
+        assert message.startswith("shared rows give other losses or gradients, by ")
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "message"),
+    [
+        ((), {}, "there is one process; allowed: torchrun --standalone"),
+        (
+            ("--arch", "flash_quad_lm"),
+            {},
+            "--arch flash_quad_lm cannot share rows, or is unknown; allowed: fl",
+        ),
+        (
+            ("--lengths", "5"),
+            {"RANK": "0", "WORLD_SIZE": "2"},
+            "--lengths 5 is not allowed with 2 processes; al",
+        ),
+        (("--rounds", "0"), {}, "--rounds 0 is not allowed; allowed: 1 or more"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(benchmark, words, environment, message, monkeypatch, capsys):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        benchmark.parse([*words])
+    assert message in capsys.readouterr().err
