@@ -5,9 +5,11 @@ task and the optimizer; where fairseq is not installed, ``fairseq_flash.ops`` an
 work all the same.
 """
 
+import importlib
 import importlib.util
+from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if importlib.util.find_spec("fairseq") is not None:
     from fairseq_flash._compat import prepare_host
@@ -28,3 +30,12 @@ if importlib.util.find_spec("fairseq") is not None:
     count_before_building(
         (flash_lm.FlashLanguageModel, flash_masked_lm.FlashMaskedLM, flash_seq2seq.FlashSeq2Seq), config_of
     )
+
+
+def __getattr__(name: str) -> Any:
+    """What ``modules`` holds, such as ``fairseq_flash.GatedAttentionUnit``, once it is asked for."""
+    if not name.startswith("_"):
+        modules = importlib.import_module("fairseq_flash.modules")
+        if name in modules.__all__:
+            return getattr(modules, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -24,7 +24,8 @@ COMMANDS = (
     *("prepare-lm", "prepare-corpus", "cut-corpus", "prepare-translation", "prepare-classification"),
     *("compare-lm", "compare-masked-lm", "compare-translation"),
     *("generate", "describe", "health", "plot", "extrapolate", "yardsticks"),
-    *("benchmark-training", "benchmark-generation", "benchmark-ops"),
+    *("benchmark-training", "benchmark-generation", "benchmark-ops", "benchmark-fairseq-train"),
+    "benchmark-sequence-parallel",
 )
 #: fairseq's own; its generate has another name here.
 TOOLS = {
@@ -47,6 +48,8 @@ PLACES = {
     "benchmark-training": {"--output": "results/training.csv"},
     "benchmark-generation": {"--output": "results/generation.csv"},
     "benchmark-ops": {"--output": "results/ops.csv"},
+    "benchmark-fairseq-train": {"--output": "results/fairseq_train.csv"},
+    "benchmark-sequence-parallel": {"--output": "results/sequence_parallel.csv"},
 }
 EXTRAS = {"matplotlib": "plot", "pandas": "plot", "triton": "triton"}
 
@@ -148,8 +151,8 @@ def _docstring(command: str) -> str:
 
 
 def _list_of_commands() -> str:
-    lines = [f"  {command:24}{_docstring(command).partition(chr(10))[0]}" for command in COMMANDS]
+    lines = [f"  {command:28}{_docstring(command).partition(chr(10))[0]}" for command in COMMANDS]
     tools = [
-        f"  {tool:24}fairseq-{module.replace('_', '-')} with --user-dir" for tool, module in TOOLS.items()
+        f"  {tool:28}fairseq-{module.replace('_', '-')} with --user-dir" for tool, module in TOOLS.items()
     ]
     return "\n".join(["commands (each has a --help of its own):", *lines, "", "tools of fairseq:", *tools])

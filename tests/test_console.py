@@ -58,7 +58,13 @@ def test_a_version_and_an_unknown_command(capsys):
 
 
 def test_every_script_that_is_for_users_is_a_command():
-    own = {"ablate", "quickstart", "write_configs"}  # for those who work on a clone
+    own = {
+        "ablate",
+        "draw_layer",
+        "quickstart",
+        "write_configs",
+        "write_options",
+    }  # for those who work on a clone
     files = {path.stem for path in (tools.REPOSITORY / "scripts").glob("*.py")}
     assert {command.replace("-", "_") for command in console.COMMANDS} == files - own
 
@@ -209,6 +215,17 @@ def test_a_wheel_holds_every_file_that_a_command_needs(wheel):
     assert not lacking
     assert f"fairseq_flash-{fairseq_flash.__version__}-" in wheel.name
     assert not [name for name in held if name.startswith(("tests", "scripts"))]
+
+
+@pytest.mark.long
+def test_the_description_of_a_wheel_links_to_nothing_that_an_index_lacks(wheel):
+    with zipfile.ZipFile(wheel) as held:
+        (name,) = [name for name in held.namelist() if name.endswith(".dist-info/METADATA")]
+        described = held.read(name).decode()
+    assert "## Is it better on my data?" in described
+    assert re.findall(r"\]\((?!https://)", described) == []
+    for field in ("Maintainer: ", "Keywords: ", "Project-URL: ", f"Version: {fairseq_flash.__version__}"):
+        assert f"\n{field}" in described
 
 
 @pytest.fixture

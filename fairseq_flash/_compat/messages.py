@@ -51,6 +51,10 @@ _OPTIONS = {
     "--encoder-attention-heads": "--attention-dim (the size of the single head, or of each)",
     "--activation-dropout": "--dropout",
     "--relu-dropout": "--dropout",
+    "--decoder-normalize-before": "--norm (each layer is normed before, always)",
+    "--no-decoder-final-norm": "--norm (the last layer is followed by one, always)",
+    "--no-token-positional-embeddings": "the default (--scaled-sin adds absolute positions)",
+    "--decoder-learned-pos": "--scaled-sin (absolute positions are sines; relative ones are always there)",
 }
 
 

@@ -117,6 +117,31 @@ class FlashHubInterface(RobertaHubInterface):
         output = self.model(self._batch(tokens), classification_head_name=head)
         return output[0] if return_logits else self.model.get_normalized_probs(output, log_probs=True)
 
+    def predict_labels(self, head: str, tokens: torch.Tensor) -> list[dict[str, float]]:
+        """As :meth:`predict`, by the names of the labels.
+
+        Args:
+            head: Name of the classification head.
+            tokens: ``(n,)``, or ``(b, n)`` with padding that leads or trails.
+
+        Returns:
+            For each row the probability of each label, likeliest first.
+
+        Raises:
+            ValueError: no head has that name, or the data does not name as many labels as it has classes.
+        """
+        with utils.model_eval(self.model), torch.no_grad():
+            probabilities = self.predict(head, tokens).exp()
+        dictionary = getattr(self.task, "label_dictionary", None)
+        names = [] if dictionary is None else dictionary.symbols[dictionary.nspecial :]
+        if len(names) < (classes := probabilities.shape[1]):
+            raise ValueError(
+                f"the data names {len(names)} labels, head {head!r} has {classes} classes; allowed: the "
+                "folder that it was fine-tuned on, as data_name_or_path"
+            )
+        rows = (dict(zip(names, row, strict=False)) for row in probabilities.tolist())
+        return [dict(sorted(row.items(), key=lambda pair: -pair[1])) for row in rows]
+
     def fill_mask(self, masked_input: str, topk: int = 5) -> list[tuple[str, float, str]]:
         """The likeliest words for a ``<mask>``.
 

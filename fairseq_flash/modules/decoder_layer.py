@@ -13,6 +13,7 @@ from fairseq_flash.modules.checks import check_instance
 from fairseq_flash.modules.gated_attention_unit import GatedAttentionUnit
 from fairseq_flash.modules.gated_cross_attention import GatedCrossAttention, SourceMemory
 from fairseq_flash.modules.layer import Layer
+from fairseq_flash.ops.shown import shown
 
 __all__ = ["DecoderLayer", "DecoderLayerState"]
 
@@ -27,6 +28,9 @@ class DecoderLayerState(NamedTuple):
 
     own: LayerState
     source: SourceMemory
+
+    def __repr__(self) -> str:
+        return shown(self)
 
     @property
     def position(self) -> torch.Tensor:

@@ -21,6 +21,7 @@ from fairseq_flash.modules.layer import INITS
 from fairseq_flash.modules.normalization import build_norm
 from fairseq_flash.modules.offset_scale import OffsetScale
 from fairseq_flash.ops import cross_attention, split_silu
+from fairseq_flash.ops.shown import shown
 
 __all__ = ["GatedCrossAttention", "SourceMemory"]
 
@@ -37,6 +38,9 @@ class SourceMemory(NamedTuple):
     k: torch.Tensor
     v: torch.Tensor
     valid: torch.Tensor
+
+    def __repr__(self) -> str:
+        return shown(self)
 
 
 class GatedCrossAttention(nn.Module):

@@ -153,6 +153,7 @@ class AttentionLayer(Layer):
 
     #: One of the strategies of :mod:`~fairseq_flash.modules.attention`.
     attend: Any
+    causal: bool
 
     def __init__(
         self,
@@ -177,3 +178,8 @@ class AttentionLayer(Layer):
         self.embed_dim, self.attention_dim, self.chunk_size = embed_dim, attention_dim, chunk_size
         self.norm_name, self.init, self.backend = norm, init, backend
         self.norm, self.dropout = build_norm(norm, embed_dim), nn.Dropout(dropout)
+
+    def extra_repr(self) -> str:
+        """What the layer is, as ``print`` shows it."""
+        chunk = "" if self.attention == "quadratic" else f", chunk_size={self.chunk_size}"
+        return f"{self.embed_dim}, attention={self.attention!r}{chunk}, causal={self.causal}"

@@ -13,6 +13,7 @@ import torch
 from fairseq_flash.modules.attention import LayerState
 from fairseq_flash.modules.checks import check_instance, check_tensor, require
 from fairseq_flash.ops import NEVER
+from fairseq_flash.ops.shown import shown
 
 __all__ = ["DecodingState", "check_layer_state", "check_state"]
 
@@ -29,6 +30,9 @@ class DecodingState(NamedTuple):
     """
 
     layers: tuple[LayerState, ...]
+
+    def __repr__(self) -> str:
+        return shown(self)
 
     @property
     def position(self) -> torch.Tensor:

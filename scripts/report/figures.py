@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy
 from PIL import Image
 
+from report.distance import YARDSTICKS, draw_positions, draw_yardstick
 from report.style import (
     Rows,
     cells,
@@ -182,44 +183,6 @@ def draw_factors(rows: Rows) -> plt.Figure:
     return figure
 
 
-#: What each yardstick shows: a quantity by the place.
-YARDSTICKS = {
-    "recurrence": ("gain", "gain, nats a token", "distance of the token's last occurrence"),
-    "copy": ("gain", "gain of a first copy, nats a token", "distance of the copy"),
-    "context": ("loss", "loss of the last tokens, nats a token", "tokens a row"),
-    "passkey": ("accuracy", "part of the keys found", "distance of the key"),
-}
-
-
-def draw_yardstick(rows: Rows, yardstick: str) -> plt.Figure:
-    """A line for each model by distance or length; of recurrence without --against, the loss.
-
-    Raises:
-        ValueError: there is no row of that yardstick.
-    """
-    quantity, label, x = YARDSTICKS[yardstick]
-    good = finished(rows[rows["yardstick"] == yardstick], "loss")
-    if not len(good):
-        raise ValueError(f"no row of the yardstick {yardstick} succeeded")
-    settings = cells(
-        good, ("data", "split", "device", "against", *(["n"] if yardstick == "recurrence" else []))
-    )
-    figure, axes = panels(len(settings), 1)
-    figure.set_size_inches(8, 4 * len(settings))
-    for (axis,), (title, own) in zip(axes, settings.items(), strict=True):
-        column, words = (quantity, label) if own[quantity].all() else ("loss", "loss, nats a token")
-        order = own["x"].unique() if yardstick == "recurrence" else values(own, "x")
-        places, names = {value: place for place, value in enumerate(order)}, values(own, "name")
-        for name in names:
-            mine = own[own["name"] == name]
-            axis.plot(mine["x"].map(places), numbers(mine, column), label=name, **style(name, names))
-        axis.set(xlabel=x, ylabel=words, xticks=range(len(places)), xticklabels=places)
-        axis.set_title(textwrap.fill(title, 90), fontsize=9)
-        axis.grid(alpha=0.3)
-    legend_below(figure)
-    return figure
-
-
 class Source(NamedTuple):
     """Where a figure comes from: the CSV's name, columns that it must have, and how it is drawn."""
 
@@ -232,6 +195,10 @@ _CURVE = ("name", "n", "split", "updates", "loss")
 FIGURES = {
     "generation": Source("generation.csv", ("name", "pass", "b", "beam", "n", "median_ms"), draw_generation),
     "training": Source("training.csv", ("name", "n", "tokens_per_s", "peak_memory"), draw_training),
+    "gpu": Source("fairseq_train.csv", ("name", "n", "tokens_per_s", "peak_memory"), draw_training),
+    "positions": Source(
+        "extrapolation.csv", ("name", "n", "split", "positions", "perplexity"), draw_positions
+    ),
     "tokens": Source("comparison_curves.csv", (*_CURVE, "tokens"), lambda rows: draw_curves(rows, "tokens")),
     "seconds": Source(
         "comparison_curves.csv", (*_CURVE, "seconds"), lambda rows: draw_curves(rows, "seconds")

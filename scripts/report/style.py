@@ -33,6 +33,7 @@ STYLES = {
     "transformer_plus_lm": ("#7F7F7F", "<"),
     "FLASH-pytorch": ("#8C510A", ">"),
 }
+BARE = {"linestyle": ":", "markerfacecolor": "white"}
 ENDINGS = ("_tiny", "_gpt", "_big")
 Rows = pandas.DataFrame  # of words, as a CSV file has them
 
@@ -44,10 +45,12 @@ def style(name: str, names: Iterable[str]) -> dict:
         name: Of the system.
         names: Of all systems of the figure.
     """
-    known = _without_size(name)
+    known, _, options = _without_size(name).partition(" ")
     if known in STYLES:
         colour, marker = STYLES[known]
-        return {"color": colour, "marker": marker}
+        # Of a system with options and without, in one figure, the latter is dotted.
+        bare = not options and any(other.startswith(f"{name} ") for other in names)
+        return {"color": colour, "marker": marker, **(BARE if bare else {})}
     there = {_without_size(other) for other in names}
     others = sorted(other for other in names if _without_size(other) not in STYLES)
     free = [look for system, look in STYLES.items() if system not in there] or list(STYLES.values())
@@ -162,7 +165,8 @@ def legend_below(figure: plt.Figure) -> None:
     found: dict = {}
     for axis in figure.axes:
         found |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    columns = min(len(found), max(2, int(figure.get_figwidth() // 2.4)))
+    width = max(2.4, 0.6 + 0.085 * max(map(len, found)))
+    columns = min(len(found), max(1, int(figure.get_figwidth() // width)))
     figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns)
 
 

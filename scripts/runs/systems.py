@@ -18,7 +18,7 @@ TINY_TRANSFORMER = (
     *("--decoder-layers", "4", "--decoder-embed-dim", "256", "--decoder-ffn-embed-dim", "1152"),
     *("--decoder-attention-heads", "4", "--decoder-input-dim", "256", "--decoder-output-dim", "256"),
 )
-#: fairseq's default, a norm after each layer, hardly learns within a few million tokens (see ABLATION.md).
+#: fairseq's default, a norm after each layer, hardly learns within a few million tokens: docs/ablation.md.
 PRE_NORM = "--decoder-normalize-before"
 
 

@@ -275,7 +275,13 @@ def test_a_fine_tuned_checkpoint_predicts_what_validation_counted(fine_tuned, la
     assert 100 * right / total == pytest.approx(trained, abs=0.05)
     with torch.no_grad():
         classes = hub.predict("sentence_classification_head", hub.encode("the value of the class"))
-    assert labels[int(classes.argmax()) + labels.nspecial] in ("True", "False")
+    named = hub.predict_labels("sentence_classification_head", hub.encode("the value of the class"))
+    assert set(named[0]) == {"True", "False"}
+    assert next(iter(named[0])) == labels[int(classes.argmax()) + labels.nspecial]
+    assert list(named[0].values()) == pytest.approx(classes.exp()[0].sort(descending=True).values.tolist())
+    hub.register_classification_head("three", num_classes=300)
+    with pytest.raises(ValueError, match=r"names \d+ labels, head 'three' has 300 classes; allowed"):
+        hub.predict_labels("three", hub.encode("the value"))
     assert hub.fill_mask("the <mask> of")
 
 

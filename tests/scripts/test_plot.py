@@ -54,6 +54,21 @@ def generation():
             yield {**COMMON, **row, "median_ms": n, "state_bytes": n, "peak_memory": n, "torch": "2.13"}
 
 
+def gpu():
+    for name in ("flash_lm", "flash_lm --compile", "transformer_lm"):
+        for n in (1024, 8192):
+            row = {"name": name, "n": n, "dtype": "bf16", **COMMON, "device": "a card"}
+            yield {**row, "tokens_per_s": 1e9 / n, "peak_memory": 1e9}
+
+
+def extrapolation():
+    for name in SYSTEMS:
+        for n in (1024, 2048):
+            for place, positions in enumerate(("all", "0-1024", "1024-2048")[: 1 + n // 1024]):
+                row = {"name": name, "data": "books", "split": "test", "n": n, "positions": positions}
+                yield {**row, "perplexity": 100 + n / 1024 + place, "status": "ok"}
+
+
 def ablation():
     for value, loss in (("", 5.0), ("0.1", 5.1), ("0.3", 4.9)):
         row = {"base": "flash_lm", "factor": "gamma" if value else "", "value": value, **COMMON, "n": 512}
@@ -85,6 +100,8 @@ def results(tmp_path):
         ("training", training()),
         ("generation", generation()),
         ("ablation", ablation()),
+        ("fairseq_train", gpu()),
+        ("extrapolation", extrapolation()),
         ("yardsticks", yardsticks()),
     ):
         write(tmp_path / f"{name}.csv", list(rows))
@@ -103,7 +120,7 @@ def test_every_figure_becomes_a_png_and_where_asked_an_svg(results):
     stems = [
         "generation",
         "training",
-        "ablation",
+        *("ablation", "fairseq_train", "extrapolation"),
         *(f"comparison_{f}" for f in ("tokens", "seconds", "quality", "ablation")),
         *(f"yardsticks_{f}" for f in ("recurrence", "copy", "context", "passkey")),
     ]
@@ -125,6 +142,20 @@ def test_a_system_looks_the_same_in_every_figure(results):
     assert plot_style.style("transformer_lm_tiny", []) == plot_style.style("transformer_lm", [])
     colours = [colour for colour, _ in plot_style.STYLES.values()]
     assert len(set(colours)) == len(colours)
+
+
+def test_a_system_with_options_keeps_its_colour_and_stands_out_from_the_bare_one(results):
+    figure = figures.draw("gpu", results / "fairseq_train.csv")
+    bare, other, tuned = figure.axes[0].get_lines()
+    assert bare.get_color() == tuned.get_color() != other.get_color()
+    assert [line.get_linestyle() for line in (bare, tuned, other)] == [":", "-", "-"]
+
+
+def test_perplexity_by_position_is_that_of_the_longest_rows(results):
+    (axis,) = figures.draw("positions", results / "extrapolation.csv").axes
+    for line in axis.get_lines():
+        assert line.get_xdata().tolist() == [1024, 2048]
+        assert line.get_ydata().tolist() == [103, 104]
 
 
 def test_lines_are_means_over_seeds(results):
@@ -225,6 +256,6 @@ def test_help_needs_nothing_that_is_not_installed_and_drawing_says_what_is_missi
 
 def test_committed_figures_are_small(results):
     sizes = {path.name: path.stat().st_size for path in (plot.RESULTS / "figures").iterdir()}
-    assert len(sizes) == 7
+    assert len(sizes) == 9
     assert {name.rpartition(".")[2] for name in sizes} == {"png"}
     assert max(sizes.values()) < 250_000, sizes

@@ -10,6 +10,7 @@ import torch
 from fairseq_flash.ops.mixed_chunk.inputs import Carry
 from fairseq_flash.ops.mixed_chunk.linear import chunk_summaries
 from fairseq_flash.ops.precision import widened
+from fairseq_flash.ops.shown import shown
 
 __all__ = ["ChunkState", "Grid", "swap"]
 
@@ -36,6 +37,9 @@ class ChunkState(NamedTuple):
     k_lin: Optional[torch.Tensor]
     v: torch.Tensor
     position: torch.Tensor
+
+    def __repr__(self) -> str:
+        return shown(self)
 
     @classmethod
     def empty(

@@ -8,6 +8,7 @@ from typing import NamedTuple, Optional, Union
 import torch
 
 from fairseq_flash.ops.positions import trailing_padding
+from fairseq_flash.ops.shown import shown
 
 __all__ = ["NEVER", "KeyValueCache"]
 
@@ -34,6 +35,9 @@ class KeyValueCache(NamedTuple):
     key_positions: torch.Tensor
     position: torch.Tensor
     columns: int = 0
+
+    def __repr__(self) -> str:
+        return shown(self)
 
     @classmethod
     def empty(cls, like: torch.Tensor, attention_dim: int, expanded_dim: int) -> KeyValueCache:

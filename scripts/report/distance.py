@@ -1,0 +1,74 @@
+"""Figures of what lies far back: the loss by position, and the yardsticks of distant text."""
+
+import textwrap
+
+import matplotlib.pyplot as plt
+
+from report.style import (
+    Rows,
+    cells,
+    draw_lines,
+    finished,
+    legend_below,
+    numbers,
+    panels,
+    plain_log,
+    style,
+    values,
+)
+
+__all__ = ["YARDSTICKS", "draw_positions", "draw_yardstick"]
+
+
+def draw_positions(rows: Rows) -> plt.Figure:
+    """Perplexity by position in the longest rows that were read."""
+    rows = rows[(rows["split"] == "test") & (rows["positions"] != "all")]
+    rows = rows[numbers(rows, "n") == numbers(rows, "n").max()]
+    rows = rows.assign(end=rows["positions"].str.partition("-")[2])
+    settings = cells(rows, ("data", "n"))
+    figure, axes = panels(len(settings), 1)
+    figure.set_size_inches(7.2, 3.8 * len(settings))
+    for (axis,), (title, own) in zip(axes, settings.items(), strict=True):
+        draw_lines(axis, own, "end", "perplexity")
+        axis.set(ylabel="perplexity", title=title)
+        plain_log(axis, "position in the row, up to", values(own, "end"))
+    legend_below(figure)
+    return figure
+
+
+#: What each yardstick shows: a quantity by the place.
+YARDSTICKS = {
+    "recurrence": ("gain", "gain, nats a token", "distance of the token's last occurrence"),
+    "copy": ("gain", "gain of a first copy, nats a token", "distance of the copy"),
+    "context": ("loss", "loss of the last tokens, nats a token", "tokens a row"),
+    "passkey": ("accuracy", "part of the keys found", "distance of the key"),
+}
+
+
+def draw_yardstick(rows: Rows, yardstick: str) -> plt.Figure:
+    """A line for each model by distance or length; of recurrence without --against, the loss.
+
+    Raises:
+        ValueError: there is no row of that yardstick.
+    """
+    quantity, label, x = YARDSTICKS[yardstick]
+    good = finished(rows[rows["yardstick"] == yardstick], "loss")
+    if not len(good):
+        raise ValueError(f"no row of the yardstick {yardstick} succeeded")
+    settings = cells(
+        good, ("data", "split", "device", "against", *(["n"] if yardstick == "recurrence" else []))
+    )
+    figure, axes = panels(len(settings), 1)
+    figure.set_size_inches(8, 4 * len(settings))
+    for (axis,), (title, own) in zip(axes, settings.items(), strict=True):
+        column, words = (quantity, label) if own[quantity].all() else ("loss", "loss, nats a token")
+        order = own["x"].unique() if yardstick == "recurrence" else values(own, "x")
+        places, names = {value: place for place, value in enumerate(order)}, values(own, "name")
+        for name in names:
+            mine = own[own["name"] == name]
+            axis.plot(mine["x"].map(places), numbers(mine, column), label=name, **style(name, names))
+        axis.set(xlabel=x, ylabel=words, xticks=range(len(places)), xticklabels=places)
+        axis.set_title(textwrap.fill(title, 90), fontsize=9)
+        axis.grid(alpha=0.3)
+    legend_below(figure)
+    return figure
