@@ -24,6 +24,7 @@ COMMANDS = (
     *("prepare-lm", "prepare-translation", "prepare-classification"),
     *("compare-lm", "compare-masked-lm", "compare-translation"),
     *("generate", "describe", "health", "plot", "extrapolate"),
+    *("export-hf", "import-hf"),
     *("benchmark-training", "benchmark-generation", "benchmark-ops"),
 )
 #: fairseq's own; its generate has another name here.
@@ -47,7 +48,13 @@ PLACES = {
     "benchmark-generation": {"--output": "results/generation.csv"},
     "benchmark-ops": {"--output": "results/ops.csv"},
 }
-EXTRAS = {"matplotlib": "plot", "pandas": "plot", "triton": "triton"}
+EXTRAS = {
+    "matplotlib": "plot",
+    "pandas": "plot",
+    "triton": "triton",
+    "safetensors": "hf",
+    "transformers": "hf",
+}
 
 
 def main(arguments: Optional[list[str]] = None) -> int:
