@@ -26,6 +26,7 @@ COMMANDS = (
     *("generate", "describe", "health", "plot", "extrapolate", "yardsticks"),
     *("benchmark-training", "benchmark-generation", "benchmark-ops", "benchmark-fairseq-train"),
     "benchmark-sequence-parallel",
+    *("export-hf", "import-hf"),
 )
 #: fairseq's own; its generate has another name here.
 TOOLS = {
@@ -51,7 +52,13 @@ PLACES = {
     "benchmark-fairseq-train": {"--output": "results/fairseq_train.csv"},
     "benchmark-sequence-parallel": {"--output": "results/sequence_parallel.csv"},
 }
-EXTRAS = {"matplotlib": "plot", "pandas": "plot", "triton": "triton"}
+EXTRAS = {
+    "matplotlib": "plot",
+    "pandas": "plot",
+    "triton": "triton",
+    "safetensors": "hf",
+    "transformers": "hf",
+}
 
 
 def main(arguments: Optional[list[str]] = None) -> int:

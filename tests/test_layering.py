@@ -15,6 +15,7 @@ BELOW = {
     "models": {"modules"},
     "tasks": {"models", "modules"},
     "generation": {"models", "modules", "_compat"},
+    "export": {"generation", "models"},
 }
 FILES = sorted(path for layer in BELOW for path in (PACKAGE / layer).rglob("*.py"))
 SCRIPTS = PACKAGE.parent / "scripts"
@@ -43,7 +44,7 @@ def test_a_layer_imports_only_what_lies_below(path):
         if top == "fairseq_flash":
             assert (rest or [""])[0] in BELOW[layer] | {layer}, f"{layer} imports {name}"
         if top in ("fairseq", "fairseq_cli", "omegaconf", "hydra"):
-            assert layer in ("models", "tasks", "generation"), f"{layer} imports {name}"
+            assert layer in ("models", "tasks", "generation", "export"), f"{layer} imports {name}"
         # A kernel file is imported when it is first asked for: see ops/dispatch.py.
         assert top != "triton" or (layer == "ops" and "kernel" in path.name), f"{path.name} imports triton"
         assert not name.endswith(".kernel"), f"{path.name} imports a kernel whenever it is imported itself"
@@ -67,7 +68,9 @@ def test_a_call_can_be_read(path):
         public_op = "ops" in path.parts and not name.startswith("_")
         assert number <= (6 if public_op else 9), f"{path.name}: {name} takes {number}"
         assert not bare, f"{path.name}: {name} takes {', '.join(bare)} of no type"
-    assert len(path.read_text().splitlines()) < 300
+    # What an export carries is one file on purpose: it is read where nothing else of this repository is.
+    if path.name != "modeling_flash.py":
+        assert len(path.read_text().splitlines()) < 300
 
 
 @pytest.mark.parametrize("path", SCRIPT_FILES, ids=lambda path: str(path.relative_to(SCRIPTS)))

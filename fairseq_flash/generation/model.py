@@ -9,20 +9,25 @@ from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
 
 from fairseq_flash.models.flash_lm import FlashLanguageModel
+from fairseq_flash.models.flash_masked_lm import FlashMaskedLM
 
 __all__ = ["fingerprint", "load_model"]
 
 NAMES = ("checkpoint_best.pt", "checkpoint_last.pt")
+NAMES_OF_MODELS = {FlashLanguageModel: "flash_lm", FlashMaskedLM: "flash_masked_lm"}
 #: In a state dict, what a model remembers of its training; states saved without it fit as well.
 RECORD = "_extra_state"
 
 
-def load_model(checkpoint: Path, data: Optional[Path]) -> tuple[FlashLanguageModel, Any, Path]:
-    """Loads a language model.
+def load_model(
+    checkpoint: Path, data: Optional[Path], kinds: tuple[type, ...] = (FlashLanguageModel,)
+) -> tuple[Any, Any, Path]:
+    """Loads a model, by default a language model.
 
     Args:
         checkpoint: A file, or a folder with ``checkpoint_best.pt`` or ``checkpoint_last.pt``.
         data: Folder of the dictionary; that of the checkpoint by default.
+        kinds: Classes that the model may be of.
 
     Returns:
         The model in evaluation mode, its task, and the folder of its dictionary.
@@ -47,8 +52,9 @@ def load_model(checkpoint: Path, data: Optional[Path]) -> tuple[FlashLanguageMod
         named = said if str(checkpoint) in said else f"{checkpoint} cannot be loaded with {data}: {said}"
         raise ValueError(named) from None
     (model,), _, task = loaded
-    if not isinstance(model, FlashLanguageModel):
-        raise ValueError(f"{checkpoint} holds a {type(model).__name__}; allowed: models such as flash_lm")
+    if not isinstance(model, kinds):
+        allowed = " or ".join(NAMES_OF_MODELS[kind] for kind in kinds)
+        raise ValueError(f"{checkpoint} holds a {type(model).__name__}; allowed: models such as {allowed}")
     return model.eval(), task, data
 
 

@@ -111,6 +111,11 @@ class RememberingModel(BaseFairseqModel):
         self._record = {"options": trained_options(cfg, config), "words": digest}
         self._may_change = bool(getattr(cfg, "change_trained_options", False))
 
+    @property
+    def trained_with(self) -> dict[str, Any]:
+        """The options that decide what the model computes from its weights."""
+        return dict(self._record["options"]) if self._record else {}
+
     def get_extra_state(self) -> torch.Tensor:
         """The record, as it stands in the state dict."""
         return _encode(self._record or {})

@@ -10,6 +10,7 @@ import torch
 from fairseq import options, tasks
 from fairseq.data import Dictionary
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from omegaconf import DictConfig
 
 from support import tools
 
@@ -25,11 +26,16 @@ def write_dictionary(path: Path, words: str = string.ascii_lowercase[:16]) -> No
     dictionary.save(str(path))
 
 
-def build(data: Path, task: str, *arguments: object) -> tuple[torch.nn.Module, tasks.FairseqTask]:
-    """The model of a command line and its task."""
+def configure(data: Path, task: str, *arguments: object) -> DictConfig:
+    """The configuration of a command line."""
     words = [data, "--user-dir", tools.USER_DIR, "--task", task, *arguments]
     args = options.parse_args_and_arch(options.get_training_parser(), [str(word) for word in words])
-    cfg = convert_namespace_to_omegaconf(args)
+    return convert_namespace_to_omegaconf(args)
+
+
+def build(data: Path, task: str, *arguments: object) -> tuple[torch.nn.Module, tasks.FairseqTask]:
+    """The model of a command line and its task."""
+    cfg = configure(data, task, *arguments)
     made = tasks.setup_task(cfg.task)
     return made.build_model(cfg.model), made
 
