@@ -69,7 +69,8 @@ def settings_of(options: dict[str, Any]) -> dict[str, Any]:
             found[there] = kind(value)
         elif name in SHARING:
             found["tie_word_embeddings"] = bool(value) == SHARING[name]
-        elif name not in ONLY or value != ONLY[name]:
+        # Pooling is of classification heads, which stay behind.
+        elif name != "pooling" and (name not in ONLY or value != ONLY[name]):
             allowed = f"{_flag(name)} {ONLY[name]}" if ONLY.get(name) else f"without {_flag(name)}"
             raise ValueError(f"a model of {_flag(name)} {value} cannot be exported; allowed: {allowed}")
     return found

@@ -528,7 +528,7 @@ def test_an_option_that_is_not_allowed_is_named_before_anything_is_trained(data_
 
 
 def test_an_adaptive_softmax_under_another_criterion_is_refused_at_once(data_bin, tmp_path):
-    with pytest.raises(ValueError, match=r"adaptive-softmax-cutoff .*criterion; allowed: adaptive_loss"):
+    with pytest.raises(ValueError, match=r"--criterion cross_entropy .*allowed: adaptive_loss"):
         tools.train(data_bin, tmp_path, "--adaptive-softmax-cutoff", "50,100")
 
 
