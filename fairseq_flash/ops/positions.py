@@ -240,7 +240,8 @@ def rotary_bias_by_distance(
 
 def _waves(begin: int, end: int, dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Cosines, then sines, of every frequency at distances ``begin`` to ``end - 1``: (end - begin, s)."""
-    if torch.compiler.is_compiling() or torch._guards.detect_fake_mode() is not None:
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if traced or torch._guards.detect_fake_mode() is not None:
         # A compiler makes it where it is used; a tensor without numbers must not enter the cache.
         return _signed_angles(torch.arange(begin, end, device=device), dim, dtype)
     # Of many lengths one table, twice as long as need be at most.
