@@ -7,6 +7,7 @@ as exact as position 1; only the Toeplitz bias has a table, and it says so.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
@@ -240,18 +241,20 @@ def rotary_bias_by_distance(
 
 def _waves(begin: int, end: int, dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Cosines, then sines, of every frequency at distances ``begin`` to ``end - 1``: (end - begin, s)."""
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if traced or torch._guards.detect_fake_mode() is not None:
-        # A compiler makes it where it is used; a tensor without numbers must not enter the cache.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        # A compiler makes it where it is used.
         return _signed_angles(torch.arange(begin, end, device=device), dim, dtype)
     # Of many lengths one table, twice as long as need be at most.
-    table = _cached_waves(1 << (end - 1).bit_length(), dim, dtype, device)
+    table = _cached_waves(1 << (end - 1).bit_length(), dim, dtype, device, torch._guards.detect_fake_mode())
     middle = table.shape[0] // 2
     return table[middle + begin : middle + end]
 
 
 @functools.lru_cache(maxsize=16)
-def _cached_waves(length: int, dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _cached_waves(
+    length: int, dim: int, dtype: torch.dtype, device: torch.device, fake_mode: Any
+) -> torch.Tensor:
+    """Tensors without numbers, of a ``fake_mode``, never meet those with numbers."""
     with torch.inference_mode(False), torch.no_grad():
         distances = torch.arange(1 - length, length)
         return _signed_angles(distances, dim, torch.float64).to(device, dtype)
