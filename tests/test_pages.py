@@ -27,7 +27,7 @@ PARSERS = {
     "fairseq-interactive": lambda: options.get_generation_parser(interactive=True),
 }
 #: What is run by other tests, or is no program of ours.
-ELSEWHERE = ("source", "pip", "export", "bash", "head")
+ELSEWHERE = ("source", "pip", "export", "bash", "head", "lm_eval")
 ALL = [(page, command) for page in pages.PAGES for command in pages.commands(page)]
 
 
