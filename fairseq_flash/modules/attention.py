@@ -189,7 +189,11 @@ class Quadratic:
         else:
             if rows.padding_mask is not None:
                 v = v.masked_fill(rows.padding_mask.unsqueeze(-1), 0)
-            matrix = bias.matrix(v.shape[1], rows.lengths)
+            if torch.compiler.is_compiling() and bias.limit is None:
+                # Windows of a vector would be compiled anew for each length.
+                matrix = bias(rows.positions, rows.positions)
+            else:
+                matrix = bias.matrix(v.shape[1], rows.lengths)
         q, k, v = (x.unsqueeze(1) for x in (q, k, v))
         out = quadratic_attention(q, k, v, matrix, causal=causal, denominator=self.denominator(rows))
         return out.squeeze(1), state

@@ -245,7 +245,9 @@ def _waves(begin: int, end: int, dim: int, dtype: torch.dtype, device: torch.dev
         # A compiler makes it where it is used.
         return _signed_angles(torch.arange(begin, end, device=device), dim, dtype)
     # Of many lengths one table, twice as long as need be at most.
-    table = _cached_waves(1 << (end - 1).bit_length(), dim, dtype, device, torch._guards.detect_fake_mode())
+    table = _cached_waves(
+        1 << (int(end) - 1).bit_length(), dim, dtype, device, torch._guards.detect_fake_mode()
+    )
     middle = table.shape[0] // 2
     return table[middle + begin : middle + end]
 
