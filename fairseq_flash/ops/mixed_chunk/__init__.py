@@ -9,8 +9,7 @@ from torch import distributed
 
 from fairseq_flash.ops.mixed_chunk.gated import Projected, gated_mixed_chunk
 from fairseq_flash.ops.mixed_chunk.inputs import Carry, Inputs, Options, Pair
-from fairseq_flash.ops.mixed_chunk.linear import row_summary
-from fairseq_flash.ops.mixed_chunk.reference import blanked, continued, to_chunks, whole
+from fairseq_flash.ops.mixed_chunk.reference import continued, part_summary, whole
 from fairseq_flash.ops.mixed_chunk.sharded import check_part, gathered, seen_elsewhere
 from fairseq_flash.ops.mixed_chunk.state import ChunkState
 from fairseq_flash.ops.mixed_chunk.step import gated_mixed_chunk_step, mixed_chunk_step
@@ -86,7 +85,6 @@ def mixed_chunk_attention(
 def _from_others(inputs: Inputs, options: Options, group: distributed.ProcessGroup) -> Optional[Carry]:
     if inputs.lin is None:
         return None
-    v, c = inputs.v, options.chunk_size
-    kv_sum = row_summary(to_chunks(inputs.lin.k, c), to_chunks(blanked(v, inputs.lengths), c))
-    count = v.shape[1] if inputs.lengths is None else inputs.lengths
+    kv_sum = part_summary(inputs.lin.k, inputs.v, inputs.lengths, options.chunk_size)
+    count = inputs.v.shape[1] if inputs.lengths is None else inputs.lengths
     return seen_elsewhere(kv_sum, count, options.causal, group)

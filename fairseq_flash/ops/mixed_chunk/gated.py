@@ -10,8 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fairseq_flash.ops.dispatch import choose
 from fairseq_flash.ops.mixed_chunk.inputs import Carry, Inputs, Options, Pair
-from fairseq_flash.ops.mixed_chunk.linear import row_summary
-from fairseq_flash.ops.mixed_chunk.reference import blanked, on_grid, to_chunks
+from fairseq_flash.ops.mixed_chunk.reference import blanked, on_grid, part_summary, to_chunks
 from fairseq_flash.ops.mixed_chunk.sharded import check_part, seen_elsewhere
 from fairseq_flash.ops.projections import rotated_copies, split_silu
 
@@ -122,7 +121,7 @@ def _summary(
     e = (uvz.shape[2] - s) // 2
     v, z = split_silu(uvz[..., e:], [e, s])
     k = rotated_copies(z, gamma, beta, cos, sin)[0]
-    return row_summary(to_chunks(k, c), to_chunks(blanked(v, lengths), c))
+    return part_summary(k, v, lengths, c)
 
 
 def run(projected: Projected, options: Options, carry: Optional[Carry]) -> torch.Tensor:

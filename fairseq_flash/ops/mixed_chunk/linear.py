@@ -12,7 +12,6 @@ __all__ = [
     "exclusive_sum",
     "linear_attention",
     "linear_denominator",
-    "row_summary",
 ]
 
 LINEAR_NORMS = ("chunk", "mean")
@@ -33,11 +32,6 @@ def chunk_summaries(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     compute = ranged(v.dtype)
     kv = torch.einsum("bgjs,bgje->bgse", k.to(compute), v.to(compute))
     return kv.to(widened(v.dtype))
-
-
-def row_summary(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """``k^T v`` of whole rows ``(b, g, c, .)``, as the sum of :func:`chunk_summaries`: ``(b, s, e)``."""
-    return chunk_summaries(k, v).sum(1)
 
 
 def exclusive_sum(kv: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from fairseq_flash.ops.positions import trailing_padding
 from fairseq_flash.ops.quadratic import quadratic_attention
 from fairseq_flash.ops.softmax import softmax_attention
 
-__all__ = ["blanked", "continued", "on_grid", "to_chunks", "whole"]
+__all__ = ["blanked", "continued", "on_grid", "part_summary", "to_chunks", "whole"]
 
 
 def whole(inputs: Inputs, options: Options, carry: Optional[Carry] = None) -> torch.Tensor:
@@ -69,6 +69,11 @@ def blanked(v: torch.Tensor, lengths: Optional[torch.Tensor]) -> torch.Tensor:
     if lengths is None:
         return v
     return v.masked_fill(trailing_padding(lengths, v.shape[1]).unsqueeze(-1), 0)
+
+
+def part_summary(k: torch.Tensor, v: torch.Tensor, lengths: Optional[torch.Tensor], c: int) -> torch.Tensor:
+    """``k^T v`` of the linear branch over a part of rows ``(b, n, .)``: ``(b, s, e)``."""
+    return chunk_summaries(to_chunks(k, c), to_chunks(blanked(v, lengths), c)).sum(1)
 
 
 def to_chunks(x: torch.Tensor, c: int) -> torch.Tensor:
