@@ -15,6 +15,7 @@ from fairseq_flash.models._option_checks import check_layers, check_sizes
 from fairseq_flash.models._options import FlashConfig
 from fairseq_flash.modules import (
     DecoderLayer,
+    DecodingState,
     GatedAttentionUnit,
     GatedCrossAttention,
     Rows,
@@ -25,7 +26,8 @@ from fairseq_flash.modules import (
 __all__ = [
     "build_stack",
     "compile_objections",
-    "compiled_layer",
+    "compiled_layers",
+    "layers_in_a_graph",
     "resolve_n_ref",
     "whole_rows",
 ]
@@ -62,7 +64,7 @@ def build_stack(
         if reads_source:
             layer = DecoderLayer(layer, _build_cross(cfg))
         layers.append(_wrapped(cfg, layer))
-    return Stack(
+    stack = Stack(
         embed_tokens,
         layers,
         embed_dim=cfg.embed_dim,
@@ -72,6 +74,9 @@ def build_stack(
         embed_scale=embed_scale(cfg),
         dropout=cfg.dropout,
     )
+    if cfg.compile and not (cfg.checkpoint_activations or cfg.offload_activations):
+        stack.through = functools.partial(_through, stack)
+    return stack
 
 
 def _build_block(cfg: FlashConfig, causal: bool, n_ref: int) -> nn.Module:
@@ -149,6 +154,39 @@ def _forward(
     """A layer on whole rows through its compiled code, which all layers of its kind share."""
     if state is not None or rows is None:
         return type(layer).forward(layer, x, padding_mask, state, rows=rows, **source)
+    return _compiled([layer], x, rows, source), None
+
+
+def _through(
+    stack: Stack,
+    x: torch.Tensor,
+    state: Optional[DecodingState],
+    rows: Rows,
+    source: dict[str, Optional[torch.Tensor]],
+) -> tuple[torch.Tensor, Optional[DecodingState]]:
+    """All layers, as many in a graph as :func:`layers_in_a_graph` says; one by one where one is watched."""
+    blocks = list(stack.blocks)
+    size = layers_in_a_graph(x.device.type, len(blocks))
+    watched = any(block._forward_hooks or block._backward_hooks for block in blocks)
+    if state is not None or watched or size == 1:
+        return type(stack).through(stack, x, state, rows, source)
+    for first in range(0, len(blocks), size):
+        x = _compiled(blocks[first : first + size], x, rows, source)
+    return x, None
+
+
+def layers_in_a_graph(device: str, layers: int) -> int:
+    """The largest divisor of ``layers`` up to 4 on a GPU, 1 on a CPU.
+
+    From graph to graph the host takes longer than a GPU for a small layer; more layers in a graph only take
+    longer to compile.
+    """
+    return 1 if device == "cpu" else max(size for size in range(1, 5) if layers % size == 0)
+
+
+def _compiled(
+    layers: list[nn.Module], x: torch.Tensor, rows: Rows, source: dict[str, Optional[torch.Tensor]]
+) -> torch.Tensor:
     if rows.group is not None:
         raise ValueError("group is given to a compiled layer; allowed: without --compile")
     _mark_dynamic(x, 0, 1)
@@ -163,7 +201,7 @@ def _forward(
         if tensor is not None:
             _mark_dynamic(tensor, *axes)
     # What no layer needs would be guarded on, and compiled anew.
-    return compiled_layer()(layer, x, rows._replace(given_mask=None, shift=None), source)
+    return compiled_layers()(layers, x, rows._replace(given_mask=None, shift=None), source)
 
 
 def _mark_dynamic(tensor: torch.Tensor, *axes: int) -> None:
@@ -172,14 +210,18 @@ def _mark_dynamic(tensor: torch.Tensor, *axes: int) -> None:
 
 
 @functools.cache
-def compiled_layer() -> Any:
+def compiled_layers() -> Any:
     """:func:`whole_rows` for this machine."""
     return torch.compile(whole_rows, fullgraph=True)
 
 
-def whole_rows(layer: nn.Module, x: torch.Tensor, rows: Rows, source: dict) -> tuple[torch.Tensor, None]:
-    """A layer on aligned rows, without a state: what is one graph, shared by all layers of a kind."""
-    return type(layer).forward(layer, x, rows=rows, **source)
+def whole_rows(
+    layers: list[nn.Module], x: torch.Tensor, rows: Rows, source: dict[str, Optional[torch.Tensor]]
+) -> torch.Tensor:
+    """Layers on aligned rows, without a state: what is one graph, shared by all layers of a kind."""
+    for layer in layers:
+        x, _ = type(layer).forward(layer, x, rows=rows, **source)
+    return x
 
 
 def resolve_n_ref(cfg: Any, task: Any) -> int:

@@ -8,7 +8,7 @@ from typing import Any, Optional
 import torch
 from torch import distributed, nn
 
-from fairseq_flash.modules.alignment import align_rows, restore_rows
+from fairseq_flash.modules.alignment import Rows, align_rows, restore_rows
 from fairseq_flash.modules.checks import (
     check_flags,
     check_instance,
@@ -143,12 +143,21 @@ class Stack(nn.Module):
             raise ValueError(f"{found}; allowed: embed_dim={self.embed_dim}")
         if self.embed_positions is not None:
             x = x + self.embed_positions(rows.positions)
-        x = self.dropout(x)
+        x, state = self.through(self.dropout(x), state, rows, source)
+        return restore_rows(self.final_norm(x), rows), state
+
+    def through(
+        self,
+        x: torch.Tensor,
+        state: Optional[DecodingState],
+        rows: Rows,
+        source: dict[str, Optional[torch.Tensor]],
+    ) -> tuple[torch.Tensor, Optional[DecodingState]]:
+        """The blocks alone, on aligned vectors ``(b, n, d)``: the vectors and the state after them."""
         layers = []
         for index, block in enumerate(self.blocks):
             x, layer = block(x, state=None if state is None else state.layers[index], rows=rows, **source)
             layers.append(layer)
-        x = restore_rows(self.final_norm(x), rows)
         return x, None if state is None else DecodingState(tuple(layers))
 
     @torch.no_grad()

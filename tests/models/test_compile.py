@@ -62,7 +62,7 @@ def graphs(monkeypatch):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(_layers.whole_rows, fullgraph=True, backend="eager")
-    monkeypatch.setattr(_layers, "compiled_layer", lambda: compiled)
+    monkeypatch.setattr(_layers, "compiled_layers", lambda: compiled)
     return lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
@@ -93,6 +93,32 @@ def test_two_layers_share_a_graph_with_checkpointing_and_dropout(kind, graphs):
     assert_same(compiled, plain, tokens_of(3, 9))
     # Without and with gradients: checkpointing runs each layer both ways.
     assert graphs() == 2
+
+
+@pytest.mark.parametrize("kind", ["gau", "masked", "seq2seq"])
+def test_layers_go_through_a_graph_in_groups(kind, graphs, monkeypatch):
+    monkeypatch.setattr(_layers, "layers_in_a_graph", lambda device, layers: layers // 2)
+    layers = dict.fromkeys(("encoder_layers", "decoder_layers") if kind == "seq2seq" else ("layers",), 4)
+    plain, compiled = build(kind, **layers), build(kind, compile=True, **layers)
+    tokens = tokens_of(3, 9)
+    tokens[0, -2:] = 1
+    assert_same(compiled, plain, tokens)
+    assert graphs() == (2 if kind == "seq2seq" else 1)
+    assert_close(run(copy.deepcopy(compiled).eval(), tokens), run(plain.eval(), tokens))
+
+
+def test_a_layer_that_is_watched_goes_through_a_graph_alone(graphs, monkeypatch):
+    monkeypatch.setattr(_layers, "layers_in_a_graph", lambda device, layers: layers)
+    model, seen = build("gau", compile=True), []
+    model.decoder.stack.blocks[1].register_forward_hook(lambda *_: seen.append(True))
+    run(model, tokens_of(3, 9))
+    assert seen == [True]
+
+
+def test_on_a_cpu_each_layer_is_a_graph_and_on_a_gpu_up_to_four_are():
+    sizes = [_layers.layers_in_a_graph("cuda", layers) for layers in (1, 2, 7, 9, 10, 24)]
+    assert sizes == [1, 2, 1, 3, 2, 4]
+    assert _layers.layers_in_a_graph("cpu", 24) == 1
 
 
 def test_a_copy_such_as_emas_computes_with_its_own_weights(graphs):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -68,7 +69,9 @@ def _start(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
     Triton looks at each argument and at its own settings before every launch, for longer than many a kernel
     runs. What the arguments decide is looked up here in one place.
     """
-    key = (kernel, torch.cuda.current_device(), *map(_trait, args), *constants.items()) if LOOKED_UP else None
+    key = None
+    if LOOKED_UP:
+        key = (id(kernel), args[0].get_device(), *map(_trait, args), *constants.values())
     if key in _compiled:
         found, rest = _compiled[key]
         found[programs, 1, 1](*args, *rest)
@@ -267,7 +270,23 @@ def _prepare(launch, gamma, beta, cos, sin, bias, kv_sum, values, *, turned=Fals
     return copies, *scores, states
 
 
-@torch.library.custom_op("fairseq_flash::gated_mixed_chunk", mutates_args=())
+def _operator(name: str) -> Callable[[Callable], Any]:
+    """Makes a function PyTorch's operator ``fairseq_flash::name``.
+
+    Without ``torch.library.custom_op``, whose checks of each call take as long as several kernels.
+    """
+
+    def register(function: Callable) -> Any:
+        """Defines the operator by the function's annotations; returns it."""
+        qualified = f"fairseq_flash::{name}"
+        torch.library.define(qualified, torch.library.infer_schema(function, mutates_args=()))
+        torch.library.impl(qualified, ("cpu", "cuda"), torch.compiler.disable(function))
+        return getattr(torch.ops.fairseq_flash, name).default
+
+    return register
+
+
+@_operator("gated_mixed_chunk")
 def _gated(
     uvz: Tensor, gamma: Tensor, beta: Tensor, cos: Tensor, sin: Tensor, bias: Optional[Tensor],
     lengths: Optional[Tensor], kv_sum: Optional[Tensor], count: Optional[Tensor],
@@ -281,13 +300,13 @@ def _gated(
         return launch.output(copies, values, scores, states)
 
 
-@_gated.register_fake
+@torch.library.register_fake("fairseq_flash::gated_mixed_chunk")
 def _(uvz, gamma, beta, cos, sin, bias, lengths, kv_sum, count, chunk_size, causal, mean, quad, lin):
     b, n, width = uvz.shape
     return uvz.new_empty(b, n, (width - gamma.shape[1]) // 2)
 
 
-@torch.library.custom_op("fairseq_flash::gated_mixed_chunk_backward", mutates_args=())
+@_operator("gated_mixed_chunk_backward")
 def _gated_backward(
     grad: Tensor, uvz: Tensor, gamma: Tensor, beta: Tensor, cos: Tensor, sin: Tensor,
     bias: Optional[Tensor], lengths: Optional[Tensor], kv_sum: Optional[Tensor], count: Optional[Tensor],
@@ -323,7 +342,7 @@ def _gated_backward(
     )
 
 
-@_gated_backward.register_fake
+@torch.library.register_fake("fairseq_flash::gated_mixed_chunk_backward")
 def _(grad, uvz, gamma, beta, cos, sin, bias, lengths, kv_sum, count, chunk_size, causal, mean, quad, lin):
     return (
         torch.empty_like(uvz),
