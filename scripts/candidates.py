@@ -29,6 +29,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import logging
 import queue
 import sys
 import threading
@@ -62,7 +63,9 @@ SHARED = (
 
 
 def work(options: argparse.Namespace) -> None:
-    """One training and its yardsticks; the last line of the output is its result."""
+    """One training and its yardsticks; a line of the output is its result."""
+    # A compiler's every lock would be a line.
+    logging.getLogger().setLevel(logging.WARNING)
     system = parse_system(options.systems[0])
     n, device = options.tokens_per_sample, options.device
     size = Size(options.embed_dim, options.layers, options.chunk_size, options.attention_dim, n)
@@ -167,7 +170,8 @@ class Trainings:
         finally:
             self.slots.put(slot)
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] or [""]
-        result = json.loads(lines[-1].removeprefix(RESULT)) if lines[-1].startswith(RESULT) else {}
+        results = [json.loads(line.removeprefix(RESULT)) for line in lines if line.startswith(RESULT)]
+        result = results[0] if results and not ended.status else {}
         status = "ok" if result else f"error: status {ended.status}: {lines[-1][:300]}"
         row = {**cell, **{name: _rounded(value) for name, value in result.items()}, "status": status}
         with self.writing:

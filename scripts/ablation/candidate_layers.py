@@ -31,6 +31,8 @@ DECAYS = ("fixed", "learned", "data")
 TAPS = 4
 #: Root mean square of the quadratic branch's output at the start, at any width.
 LIKE_QUADRATIC = 0.007
+#: Of the products of linear queries and keys at the start, by the root of their size.
+LIKE_PRODUCTS = 0.0032
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class CandidateUnit(GatedAttentionUnit):
         if choice.conv == "zv":
             self.conv_v = Convolution(self.expanded_dim)
         if choice.unit_length:
-            self.temperature = nn.Parameter(torch.ones(()))
+            self.temperature = nn.Parameter(torch.tensor(LIKE_PRODUCTS * self.attention_dim))
         if choice.norm:
             self.gain = nn.Parameter(torch.full((self.expanded_dim,), LIKE_QUADRATIC))
         if choice.decay:

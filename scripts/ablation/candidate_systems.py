@@ -118,6 +118,8 @@ def build(system: System, size: Size, data: Path) -> FlashDecoder:
         layers=max(1, size.layers // 2) if transformer else size.layers,
         chunk_size=size.chunk_size,
         dropout=0.0,
+        # In the same arithmetic as the candidates, which have no kernels.
+        backend="reference",
         share_decoder_input_output_embed=True,
         **options,
     )
@@ -152,8 +154,15 @@ def _softmax_block(block: GatedAttentionUnit) -> Layer:
     """A Transformer layer with as many parameters as the unit, whose feed-forward network is the rest."""
     d = block.embed_dim
     rest = sum(map(torch.numel, block.parameters())) - 4 * d * d
-    width = 8 * max(1, round(rest / (3 * d) / 8))
-    return UnplacedBlock(d, attention_dim=block.attention_dim, ffn_embed_dim=width, glu=True)
+    options = dict(ffn_embed_dim=8 * max(1, round(rest / (3 * d) / 8)), glu=True)
+    softmax = UnplacedBlock(
+        d, attention_dim=block.attention_dim, init="paper", norm=block.norm_name, **options
+    )
+    with torch.no_grad():
+        for linear in (softmax.out, softmax.ffn_out):
+            # To what units add at the start: more would drown embeddings of 0.02.
+            linear.weight.mul_(0.1)
+    return softmax
 
 
 def describe(system: System) -> str:

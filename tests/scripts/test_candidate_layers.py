@@ -12,6 +12,7 @@ from ablation.candidate_states import decayed_states, delta_states, grouped_norm
 from ablation.candidate_systems import BASES, CHANGES, OF_LINEAR, OURS, Size, build, describe, parse_system
 from fairseq_flash.modules import GatedAttentionUnit
 from fairseq_flash.ops.mixed_chunk.reference import to_chunks
+from support import oracle
 from support.contract import write_dictionary
 
 #: Sums in another order, in float64; 2e-14 measured.
@@ -76,6 +77,75 @@ def test_a_distant_token_is_seen_by_all_but_local_ones(name, data):
     assert seen == name.startswith("flash")
 
 
+def by_hand(unit, x):
+    """The unit on a row (n, d), token by token, and chunk by chunk where the delta rule is."""
+    choice, c, s, e = unit.choice, unit.chunk_size, unit.attention_dim, unit.expanded_dim
+    normed = torch.nn.functional.layer_norm(x, x.shape[-1:], unit.norm.weight, unit.norm.bias)
+    u, v, z = (normed @ unit.uvz.weight.T + unit.uvz.bias).split([e, e, s], dim=-1)
+    z = convolved(z, unit.conv_z.taps) if choice.conv else z
+    v = convolved(v, unit.conv_v.taps) if choice.conv == "zv" else v
+    u, v, z = u.sigmoid() if choice.sigmoid else oracle.silu(u), oracle.silu(v), oracle.silu(z)
+    before = z.clone()
+    for column in range(s):
+        if column % (s // 2) % 2 == 1:
+            before[1:, column], before[0, column] = z[:-1, column], 0
+    bases = [before if choice.shift == "z" or (choice.shift and copy % 2) else z for copy in range(4)]
+    copies = [unit.offset_scale.gamma[i] * base + unit.offset_scale.beta[i] for i, base in enumerate(bases)]
+    for copy in copies[:2] if choice.plain_linear else copies:
+        copy[:] = torch.stack([oracle.rotary(row, i) for i, row in enumerate(copy)])
+    q_quad, k_quad, q, k = copies
+    if choice.unit_length:
+        q, k = (rows / rows.norm(dim=-1, keepdim=True) for rows in (q, k))
+        q = q * unit.temperature
+    log_decay = torch.zeros(len(x), unit.groups, dtype=x.dtype)
+    if choice.decay:
+        log_decay[:, :-1] = -unit.log_rate.exp()
+    if choice.decay == "data":
+        log_decay *= torch.nn.functional.softplus(unit.factor(normed))
+    keep = log_decay.exp().repeat_interleave(e // unit.groups, dim=-1)
+    state, out = torch.zeros(s, e, dtype=x.dtype), torch.zeros_like(u)
+    for begin in range(0, len(x), c):
+        end = min(begin + c, len(x))
+        for i in range(begin, end):
+            for j in range(begin, i + 1):
+                bias = oracle.rotary_bias(unit.bias.a, unit.bias.b, i, j)
+                out[i] += (q_quad[i] @ k_quad[j] / c + bias).relu() ** 2 * v[j]
+            found = q[i] @ state
+            if choice.norm:
+                groups = found.view(unit.groups, -1)
+                found = (
+                    groups / (groups.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+                ).flatten() * unit.gain
+            out[i] += found if choice.norm else found / max(1, begin)
+        kept, size = keep[begin:end].prod(0), 1.0
+        added = torch.zeros_like(state)
+        if choice.delta:
+            size = max(1.0, float(torch.linalg.matrix_norm(k[begin:end].T @ k[begin:end])))
+        for j in range(begin, end):
+            new = v[j]
+            if choice.delta:
+                new = unit.write(normed[j]).sigmoid() * (v[j] - k[j] @ (state * kept))
+            added += torch.outer(k[j], new * keep[j + 1 : end].prod(0))
+        state = state * kept + added / size
+    return x + (u * out) @ unit.out.weight.T + unit.out.bias
+
+
+def convolved(x, taps):
+    return torch.stack(
+        [sum(taps[3 - back] * x[i - back] for back in range(min(4, i + 1))) for i in range(len(x))]
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name", [name for name in CANDIDATES if name[:6] == "flash+" and "hybrid" not in name]
+)
+def test_a_unit_is_its_formula(name, data):
+    unit = built(name, data, noise=0.1).stack.blocks[0]
+    x = drawn(1, 29, 32)
+    close(unit(x)[0][0], by_hand(unit, x[0]))
+
+
 @pytest.mark.parametrize("base", OURS)
 def test_a_candidate_without_a_choice_is_the_packages_layer(base, data):
     model = built(base, data, noise=0.1)
@@ -122,7 +192,6 @@ def test_decayed_states_are_sums_that_forget_with_every_token(n, c):
             close(found[:, i // c], state)
         keep = log_decay[:, i].exp().repeat_interleave(2, dim=-1)
         state = state * keep[:, None] + k[:, i, :, None] * v[:, i, None]
-    # Half of a token that stands at the border of the chunk in which it is read is its own matter.
 
 
 def test_without_decay_they_are_sums():

@@ -158,28 +158,25 @@ def test_losses_by_distance_are_told_apart():
 
 
 def test_trainings_are_records_and_resume(command, capsys):
-    rows = command("--systems", "flash+convzv+decay,local", "--lr", "local=1e-2,2e-2", "--jobs", 2)
-    assert {(row["name"], row["lr"], row["status"]) for row in rows} == {
-        ("flash+convzv+decay", "0.02", "ok"),
-        ("local", "0.01", "ok"),
+    words = ("--systems", "flash+convzv+decay,flash,local", "--lr", "local=1e-2,flash=1e30,2e-2", "--jobs", 2)
+    rows = {row["name"]: row for row in command(*words)}
+    failed = rows.pop("flash")
+    assert failed["status"].startswith("error: status 1: ValueError: the loss is ")
+    assert {name: (row["lr"], row["status"]) for name, row in rows.items()} == {
+        "flash+convzv+decay": ("0.02", "ok"),
+        "local": ("0.01", "ok"),
     }
-    for row in rows:
+    for row in rows.values():
         for name in ("valid_loss", "loss_near", "loss_new", "copy_gain_end", "loss_4n", "alone_4n"):
             assert 0 <= abs(float(row[name])) < 6, name
         assert (row["updates"], row["n"], row["tokens"], row["d"]) == ("4", "32", "512", "32")
-    out = capsys.readouterr().out
-    assert "local 0.01 1: update 4/4" in out
-    again = command("--systems", "local,flash+convzv+decay", "--lr", "local=1e-2,2e-2")
-    assert again == rows
-    assert "2 of 2 trainings are done already" in capsys.readouterr().out
-
-
-def test_a_failure_is_a_record_until_it_is_asked_for_again(command):
-    (failed,) = command("--systems", "flash", "--lr", "1e30")
-    assert failed["status"].startswith("error: status 1: ValueError: the loss is ")
-    assert command("--systems", "flash", "--lr", "1e30") == [failed]
-    first, second = command("--systems", "flash", "--lr", "1e30/1e-2", "--retry")
-    assert {first["status"] == "ok", second["status"] == "ok"} == {True, False}
+    assert "local 0.01 1: update 4/4" in capsys.readouterr().out
+    assert {row["name"]: row for row in command(*words)} == {**rows, "flash": failed}
+    assert "3 of 3 trainings are done already" in capsys.readouterr().out
+    again = command(*words, "--retry")
+    assert "2 of 3 trainings are done already" in capsys.readouterr().out
+    assert {row["name"]: row["status"] for row in again}["flash"].startswith("error: status 1")
+    assert len(again) == 3
 
 
 @pytest.mark.parametrize(
