@@ -76,7 +76,7 @@ def work(options: argparse.Namespace) -> None:
     torch.manual_seed(seed)
     model = build(system, size, options.data).to(device)
     found = {"parameters": sum(map(torch.numel, model.parameters()))}
-    print(f"{describe(system)}, {found['parameters']} parameters", flush=True)
+    print(f"model {describe(system)}, {found['parameters']} parameters", flush=True)
     if recipe.compile:
         compile_layers(model)
     valid = open_stream(options.data, "valid")
@@ -154,7 +154,7 @@ class Trainings:
                 raise KeyboardInterrupt
             lines = log.read_text(errors="replace").split("\n")[:-1] if log.exists() else []
             for line in lines[seen:]:
-                if "parameters" in line or line.startswith("update "):
+                if line.startswith(("model ", "update ")):
                     print(f"{told}: {line}", flush=True)
             seen = len(lines)
 
@@ -187,7 +187,7 @@ class Trainings:
 
 
 def _rounded(value: object) -> object:
-    return f"{value:.5f}" if isinstance(value, float) else value
+    return f"{value:.6g}" if isinstance(value, float) else value
 
 
 def rates(text: str, systems: list[str]) -> dict[str, list[float]]:
@@ -256,6 +256,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
     options.compile = on_gpu if options.compile is None else options.compile
     options.data = options.data.resolve()
+    options.systems = list(dict.fromkeys(options.systems))
     try:
         options.lr = rates(options.lr, options.systems)
         for name in options.systems:

@@ -29,6 +29,8 @@ __all__ = ["DECAYS", "CandidateUnit", "Choice", "UnplacedBlock"]
 #: Fixed half-lives, the same as a start, or times a factor of each token that starts at 1.
 DECAYS = ("fixed", "learned", "data")
 TAPS = 4
+#: Chunks that a compiler may write down one after the other.
+MOST_UNROLLED = 32
 #: Root mean square of the quadratic branch's output at the start, at any width.
 LIKE_QUADRATIC = 0.007
 #: Of the products of linear queries and keys at the start, by the root of their size.
@@ -170,7 +172,8 @@ class CandidateUnit(GatedAttentionUnit):
         """The linear branch on the grid (b, g, c, .)."""
         log_decay = self._log_decay(normed) if self.choice.decay else None
         if self.choice.delta:
-            states = delta_states(k, v, self.write(normed).squeeze(-1).sigmoid(), log_decay)
+            states_of = delta_states if v.shape[1] <= MOST_UNROLLED else _uncompiled_delta_states
+            states = states_of(k, v, self.write(normed).squeeze(-1).sigmoid(), log_decay)
         elif self.choice.decay:
             states = decayed_states(k, v, log_decay)
         else:
@@ -195,6 +198,9 @@ class UnplacedBlock(TransformerBlock):
 
     def _rotated(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         return self._heads(x)
+
+
+_uncompiled_delta_states = torch.compiler.disable(delta_states)
 
 
 def _shifted(z: torch.Tensor) -> torch.Tensor:

@@ -10,12 +10,14 @@ from fairseq_flash.models.flash_lm import FlashDecoder
 __all__ = ["YARDSTICKS", "distances", "measure"]
 
 #: Columns: the loss of all; by distance of a token's last occurrence in its row, below a chunk, a quarter of
-#: the row, the row, or none; what a second copy of a passage gains at the distance of a quarter and of 7/8 of
-#: a row; the loss on the last quarter of rows 4 and 16 times as long, and on the same tokens in rows of their
-#: own, as long as in training.
+#: the row, the row, or none; what a second copy of a passage gains, at the distance of a quarter and of 7/8
+#: of a row, over the first, before which is nothing, and over itself where the first is another passage; the
+#: loss on the last quarter of rows 4 and 16 times as long, and on the same tokens in rows of their own,
+#: as long as in training.
 YARDSTICKS = (
     *("valid_loss", "loss_near", "loss_mid", "loss_far", "loss_new", "tokens_by_distance"),
-    *("copy_gain_quarter", "copy_gain_end", "loss_4n", "alone_4n", "loss_16n", "alone_16n"),
+    *("copy_gain_quarter", "copy_gain_end", "copy_over_other_quarter", "copy_over_other_end"),
+    *("loss_4n", "alone_4n", "loss_16n", "alone_16n"),
 )
 TOKENS_AT_ONCE = 32768
 #: Copies of a passage, and rows by how many times as long as in training they are.
@@ -42,7 +44,8 @@ def measure(
     found = _by_distance(model, stream, recipe, tokens, chunk)
     n = recipe.tokens_per_sample
     for name, distance in {"quarter": n // 4, "end": n - n // 8}.items():
-        found[f"copy_gain_{name}"] = _copy_gain(model, stream, recipe, distance)
+        gains = _copy_gains(model, stream, recipe, distance)
+        found[f"copy_gain_{name}"], found[f"copy_over_other_{name}"] = gains
     for times, rows in LONG_ROWS.items():
         if times <= longest and len(stream) > times * n:
             found.update(_long_rows(model, stream, recipe, times, rows))
@@ -106,18 +109,28 @@ def _by_distance(model: FlashDecoder, stream: numpy.ndarray, recipe: Recipe, tok
     return found
 
 
-def _copy_gain(model: FlashDecoder, stream: numpy.ndarray, recipe: Recipe, distance: int) -> float:
-    """Loss of the first copy less that of the second; the first token of both, which none foresees, apart."""
+def _copy_gains(
+    model: FlashDecoder, stream: numpy.ndarray, recipe: Recipe, distance: int
+) -> tuple[float, float]:
+    """What the second copy gains over the first, and over itself behind another first passage.
+
+    The first token of a passage, which nothing foretells, is left out.
+    """
     size = recipe.tokens_per_sample // 8
     begins = _starts(stream, size + distance, PASSAGES)
     passages = rows_of(stream, begins, size - 1)
-    # What lies between the copies is from elsewhere in the split.
-    other = begins[PASSAGES // 2 :] + begins[: PASSAGES // 2]
-    rows = [passages, passages]
+    between = [passages[:, :0]]
     if distance > size:
-        rows.insert(1, rows_of(stream, other, distance - size - 1))
-    loss = losses(model, torch.cat(rows, dim=1), recipe)
-    return (loss[:, : size - 1].mean() - loss[:, 1 - size :].mean()).item()
+        # From elsewhere in the split.
+        other = begins[PASSAGES // 2 :] + begins[: PASSAGES // 2]
+        between = [rows_of(stream, other, distance - size - 1)]
+    # Neither its own nor the passage that begins what lies between.
+    stranger = passages.roll(PASSAGES // 4, dims=0)
+    copied, alone = (
+        losses(model, torch.cat([first, *between, passages], dim=1), recipe) for first in (passages, stranger)
+    )
+    first, second, new = copied[:, : size - 1], copied[:, 1 - size :], alone[:, 1 - size :]
+    return (first.mean() - second.mean()).item(), (new.mean() - second.mean()).item()
 
 
 def _long_rows(model: FlashDecoder, stream: numpy.ndarray, recipe: Recipe, times: int, most: int) -> dict:

@@ -170,6 +170,15 @@ def test_all_have_the_size_of_flash(name, data):
     assert abs(count / of_flash - 1) < 0.05
 
 
+@pytest.mark.parametrize("base", BASES)
+def test_bases_have_the_size_of_flash(base, data):
+    size = Size(512, 4, 256, 128, 4096)
+    count, of_flash = (
+        sum(map(torch.numel, build(parse_system(one), size, data).parameters())) for one in (base, "flash")
+    )
+    assert abs(count / of_flash - 1) < 0.05
+
+
 def test_a_convolution_is_nothing_at_the_start_and_causal():
     convolution, x = Convolution(3).double(), drawn(2, 9, 3)
     assert torch.equal(convolution(x), x)

@@ -122,6 +122,7 @@ def test_yardsticks_of_a_model_that_copies():
     assert (found["loss_near"], found["loss_new"]) == ("", pytest.approx(nothing))
     assert found["copy_gain_quarter"] == pytest.approx(nothing, abs=1e-3)
     assert found["copy_gain_end"] == pytest.approx(nothing, abs=1e-3)
+    assert found["copy_over_other_end"] == pytest.approx(nothing, abs=1e-3)
     assert found["loss_4n"] == found["alone_4n"] == pytest.approx(nothing)
     assert "loss_16n" not in found
     near = candidate_yardsticks.measure(Copier(20), stream, recipe, tokens=640, chunk=8, longest=16)
@@ -135,11 +136,13 @@ def test_a_second_copy_stands_at_its_distance():
     recipe = RECIPE._replace(tokens_per_sample=64)
     for distance, length in ((8, 16), (16, 24), (56, 64)):
         model.rows.clear()
-        candidate_yardsticks._copy_gain(model, stream, recipe, distance)
-        assert len(model.rows) == 64
-        for row in model.rows:
-            assert len(row) == length - 1
-            assert torch.equal(row[:7], row[distance : distance + 7])
+        candidate_yardsticks._copy_gains(model, stream, recipe, distance)
+        assert len(model.rows) == 128
+        for copied, alone in zip(model.rows[:64], model.rows[64:], strict=True):
+            assert len(copied) == length - 1
+            assert torch.equal(copied[:7], copied[distance : distance + 7])
+            assert torch.equal(copied[8:], alone[8:])
+            assert not torch.equal(copied[:8], alone[:8])
 
 
 def test_the_last_quarter_of_long_rows_is_read_alone_as_well():
