@@ -1,0 +1,287 @@
+"""Trains candidates for a better FLASH for a short while, and measures what they get from distant text.
+
+    python scripts/candidates.py --data data-bin/linux --systems flash,flash+decay,local --lr 1e-3
+
+A system is a base as in the package, flash, flash_chunk, local, quad, transformer_pp or mc_tfm_pp; behind
+flash and local, changes follow with a plus, as in flash+convzv+decay. Of the linear branch alone:
+
+    norm        sums, normalised by groups of values, in place of the mean over all tokens
+    decay       norm, and groups forget with fixed half-lives of 1 to 64 chunks, one never; decaylearn: these
+                are a start; data: each token has a factor of its own on them
+    delta       norm and l2, and a chunk is added less what the state foretells of it
+    l2          queries and keys of length 1, with a learned temperature
+    norope      queries and keys without rotary positions
+
+and of the whole unit:
+
+    shift       half of the columns of the keys are of the token before; shiftz: of their base z
+    conv        z is convolved with the last 4 tokens, column by column; convzv: and v
+    sigmoid     of the gate, in place of SiLU
+    randchunk   chunks of --chunk-size to an eighth of it, drawn for each update
+    hybrid      every sixth layer is softmax attention over the whole row, without positions
+
+--lr is a rate for all, or flash=1e-3,local=2e-3,5e-4, the last for all others; with 5e-4/1e-3, each of them.
+Each training is a process of its own and a record of the CSV, a failure too (--retry repeats it). A second
+run does what is missing.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import logging
+import queue
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+
+from ablation.candidate_systems import ALL_SCORES, Size, build, describe, parse_system
+from ablation.candidate_training import Recipe, compile_layers, open_stream, train
+from ablation.candidate_yardsticks import YARDSTICKS, measure
+from runs.command_line import command_line, require
+from runs.process import locked, run, stoppable
+from runs.provenance import ROOT, data_name, provenance
+from runs.schedule import environment
+from runs.table import Table
+
+KEY = ("data", "seed", "lr", "d", "layers", "s", "chunk_size", "n", "tokens", "tokens_per_update", "dtype")
+COLUMNS = (
+    *("commit", "date", "device", "torch", "jobs", "name", *KEY),
+    *("parameters", "updates", "seconds", "tokens_per_s", "peak_memory_gib", "train_loss"),
+    *(*YARDSTICKS, "status"),
+)
+SHOWN = ("name", "seed", "lr", "parameters", "tokens_per_s", *YARDSTICKS, "status")
+RESULT = "result "
+#: What a training takes over from the command line, beside its system, rate and seed.
+SHARED = (
+    *("data", "tokens", "tokens_per_sample", "tokens_per_update", "embed_dim", "layers", "attention_dim"),
+    *("chunk_size", "valid_tokens", "device", "dtype"),
+)
+
+
+def work(options: argparse.Namespace) -> None:
+    """One training and its yardsticks; a line of the output is its result."""
+    # A compiler's every lock would be a line.
+    logging.getLogger().setLevel(logging.WARNING)
+    system = parse_system(options.systems[0])
+    n, device = options.tokens_per_sample, options.device
+    size = Size(options.embed_dim, options.layers, options.chunk_size, options.attention_dim, n)
+    rate, seed = options.lr[system.name][0], options.seeds[0]
+    recipe = Recipe(
+        rate, seed, options.tokens, options.tokens_per_update, n, device, options.dtype, options.compile
+    )
+    torch.manual_seed(seed)
+    model = build(system, size, options.data).to(device)
+    found = {"parameters": sum(map(torch.numel, model.parameters()))}
+    print(f"model {describe(system)}, {found['parameters']} parameters", flush=True)
+    if recipe.compile:
+        compile_layers(model)
+    valid = open_stream(options.data, "valid")
+    found.update(train(model, open_stream(options.data, "train"), recipe))
+    if device.startswith("cuda"):
+        found["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
+        torch.cuda.empty_cache()
+    longest = 4 if system.base in ALL_SCORES else 16
+    limits = dict(tokens=options.valid_tokens, chunk=options.chunk_size, longest=longest)
+    found.update(measure(model, valid, recipe, **limits))
+    print(RESULT + json.dumps(found), flush=True)
+
+
+def plan(options: argparse.Namespace) -> list[dict]:
+    """The records' keys, in the order in which they are trained."""
+    shared = dict(
+        d=options.embed_dim,
+        layers=options.layers,
+        s=options.attention_dim,
+        chunk_size=options.chunk_size,
+        n=options.tokens_per_sample,
+        tokens=options.tokens,
+        tokens_per_update=options.tokens_per_update,
+    )
+    cells = itertools.product(options.seeds, options.systems)
+    return [
+        {"name": name, "seed": seed, "lr": f"{rate:g}", **shared}
+        for seed, name in cells
+        for rate in options.lr[name]
+    ]
+
+
+class Trainings:
+    """Several trainings at a time, each in a process of its own.
+
+    Args:
+        options: The command line.
+        table: Where records go.
+    """
+
+    def __init__(self, options: argparse.Namespace, table: Table) -> None:
+        self.options, self.table = options, table
+        self.writing, self.stop = threading.Lock(), threading.Event()
+        self.slots: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for slot in range(options.jobs):
+            self.slots.put(slot)
+
+    def carry_out(self, cells: list[dict]) -> None:
+        """Trains all that the table does not have.
+
+        Raises:
+            KeyboardInterrupt: interrupted; all processes have been ended.
+        """
+        waiting = [cell for cell in cells if not self.table.has([cell["name"]], **cell)]
+        if len(waiting) < len(cells):
+            print(f"{len(cells) - len(waiting)} of {len(cells)} trainings are done already", flush=True)
+        with locked(self.options.folder), ThreadPoolExecutor(self.options.jobs) as pool:
+            try:
+                for future in as_completed([pool.submit(self._one, cell) for cell in waiting]):
+                    future.result()
+            except BaseException:
+                self.stop.set()
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _one(self, cell: dict) -> None:
+        digest = hashlib.sha256(json.dumps(cell).encode()).hexdigest()[:8]
+        log = self.options.folder / f"{cell['name']}-{cell['lr']}-{cell['seed']}-{digest}.log"
+        log.unlink(missing_ok=True)
+        told, slot, seen = f"{cell['name']} {cell['lr']} {cell['seed']}", self.slots.get(), 0
+
+        def follow() -> None:
+            nonlocal seen
+            if self.stop.is_set():
+                raise KeyboardInterrupt
+            lines = log.read_text(errors="replace").split("\n")[:-1] if log.exists() else []
+            for line in lines[seen:]:
+                if line.startswith(("model ", "update ")):
+                    print(f"{told}: {line}", flush=True)
+            seen = len(lines)
+
+        try:
+            ended = run(
+                self._words(cell),
+                log,
+                follow=follow,
+                environment=environment(self.options.jobs, slot),
+                cwd=ROOT,
+            )
+            follow()
+        finally:
+            self.slots.put(slot)
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] or [""]
+        results = [json.loads(line.removeprefix(RESULT)) for line in lines if line.startswith(RESULT)]
+        result = results[0] if results and not ended.status else {}
+        status = "ok" if result else f"error: status {ended.status}: {lines[-1][:300]}"
+        row = {**cell, **{name: _rounded(value) for name, value in result.items()}, "status": status}
+        with self.writing:
+            self.table.add([row])
+
+    def _words(self, cell: dict) -> list[str]:
+        words = [sys.executable, __file__, "--worker", "--systems", cell["name"]]
+        words += ["--lr", cell["lr"], "--seeds", cell["seed"]]
+        words += [] if self.options.compile else ["--no-compile"]
+        for name in SHARED:
+            words += [f"--{name.replace('_', '-')}", getattr(self.options, name)]
+        return list(map(str, words))
+
+
+def _rounded(value: object) -> object:
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def rates(text: str, systems: list[str]) -> dict[str, list[float]]:
+    """The rates of each system.
+
+    Raises:
+        ValueError: one has none, or is no number above 0, or there is no such system.
+    """
+    named: dict[str, str] = {}
+    for part in text.split(","):
+        name, _, value = part.rpartition("=")
+        named[name] = value
+    unknown = set(named) - {"", *systems}
+    if unknown:
+        raise ValueError(f"--lr {', '.join(sorted(unknown))}= is none of --systems {','.join(systems)}")
+    found = {}
+    for name in systems:
+        value = named.get(name, named.get(""))
+        try:
+            found[name] = [float(rate) for rate in (value or "").split("/")]
+        except ValueError:
+            raise ValueError(f"--lr has {value!r} for {name}; allowed: a number, or several with /") from None
+        if not all(0 < rate < float("inf") for rate in found[name]):
+            raise ValueError(f"--lr {value} of {name} is not allowed; allowed: above 0")
+    return found
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = command_line(__doc__, "candidates.py", allow_abbrev=False)
+    add, cuda = parser.add_argument, torch.cuda.is_available()
+    add("--data", type=Path, required=True, help="folder that prepare_lm.py wrote; train and valid are used")
+    add("--systems", required=True, type=lambda text: text.split(","), help="names, separated by commas")
+    add("--lr", required=True, metavar="RATES", help="highest learning rates, see below")
+    add("--seeds", type=int, nargs="+", default=[1], metavar="N", help="of weights and order (1)")
+    add("--tokens", type=int, default=50_000_000, metavar="N", help="of a training")
+    add("--tokens-per-sample", type=int, default=4096, metavar="N", help="of a row, a multiple of 8 (4096)")
+    add(
+        "--tokens-per-update",
+        type=int,
+        default=32768,
+        metavar="N",
+        help="a multiple of those of a row (32768)",
+    )
+    add("--embed-dim", type=int, default=512, metavar="D")
+    add("--layers", type=int, default=12, metavar="N", help="units; half as many Transformer layers (12)")
+    add("--attention-dim", type=int, default=128, metavar="S", help="of the units' single head (128)")
+    add("--chunk-size", type=int, default=256, metavar="C")
+    add("--valid-tokens", type=int, default=500_000, metavar="N", help="that the losses are of")
+    add("--device", default="cuda" if cuda else "cpu")
+    add("--dtype", choices=["bfloat16", "float32"], help="of products (bfloat16 on a GPU, else float32)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="layers, for training (on a GPU)")
+    add("--jobs", type=int, default=1, metavar="N", help="trainings at a time; speeds then tell little")
+    add("--retry", action="store_true", help="take the records of failures away first")
+    add("--output", type=Path, default=ROOT / "scripts" / "results" / "candidates.csv")
+    add("--folder", type=Path, default=ROOT / "outputs" / "candidates", help="for logs")
+    add("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    require(parser, options, 1, "tokens", "embed_dim", "layers", "chunk_size", "valid_tokens", "jobs")
+    on_gpu, n = options.device.startswith("cuda"), options.tokens_per_sample
+    if n < 8 or n % 8:
+        parser.error(f"--tokens-per-sample {n} is not allowed; allowed: a multiple of 8")
+    if options.tokens_per_update < n or options.tokens_per_update % n:
+        allowed = f"allowed: a multiple of --tokens-per-sample {n}"
+        parser.error(f"--tokens-per-update {options.tokens_per_update} is not allowed; {allowed}")
+    options.dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
+    options.compile = on_gpu if options.compile is None else options.compile
+    options.data = options.data.resolve()
+    options.systems = list(dict.fromkeys(options.systems))
+    try:
+        options.lr = rates(options.lr, options.systems)
+        for name in options.systems:
+            parse_system(name)
+        for split in ("train", "valid"):
+            open_stream(options.data, split)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line."""
+    options = parse(arguments)
+    if options.worker:
+        work(options)
+        return
+    with stoppable("candidates.py"):
+        common = {**provenance(options.device, options.dtype), "jobs": options.jobs}
+        common["data"] = data_name(options.data)
+        table = Table(options.output, COLUMNS, KEY, SHOWN, common)
+        if options.retry:
+            table.forget(lambda row: row["status"] != "ok")
+        Trainings(options, table).carry_out(plan(options))
+
+
+if __name__ == "__main__":
+    main()
