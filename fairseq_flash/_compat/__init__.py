@@ -14,6 +14,8 @@
     where it begins, goes on and ends;
 ``ending``
     how it ends when a scheduler asks for it;
+``half_precision``
+    weights of 16 bits are copied all at once;
 ``data``
     rows that fairseq would drop, garble or refuse;
 ``generation``
@@ -34,6 +36,7 @@ from fairseq_flash._compat import (
     data,
     ending,
     generation,
+    half_precision,
     hub,
     messages,
     saving,
@@ -51,5 +54,16 @@ def prepare_host() -> None:
     registered.
     """
     # Messages first: the others import the modules whose noise is to be hidden.
-    for kind in (messages, versions, checkpoints, hub, saving, training, ending, data, generation):
+    for kind in (
+        messages,
+        versions,
+        checkpoints,
+        hub,
+        saving,
+        training,
+        half_precision,
+        ending,
+        data,
+        generation,
+    ):
         kind.prepare()

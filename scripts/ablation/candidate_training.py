@@ -103,7 +103,7 @@ def compile_layers(model: FlashDecoder) -> None:
     def forward_of(layer: nn.Module) -> object:
         def forward(x: torch.Tensor, *unused: object, rows: object = None, **more: object) -> object:
             if torch.is_grad_enabled():
-                return compiled(layer, x, rows, {})
+                return compiled([layer], x, rows, {}), None
             return type(layer).forward(layer, x, rows=rows)
 
         return forward
