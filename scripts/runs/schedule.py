@@ -114,8 +114,9 @@ def environment(jobs: int, slot: int) -> dict[str, str]:
     found["PYTHONUNBUFFERED"] = "1"
     gpus = torch.cuda.device_count()
     if gpus:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        found["CUDA_VISIBLE_DEVICES"] = visible[slot % gpus] if len(visible) == gpus else str(slot % gpus)
+        # Named by number or UUID where they were chosen, else counted.
+        visible = list(filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")))
+        found["CUDA_VISIBLE_DEVICES"] = (visible or [str(gpu) for gpu in range(gpus)])[slot % gpus]
     return found
 
 

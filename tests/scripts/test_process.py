@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from runs import process
+from runs import process, schedule
 from support import tools
 
 #: Runs itself so many times below itself, by the supervisor; the last one sleeps.
@@ -101,3 +101,19 @@ def test_a_command_tells_its_status_and_its_peak(tmp_path):
     assert status == 3
     assert 200 << 20 < peak_bytes < 400 << 20
     assert os.listdir(tmp_path) == ["log"]
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus", "expected"),
+    [
+        *((None, 1, "0 0 0"), (None, 2, "0 1 0"), ("5", 1, "5 5 5")),
+        ("GPU-a,GPU-b", 2, "GPU-a GPU-b GPU-a"),
+    ],
+)
+def test_each_process_sees_one_of_the_gpus_that_may_be_used(visible, gpus, expected, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = [schedule.environment(3, slot)["CUDA_VISIBLE_DEVICES"] for slot in range(3)]
+    assert found == expected.split()

@@ -60,6 +60,8 @@ def run(projected: Projected, options: Options, carry: Optional[Carry]) -> Tenso
     kv_sum, count = (None, None) if carry is None else carry
     if lengths is None and not options.causal:
         lengths = uvz.new_full((uvz.shape[0],), n, dtype=torch.long)
+    # Under autocast they are as wide as the weights.
+    gamma, beta = gamma.to(uvz.dtype), beta.to(uvz.dtype)
     fixed = _Fixed(options, min(options.chunk_size, n))
     given = _Given(uvz, gamma, beta, bias, kv_sum, cos, sin, lengths, count, fixed)
     return _Recomputed.apply(*given)[:, :n]
