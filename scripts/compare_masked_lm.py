@@ -41,6 +41,8 @@ SCORES = ("valid_perplexity", "valid_accuracy", "test_accuracy")
 COLUMNS = ("commit", "date", "device", "python", "torch", "jobs", "name", *KEY, *MEASURED, *SCORES, "command")
 SHOWN = ("stage", "name", "n", "lr", "seed", *SCORES, "seconds", "status")
 
+OUTPUT = Path("comparison") / "masked_lm.csv"
+
 _ROBERTA = (
     *("--encoder-layers", "4", "--encoder-embed-dim", "256", "--encoder-ffn-embed-dim", "1152"),
     *("--encoder-attention-heads", "4"),
@@ -231,13 +233,8 @@ def report(plan: Plan) -> str:
             test, valid = ([float(row[f"{s}_accuracy"]) for row in own] for s in ("test", "valid"))
             each = f"{mean(test):.1f} ({', '.join(f'{value:g}' for value in test)})"
             lines.append([f"`{key[0]}`", *key[1:], each, f"{mean(valid):.1f}"])
-    header = [
-        f"fine-tuned, pooling {plan.options.pooling}",
-        "tokens",
-        "learning rate",
-        "accuracy on test, mean (each seed)",
-        "on valid",
-    ]
+    header = [f"fine-tuned, pooling {plan.options.pooling}", "tokens", "learning rate"]
+    header += ["accuracy on test, mean (each seed)", "on valid"]
     return f"\n{pretrained}\n\n{markdown.table(header, lines)}"
 
 
@@ -247,8 +244,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder that prepare_lm.py wrote")
     add("--classes", type=Path, help="folder of prepare_classification.py; without, pretraining alone")
-    add("--output", type=Path, default=ROOT / "scripts" / "results" / "masked_lm.csv", help="CSV of the runs")
-    add("--folder", type=Path, default=ROOT / "outputs" / "masked_lm", help="for checkpoints and logs")
+    add("--output", type=Path, default=OUTPUT, help=f"CSV of the runs ({OUTPUT})")
+    add("--folder", type=Path, help="for checkpoints and logs (beside --output, with _runs)")
     add("--systems", nargs="+", choices=list(SYSTEMS), default=USUAL, help="to pretrain (all but one)")
     add("--pretraining-rates", type=float, nargs="+", help="of every system (its own grid)")
     add("--row", type=int, default=512, help="tokens of a row in pretraining")
@@ -277,6 +274,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         if (options.classes / "input0" / "dict.txt").read_bytes() != (options.data / "dict.txt").read_bytes():
             parser.error(f"--classes {options.classes} has another dictionary than --data {options.data}")
         options.classes = options.classes.resolve()
+    options.folder = options.folder or options.output.with_name(f"{options.output.stem}_runs")
     options.data, options.folder = options.data.resolve(), options.folder.resolve()
     return options
 

@@ -36,6 +36,7 @@ SCORES = ("bleu", "signature", "generate_seconds")
 COLUMNS = ("commit", "date", *VERSIONS, "device", "jobs", "name", *KEY, *MEASURED, *SCORES, "command")
 SHOWN = ("name", "stage", "lr", "epochs", "updates", "valid_loss", "bleu", "status")
 
+OUTPUT = Path("comparison") / "translation.csv"
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 #: What is trained, by name: fairseq-train's options; within 5 % of each other's parameters.
 SYSTEMS = {
@@ -179,11 +180,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Reads the command line."""
     parser = command_line(__doc__, "compare_translation.py")
     add = parser.add_argument
-    results = ROOT / "scripts" / "results"
     add("--data", type=Path, required=True, help="folder that prepare_translation.py wrote")
     add("--reference", type=Path, help="lines to compare with (test.raw.LANG in the folder)")
-    add("--output", type=Path, default=results / "translation.csv", help="CSV of the runs")
-    add("--folder", type=Path, default=ROOT / "outputs" / "translation", help="for checkpoints and logs")
+    add("--output", type=Path, default=OUTPUT, help=f"CSV of the runs ({OUTPUT})")
+    add("--folder", type=Path, help="for checkpoints and logs (beside --output, with _runs)")
     add("--systems", nargs="+", choices=list(SYSTEMS), default=["flash_seq2seq_tiny", "transformer"])
     add("--rates", type=float, nargs="+", default=list(RATES), metavar="LR", help="learning rates to try")
     add("--tuning-epochs", type=int, default=2, metavar="N", help="of a run of the first stage (2)")
@@ -200,7 +200,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     require(parser, options, 1, *counted)
     if not (options.data / RECORD).is_file():
         parser.error(f"--data {options.data} has no {RECORD}; give a folder of prepare_translation.py")
-    options.data = options.data.resolve()
+    options.folder = options.folder or options.output.with_name(f"{options.output.stem}_runs")
+    options.data, options.folder = options.data.resolve(), options.folder.resolve()
     return options
 
 

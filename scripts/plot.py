@@ -19,8 +19,8 @@
     passkey     yardsticks.csv          part of the keys that are found, by their distance
 
 A system has the same colour and marker in every figure. Lines and bars are means over seeds; bands and
-whiskers reach from the lowest to the highest. Needs matplotlib and pandas
-(pip install -e ".[plot]").
+whiskers reach from the lowest to the highest. A figure has at most six panels; the rest are in a second file
+(_2) and so on. Needs matplotlib and pandas (pip install -e ".[plot]").
 """
 
 import sys
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> None:
     add("figures", nargs="*", metavar="FIGURE", help="see above; (all)")
     add("--results", type=Path, default=RESULTS, help="folder of the CSVs (scripts/results)")
     add("--csv", type=Path, help="in place of the one that the figure has there")
-    add("--svg", action="store_true", help="an SVG beside each PNG")
+    add("--svg", action="store_true", help="an SVG beside each PNG, the same at each call")
     options = parser.parse_args(arguments)
     try:
         from report.figures import FIGURES, draw, png, stem_of, svg
@@ -56,9 +56,10 @@ def main(arguments: list[str]) -> None:
         folder.mkdir(exist_ok=True)
         try:
             for kind in ("png", "svg") if options.svg else ("png",):
-                written = folder / f"{stem_of(name, path)}.{kind}"
-                written.write_bytes({"png": png, "svg": svg}[kind](draw(name, path)))
-                print(written)
+                for page, figure in enumerate(draw(name, path), start=1):
+                    written = folder / f"{stem_of(name, path, page)}.{kind}"
+                    written.write_bytes({"png": png, "svg": svg}[kind](figure))
+                    print(written)
         except ValueError as error:
             if options.figures:
                 sys.exit(f"plot.py: {error}")

@@ -7,10 +7,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Optional
 
-from report.markdown import escaped, page, table
+from tabulate import tabulate
+
+from report.answer import answer, best_rate
+from report.markdown import escaped, folded, page, table
 from runs.systems import BASELINE
 
-__all__ = ["Comparison", "check_path", "verdict", "write"]
+__all__ = ["Comparison", "check_path", "summary", "verdict", "write"]
 
 TITLE = "Language models compared"
 ABOUT = """Loss is in nats per token on what was evaluated of the validation split (see "tokens evaluated"):
@@ -81,21 +84,46 @@ def write(path: Path, comparison: Comparison) -> list[Path]:
     """
     check_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    images = {f"{path.stem}_{name}.png": (name, data) for name, data in figures(comparison).items()}
-    text = "\n\n".join(blocks(comparison, {name: source for source, (name, _) in images.items()})) + "\n"
+    images, sources = {}, {}
+    for name, drawn in figures(comparison).items():
+        sources[name] = [
+            f"{path.stem}_{name}{f'_{k}' if k > 1 else ''}.png" for k in range(1, len(drawn) + 1)
+        ]
+        images |= dict(zip(sources[name], drawn, strict=True))
+    text = "\n\n".join(blocks(comparison, sources)) + "\n"
     if path.suffix == ".html":
-        encoded = {source: base64.b64encode(data).decode() for source, (_, data) in images.items()}
+        encoded = {source: base64.b64encode(data).decode() for source, data in images.items()}
         urls = {source: f"data:image/png;base64,{code}" for source, code in encoded.items()}
         text = page(TITLE, text, urls)
         images = {}
     path.write_text(text, encoding="utf-8")
-    for source, (_, data) in images.items():
+    for source, data in images.items():
         path.with_name(source).write_bytes(data)
     return [path, *(path.with_name(source) for source in images)]
 
 
-def figures(comparison: Comparison) -> dict[str, bytes]:
-    """The figures as PNG, by name; none where matplotlib is not installed or no run succeeded."""
+def summary(comparison: Comparison) -> str:
+    """What a terminal shows: a table for each length, and the answer."""
+    rows, told = succeeded(comparison.rows), []
+    for n in sorted({int(row["n"]) for row in rows}):
+        header, lines = loss_table([row for row in rows if int(row["n"]) == n], comparison.valid_tokens)
+        shown = [0, 2, 3, 5, 6, 7, 12]
+        lines = [[line[place].replace("**", "") for place in shown] for line in lines]
+        words = tabulate(lines, [header[place] for place in shown], disable_numparse=True)
+        told.append(f"{n} tokens a row\n{words}")
+    return "\n\n".join([*told, answered(comparison)])
+
+
+def answered(comparison: Comparison) -> str:
+    """The answer in one sentence."""
+    part = comparison.settings.get("evaluated", "what was evaluated of the split valid")
+    found = column(succeeded(comparison.rows), "valid_tokens")
+    share = f" ({min(found):,.0f} tokens)" if found else ""
+    return answer(succeeded(comparison.rows), comparison.rates, f"{part}{share}")
+
+
+def figures(comparison: Comparison) -> dict[str, list[bytes]]:
+    """The pages of each figure as PNG, by its name; none without matplotlib or a run that succeeded."""
     rows = succeeded(comparison.rows)
     # Where fairseq is imported, everyone's debugging is on.
     for library in ("matplotlib", "PIL"):
@@ -109,16 +137,15 @@ def figures(comparison: Comparison) -> dict[str, bytes]:
     for name in FIGURES if rows else ():
         data = comparison.curves if drawn.FIGURES[name].csv.endswith("_curves.csv") else rows
         if data:
-            images[name] = drawn.png(drawn.FIGURES[name].draw(drawn.frame(data)))
+            images[name] = [drawn.png(figure) for figure in drawn.pages(name, drawn.frame(data))]
     return images
 
 
-def blocks(comparison: Comparison, sources: dict[str, str]) -> Iterator[str]:
-    """The parts of the page in Markdown, in order; ``sources`` are the figures' files by name."""
+def blocks(comparison: Comparison, sources: dict[str, list[str]]) -> Iterator[str]:
+    """The parts of the page in Markdown, in order; ``sources`` are the files of each figure by its name."""
     rows = succeeded(comparison.rows)
     yield f"# {TITLE}"
-    yield table(["", ""], [[escaped(name), escaped(value)] for name, value in comparison.settings.items()])
-    yield ABOUT
+    yield f"**{escaped(answered(comparison))}**"
     for n in sorted({int(row["n"]) for row in rows}):
         yield f"## {n} tokens a row"
         yield table(*loss_table([row for row in rows if int(row["n"]) == n], comparison.valid_tokens))
@@ -128,11 +155,17 @@ def blocks(comparison: Comparison, sources: dict[str, str]) -> Iterator[str]:
         columns = ["name", "n", "seed", "status"]
         lines = [[escaped(row[column]) for column in columns] for row in failed]
         yield table(["system", *columns[1:]], lines)
-    for name, source in sources.items():
-        yield f"![{FIGURES[name]}]({source})\n\n{FIGURES[name]}."
+    for name, (first, *more) in sources.items():
+        yield f"![{FIGURES[name]}]({first})\n\n{FIGURES[name]}."
+        if more:
+            yield folded(f"more of this ({len(more)})", more)
     if comparison.rates:
         yield "## Learning rates that were tried"
         yield table(*rate_table(comparison.rates))
+    yield "## How to read this"
+    yield ABOUT
+    yield "## Settings"
+    yield table(["", ""], [[escaped(name), escaped(value)] for name, value in comparison.settings.items()])
     yield "## Commands"
     yield "\n".join(f"    {line}" for command in comparison.commands for line in command.split("\n"))
 
@@ -188,9 +221,7 @@ def rate_table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
     lines = []
     for name, own in by_name(rows).items():
         losses = {row["lr"]: row["valid_loss"] if row["status"] == "ok" else "failed" for row in own}
-        good = {rate: float(loss) for rate, loss in losses.items() if loss not in ("", "failed", "nan")}
-        best = min(good, key=good.get, default="")
-        edge = len(tried) > 1 and best in (tried[0], tried[-1])
+        best, edge = best_rate(own, tried)
         cells = [emphasis(losses.get(rate, ""), rate == best) for rate in tried]
         lines.append([escaped(name), *cells, "at the edge of what was tried" if edge else ""])
     return ["system", *tried, ""], lines

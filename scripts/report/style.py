@@ -187,7 +187,9 @@ def draw_lines(axis: plt.Axes, rows: Rows, x: str, y: str, unit: float = 1.0, **
         own = good[(good["name"] == name) & (good["y"] > 0)].groupby("x")["y"]
         if not own.ngroups:
             continue
-        look_of_it = {"markersize": 6, **style(name, names), **look}
+        # One point makes no line: it is seen by its marker alone.
+        chosen = look if own.ngroups > 1 else {}
+        look_of_it = {"markersize": 6, **style(name, names), **chosen}
         axis.plot(own.mean(), label=name, **look_of_it)
         if own.size().max() > 1:
             low, high = own.min(), own.max()

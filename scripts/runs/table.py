@@ -4,9 +4,12 @@ import csv
 import io
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 __all__ = ["Table", "read"]
 
@@ -68,7 +71,9 @@ class Table:
         self._write(self.path, "a", whole, header=new)
         self._known |= {self._cell(row) for row in whole}
         for row in rows if self.shown else ():
-            print("  ".join(f"{name}={row[name]}" for name in row if name in self.shown), flush=True)
+            # Beside a bar, if there is one.
+            tqdm.write("  ".join(f"{name}={row[name]}" for name in row if name in self.shown))
+            sys.stdout.flush()
 
     def forget(self, which: Callable[[dict[str, str]], bool]) -> None:
         """Takes away rows, so that they are measured again."""

@@ -121,7 +121,43 @@ def test_the_part_of_the_split_that_was_evaluated_is_said(comparison, tmp_path):
     comparison_report.write(tmp_path / "report.md", told)
     text = (tmp_path / "report.md").read_text()
     assert "| evaluated | one block in 4 of the split valid |" in text
+    assert "all this on one block in 4 of the split valid (2,500 tokens)" in text.splitlines()[2]
     assert lines_of(text, "512 tokens a row")["flash_lm"][7] == "2,500 (25 %)"
+
+
+def test_the_page_begins_with_the_answer_and_ends_with_settings(comparison, tmp_path):
+    told = comparison._replace(settings={"evaluated": "the whole split valid", **comparison.settings})
+    comparison_report.write(tmp_path / "report.md", told)
+    text = (tmp_path / "report.md").read_text()
+    answer = text.splitlines()[2]
+    assert answer.startswith(
+        "**In rows of 512 tokens flash_lm is better than transformer_lm by 0.335 nats a token "
+    )
+    assert "; in rows of 1024 tokens flash_lm is worse than transformer_lm by 0.050 nats a token " in answer
+    headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert headings == [
+        *("512 tokens a row", "1024 tokens a row", "Runs that failed", "Learning rates that were tried"),
+        *("How to read this", "Settings", "Commands"),
+    ]
+    shown = comparison_report.summary(told)
+    assert shown.splitlines()[-1] == answer.strip("*")
+    assert re.search(r"^flash_lm +0.002 +2 +4.515 \(4.510 to 4.520\) +better by 0.335", shown, re.MULTILINE)
+
+
+def test_a_figure_has_six_panels_and_the_rest_is_behind_a_click(comparison, tmp_path):
+    curves = [
+        {**row("flash_lm", n, 1, 5), "split": split, "tokens": "640", "loss": "5"}
+        for n in (16, 32, 64, 128)
+        for split in ("train", "valid")
+    ]
+    told = comparison._replace(curves=curves)
+    written = comparison_report.write(tmp_path / "report.md", told)
+    names = [path.name for path in written]
+    assert {"report_tokens.png", "report_tokens_2.png"} <= set(names)
+    folded = (tmp_path / "report.md").read_text().partition("<details>")[2].partition("</details>")[0]
+    assert re.findall(r'src="(.*?)"', folded) == ["report_tokens_2.png"]
+    (page,) = comparison_report.write(tmp_path / "report.html", told)
+    assert page.read_text().count("data:image/png;base64,") == len(names) - 1
 
 
 def test_nothing_quoted_is_markup(comparison, tmp_path):

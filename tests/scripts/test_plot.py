@@ -108,6 +108,12 @@ def results(tmp_path):
     return tmp_path
 
 
+def draw(name, path):
+    """A figure of one page."""
+    (figure,) = figures.draw(name, path)
+    return figure
+
+
 def drawn_lines(figure, label):
     return [line for axis in figure.axes for line in axis.get_lines() if line.get_label() == label]
 
@@ -135,7 +141,7 @@ def test_every_figure_becomes_a_png_and_where_asked_an_svg(results):
 def test_a_system_looks_the_same_in_every_figure(results):
     looks = set()
     for name in ("generation", "training", "tokens", "seconds"):
-        figure = figures.draw(name, results / figures.FIGURES[name].csv)
+        figure = draw(name, results / figures.FIGURES[name].csv)
         looks |= {line.get_color() for line in drawn_lines(figure, "transformer_lm")}
         plt.close(figure)
     assert looks == {plot_style.style("transformer_lm", SYSTEMS)["color"]}
@@ -145,51 +151,51 @@ def test_a_system_looks_the_same_in_every_figure(results):
 
 
 def test_a_system_with_options_keeps_its_colour_and_stands_out_from_the_bare_one(results):
-    figure = figures.draw("gpu", results / "fairseq_train.csv")
+    figure = draw("gpu", results / "fairseq_train.csv")
     bare, other, tuned = figure.axes[0].get_lines()
     assert bare.get_color() == tuned.get_color() != other.get_color()
     assert [line.get_linestyle() for line in (bare, tuned, other)] == [":", "-", "-"]
 
 
 def test_perplexity_by_position_is_that_of_the_longest_rows(results):
-    (axis,) = figures.draw("positions", results / "extrapolation.csv").axes
+    (axis,) = draw("positions", results / "extrapolation.csv").axes
     for line in axis.get_lines():
         assert line.get_xdata().tolist() == [1024, 2048]
         assert line.get_ydata().tolist() == [103, 104]
 
 
 def test_lines_are_means_over_seeds(results):
-    figure = figures.draw("quality", results / "comparison.csv")
+    figure = draw("quality", results / "comparison.csv")
     (line,) = [line for line in figure.axes[0].get_lines() if line.get_color() == "#0072B2"][:1]
     assert line.get_ydata() == pytest.approx([4.615, 4.61])
-    figure = figures.draw("tokens", results / "comparison_curves.csv")
+    figure = draw("tokens", results / "comparison_curves.csv")
     assert drawn_lines(figure, "flash_lm")[0].get_xdata().tolist() == [10.0 * k for k in range(10, 101, 10)]
 
 
 def test_bars_are_differences_from_flash_lm(results):
-    figure = figures.draw("ablation", results / "comparison.csv")
+    figure = draw("ablation", results / "comparison.csv")
     bars = {bar.get_facecolor(): bar.get_width() for bar in figure.axes[0].patches}
     assert len(bars) == len(SYSTEMS), "two systems share a colour"
     assert sorted(bars.values()) == pytest.approx([0.0, 0.1, 0.2])
 
 
 def test_factors_are_differences_from_what_is_unchanged(results):
-    (axis,) = figures.draw("factors", results / "ablation.csv").axes
+    (axis,) = draw("factors", results / "ablation.csv").axes
     bars = dict(zip((label.get_text() for label in axis.get_yticklabels()), axis.patches, strict=True))
     widths = {label: bar.get_width() for label, bar in bars.items()}
     assert widths == pytest.approx({"gamma: 0.3": -0.1, "gamma: 0.1": 0.1, "unchanged": 0.0})
 
 
 def test_a_yardstick_is_a_line_of_what_it_measures_by_place(results):
-    figure = figures.draw("copy", results / "yardsticks.csv")
+    figure = draw("copy", results / "yardsticks.csv")
     assert drawn_lines(figure, "flash_lm")[0].get_ydata() == pytest.approx([0.1, 1.1])
-    (axis,) = figures.draw("recurrence", results / "yardsticks.csv").axes
+    (axis,) = draw("recurrence", results / "yardsticks.csv").axes
     assert [label.get_text() for label in axis.get_xticklabels()] == ["1-127", "new"]
-    figure = figures.draw("context", results / "yardsticks.csv")
+    figure = draw("context", results / "yardsticks.csv")
     assert drawn_lines(figure, "flash_lm")[0].get_ydata() == pytest.approx([4.6, 4.6])
     rows = [{**row, "gain": ""} for row in yardsticks()]
     write(results / "alone.csv", rows)
-    figure = figures.draw("recurrence", results / "alone.csv")
+    figure = draw("recurrence", results / "alone.csv")
     assert drawn_lines(figure, "flash_lm")[0].get_ydata() == pytest.approx([4.6, 4.6])
 
 
@@ -198,15 +204,61 @@ def test_failed_runs_and_searches_for_a_rate_are_left_out(results):
     wrong = {**rows[0], "valid_loss": 99}
     rows += [{**wrong, "stage": "rate"}, {**wrong, "status": "error: x"}, {**wrong, "valid_loss": "nan"}]
     write(results / "more.csv", rows)
-    drawn = [figures.draw("ablation", results / name) for name in ("comparison.csv", "more.csv")]
+    drawn = [draw("ablation", results / name) for name in ("comparison.csv", "more.csv")]
     assert len({str([bar.get_width() for bar in figure.axes[0].patches]) for figure in drawn}) == 1
 
 
 def test_budgets_do_not_share_a_panel(results):
     rows = list(comparison())
     write(results / "two.csv", rows + [{**row, "budget": "9tokens", "valid_loss": 3} for row in rows])
-    assert len(figures.draw("quality", results / "two.csv").axes) == 2
-    assert len(figures.draw("ablation", results / "two.csv").axes) == 4
+    assert len(draw("quality", results / "two.csv").axes) == 2
+    assert len(draw("ablation", results / "two.csv").axes) == 4
+
+
+def test_a_figure_of_many_panels_has_pages(results):
+    rows = list(comparison())
+    many = [{**row, "budget": f"{k}tokens"} for k in range(7) for row in rows]
+    write(results / "comparison.csv", many)
+    assert [len(figure.axes) for figure in figures.draw("ablation", results / "comparison.csv")] == [6, 6, 2]
+    assert [len(figure.axes) for figure in figures.draw("quality", results / "comparison.csv")] == [6, 1]
+    plot.main(["quality", "--results", str(results)])
+    names = {path.name for path in (results / "figures").iterdir()}
+    assert names == {"comparison_quality.png", "comparison_quality_2.png"}
+
+
+def test_a_curve_of_one_point_is_seen(results):
+    write(results / "one.csv", [row for row in curves() if row["updates"] == 10 and row["n"] == 512])
+    figure = draw("tokens", results / "one.csv")
+    assert {line.get_marker() for line in drawn_lines(figure, "flash_lm")} == {"o"}
+    figure = draw("tokens", results / "comparison_curves.csv")
+    assert "" in {line.get_marker() for line in drawn_lines(figure, "flash_lm")}
+
+
+def test_labels_hide_neither_points_nor_each_other(results):
+    """Four points of which two are nearly the same, and one is in a corner."""
+    rows = next(comparison())
+    places = {512: (1000, 4.6), 1024: (1004, 4.601), 2048: (2000, 4.6), 4096: (1500, 5.0)}
+    points = [
+        {**rows, "n": n, "tokens_per_second": speed, "valid_loss": loss}
+        for n, (speed, loss) in places.items()
+    ]
+    write(results / "close.csv", points)
+    figure = draw("quality", results / "close.csv")
+    (axis,) = figure.axes
+    figure.canvas.draw()
+    boxes = {text.get_text(): text.get_window_extent() for text in axis.texts}
+    assert set(boxes) == set(map(str, places))
+    inside = axis.get_window_extent()
+    for label, box in boxes.items():
+        assert inside.contains(*box.min), label
+        assert inside.contains(*box.max), label
+        assert not any(box.overlaps(other) for name, other in boxes.items() if name != label)
+        assert not any(box.contains(*axis.transData.transform(place)) for place in places.values())
+
+
+def test_an_svg_is_the_same_each_time(results):
+    path = results / "comparison.csv"
+    assert len({figures.svg(draw("quality", path)) for _ in range(2)}) == 1
 
 
 def test_one_figure_goes_beside_its_csv(results):
@@ -256,6 +308,6 @@ def test_help_needs_nothing_that_is_not_installed_and_drawing_says_what_is_missi
 
 def test_committed_figures_are_small(results):
     sizes = {path.name: path.stat().st_size for path in (plot.RESULTS / "figures").iterdir()}
-    assert len(sizes) == 9
+    assert {"comparison_quality.png", "fairseq_train.png", "extrapolation.png"} <= set(sizes)
     assert {name.rpartition(".")[2] for name in sizes} == {"png"}
     assert max(sizes.values()) < 250_000, sizes
