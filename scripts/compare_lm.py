@@ -146,7 +146,7 @@ def check(options: argparse.Namespace, extra: list[str]) -> Plan:
         raise ValueError(f"--jobs {options.jobs} is not allowed with --budget {budget}; allowed: 1")
     planned = sorted({word.partition("=")[0] for word in extra} & PLANNED)
     if planned:
-        raise ValueError(f"{planned[0]} is not allowed behind --: the plan sets it, no row would tell")
+        raise ValueError(f"{planned[0]} is not allowed behind --: the plan sets it, no record would tell")
     unknown = sorted(set(options.lr) - set(systems))
     if unknown:
         raise ValueError(f"--lr names {', '.join(unknown)}; allowed: {', '.join(systems)}")
@@ -196,7 +196,7 @@ def main(arguments: list[str]) -> None:
     with process.stoppable("compare_lm.py"):
         table = Table(plan.output, COLUMNS, (*SHARED, *RUN), SHOWN, common)
         with process.locked(folder):
-            table.forget(lambda row: (row["status"] or "").startswith(again))
+            table.forget(lambda record: (record["status"] or "").startswith(again))
         curves = Table(curves_path, CURVES, CURVES[1:], (), common)
         print("\n".join(plan.told()), flush=True)
         final = run_all(plan, table, folder, dict(curves=curves, jobs=options.jobs, keep=options.keep))
@@ -214,7 +214,7 @@ def run_all(plan: Plan, table: Table, folder: Path, how: dict) -> list[TrainingR
         each = max(1, min(10, probes[0].updates // 3))
         carry_out(probes, table, folder, jobs=how["jobs"], log_interval=each, progress=progress)
     runs = [run for stage in plan.stages() for run in stage]
-    left = [run for run in runs if not table.has([run.row["name"]], **run.row)]
+    left = [run for run in runs if not table.has([run.record["name"]], **run.record)]
     seconds = sum(run.weight for run in left) / how["jobs"]
     if left:
         count = (
@@ -239,23 +239,27 @@ def tell(
         data: Folder of the data, as it was given.
         arguments: The command line.
     """
-    names = [tuple(str(run.row[name]) for name in ("name", *RUN)) for run in runs]
+    names = [tuple(str(run.record[name]) for name in ("name", *RUN)) for run in runs]
     shared = {name: str(value) for name, value in plan.shared.items()}
 
-    def chosen(rows: list[dict]) -> list[dict]:
-        rows = [row for row in rows if shared.items() <= row.items()]
-        return [row for row in rows if tuple(row[name] for name in ("name", *RUN)) in names]
+    def chosen(records: list[dict]) -> list[dict]:
+        records = [record for record in records if shared.items() <= record.items()]
+        return [record for record in records if tuple(record[name] for name in ("name", *RUN)) in names]
 
-    rows = read(plan.output)
-    rates = [row for row in rows if shared.items() <= row.items() and row["name"] in plan.tuned]
-    rates = [row for row in rates if (row["stage"], row["budget"]) == ("rate", str(plan.rate_budget))]
-    final = chosen(rows)
+    records = read(plan.output)
+    rates = [
+        record for record in records if shared.items() <= record.items() and record["name"] in plan.tuned
+    ]
+    rates = [
+        record for record in rates if (record["stage"], record["budget"]) == ("rate", str(plan.rate_budget))
+    ]
+    final = chosen(records)
     settings = {**plan.shared, "data": data, "budget": plan.budget, "evaluated": plan.part}
     for name in ("date", "commit", "fairseq", "torch", "python", "threads", "jobs"):
-        settings[name] = ", ".join(sorted({row[name] for row in final}))
+        settings[name] = ", ".join(sorted({record[name] for record in final}))
     commands = [shlex.join(["python", "scripts/compare_lm.py", *arguments]), ""]
     for run in runs:
-        evaluation = plan.evaluation_command(run.row["n"], Path("CHECKPOINTS/checkpoint_last.pt"))
+        evaluation = plan.evaluation_command(run.record["n"], Path("CHECKPOINTS/checkpoint_last.pt"))
         both = (run.command("CHECKPOINTS"), evaluation)
         commands += [readable(["python", *words[1:]], {plan.data: data}) for words in both]
     tokens = plan.counts["tokens"] if plan.counts else None

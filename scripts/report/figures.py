@@ -23,7 +23,7 @@ from report.losses import (
     with_loss,
 )
 from report.speed import STEPS, draw_generation, draw_training
-from report.style import Rows, cells, frame, read
+from report.style import Records, cells, frame, read
 
 __all__ = ["FIGURES", "PANELS", "draw", "frame", "pages", "png", "stem_of", "svg"]
 
@@ -36,18 +36,18 @@ class Source(NamedTuple):
     Attributes:
         csv: Name of the file.
         columns: That it must have.
-        draw: Draws all of some rows.
-        keys: Columns that the rows of a line of panels share; none for one page.
+        draw: Draws all of some records.
+        keys: Columns that the records of a line of panels share; none for one page.
         across: Panels in a line.
-        kept: Picks the rows to draw.
+        kept: Picks the records to draw.
     """
 
     csv: str
     columns: tuple[str, ...]
-    draw: Callable[[Rows], plt.Figure]
+    draw: Callable[[Records], plt.Figure]
     keys: tuple[str, ...] = ()
     across: int = 1
-    kept: Callable[[Rows], Rows] = lambda rows: rows
+    kept: Callable[[Records], Records] = lambda records: records
 
 
 _CURVE = ("name", "n", "split", "updates", "loss")
@@ -62,7 +62,7 @@ FIGURES = {
         draw_generation,
         ("b", "beam"),
         3,
-        lambda rows: rows[rows["pass"] == "step"],
+        lambda records: records[records["pass"] == "step"],
     ),
     "training": Source("training.csv", _STEP, draw_training, STEPS, 2),
     "gpu": Source("fairseq_train.csv", _STEP, draw_training, STEPS, 2),
@@ -85,7 +85,7 @@ FIGURES = {
         (*_LOSS, "tokens_per_second"),
         draw_quality,
         RUNS,
-        kept=lambda rows: alone(with_loss(rows)),
+        kept=lambda records: alone(with_loss(records)),
     ),
     "ablation": Source("comparison.csv", _LOSS, draw_ablation, ("n", *RUNS), kept=with_loss),
     **{
@@ -101,7 +101,7 @@ FIGURES = {
         ("base", "factor", "value", "valid_loss"),
         draw_factors,
         BASES,
-        kept=lambda rows: with_loss(rows[rows["stage"] == "factor"]),
+        kept=lambda records: with_loss(records[records["stage"] == "factor"]),
     ),
 }
 
@@ -112,20 +112,20 @@ def draw(name: str, path: Path) -> list[plt.Figure]:
     Raises:
         ValueError: the file is missing, or lacks what the figure shows.
     """
-    rows = read(path, FIGURES[name].columns)
-    if name in ("quality", "ablation") and not len(with_loss(rows)):
+    records = read(path, FIGURES[name].columns)
+    if name in ("quality", "ablation") and not len(with_loss(records)):
         raise ValueError(f"{path} has no finished run to draw {name} from")
-    return pages(name, rows)
+    return pages(name, records)
 
 
-def pages(name: str, rows: Rows) -> list[plt.Figure]:
-    """One of ``FIGURES`` of these rows: as many figures as its panels need, ``PANELS`` in each.
+def pages(name: str, records: Records) -> list[plt.Figure]:
+    """One of ``FIGURES`` of these records: as many figures as its panels need, ``PANELS`` in each.
 
     Raises:
-        ValueError: the rows lack what the figure shows.
+        ValueError: the records lack what the figure shows.
     """
     source = FIGURES[name]
-    kept = source.kept(rows)
+    kept = source.kept(records)
     if not source.keys:
         return [source.draw(kept)]
     lines, step = list(cells(kept, source.keys).values()), PANELS // source.across
@@ -148,7 +148,7 @@ def png(figure: plt.Figure) -> bytes:
 
 
 def svg(figure: plt.Figure) -> bytes:
-    """An SVG that is the same for the same rows; closes the figure."""
+    """An SVG that is the same for the same records; closes the figure."""
     with matplotlib.rc_context({"svg.hashsalt": "fairseq_flash"}):
         return _saved(figure, format="svg", metadata={"Date": None})
 

@@ -9,7 +9,7 @@ from matplotlib import ticker
 
 from report.labels import place_labels
 from report.style import (
-    Rows,
+    Records,
     cells,
     draw_bars,
     draw_lines,
@@ -29,15 +29,15 @@ __all__ = [
 ]
 
 BASE = "flash_lm"  # what the bars are measured from
-#: What rows must share in a panel: those of a comparison, those of an ablation.
+#: What records must share in a panel: those of a comparison, those of an ablation.
 RUNS = ("size", "budget", "data", "device", "dtype", "options")
 BASES = ("base", "n", "budget", "device")
 
 
-def draw_curves(rows: Rows, x: str) -> plt.Figure:
+def draw_curves(records: Records, x: str) -> plt.Figure:
     """Loss against the column ``x``, in training and in validation; lines of panels for each length."""
-    settings = cells(rows, ("n", *RUNS))
-    splits = [split for split in ("train", "valid") if (rows["split"] == split).any()]
+    settings = cells(records, ("n", *RUNS))
+    splits = [split for split in ("train", "valid") if (records["split"] == split).any()]
     figure, axes = panels(len(settings), len(splits))
     figure.set_size_inches(1 + 4.5 * len(splits), 3.4 * len(settings))
     for (index, title), (column, split) in product(enumerate(settings), enumerate(splits)):
@@ -55,21 +55,21 @@ def draw_curves(rows: Rows, x: str) -> plt.Figure:
     return figure
 
 
-def alone(rows: Rows) -> Rows:
-    """The rows whose speed can be compared.
+def alone(records: Records) -> Records:
+    """The records whose speed can be compared.
 
     Raises:
         ValueError: there are none.
     """
-    found = rows[rows["jobs"] == "1"] if "jobs" in rows else rows
+    found = records[records["jobs"] == "1"] if "jobs" in records else records
     if not len(found):
         raise ValueError("no run had the machine to itself (--jobs 1), so there is no speed to draw")
     return found
 
 
-def with_loss(rows: Rows) -> Rows:
-    """The rows that succeeded and have a loss."""
-    return finished(rows, "valid_loss")
+def with_loss(records: Records) -> Records:
+    """The records that succeeded and have a loss."""
+    return finished(records, "valid_loss")
 
 
 def zoom(axis: plt.Axes) -> None:
@@ -80,9 +80,9 @@ def zoom(axis: plt.Axes) -> None:
         axis.set_ylim(low - 0.1 * (high - low), high)
 
 
-def draw_quality(rows: Rows) -> plt.Figure:
+def draw_quality(records: Records) -> plt.Figure:
     """Loss against speed, the paper's main figure: a point for each system and length."""
-    settings = cells(rows, RUNS)
+    settings = cells(records, RUNS)
     figure, axes = panels(len(settings), 1)
     figure.set_size_inches(8, 5.2 * len(settings))
     labels: dict[plt.Axes, list[tuple[str, float, float]]] = {}
@@ -107,9 +107,9 @@ def draw_quality(rows: Rows) -> plt.Figure:
     return figure
 
 
-def draw_ablation(rows: Rows) -> plt.Figure:
+def draw_ablation(records: Records) -> plt.Figure:
     """Bars of each system's loss against that of flash_lm, or of the best where that is missing."""
-    settings = cells(rows, ("n", *RUNS))
+    settings = cells(records, ("n", *RUNS))
     losses = {title: losses_by(own, "name") for title, own in settings.items()}
     figure, axes = panels(len(losses), 1, [4 + len(found) for found in losses.values()])
     for (axis,), (title, found) in zip(axes, losses.items(), strict=True):
@@ -121,9 +121,9 @@ def draw_ablation(rows: Rows) -> plt.Figure:
     return figure
 
 
-def draw_factors(rows: Rows) -> plt.Figure:
+def draw_factors(records: Records) -> plt.Figure:
     """Bars of one choice changed at a time, against the base that it was changed in."""
-    bases = cells(rows, BASES)
+    bases = cells(records, BASES)
     changes = {title: losses_by(own, "factor", "value") for title, own in bases.items()}
     figure, axes = panels(len(bases), 1, [4 + len(found) for found in changes.values()])
     for (axis,), (title, found) in zip(axes, changes.items(), strict=True):

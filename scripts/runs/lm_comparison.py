@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
-from runs.plan import as_words, lowest, recipe, succeeded
+from runs.plan import Earlier, as_words, recipe
 from runs.progress import counted
 from runs.provenance import ROOT
 from runs.schedule import Finished, TrainingRun, fairseq_command
@@ -17,7 +17,7 @@ __all__ = ["EVALUATED", "Budget", "Plan", "evaluated"]
 
 #: Columns that the evaluation adds; losses are in nats per token, as everywhere.
 EVALUATED = ("valid_tokens", "valid_perplexity", "bits_per_byte", "byte_perplexity", "word_perplexity")
-SPEED_UPDATES = 40  # tell how fast a system is, where its budget is a time
+SPEED_UPDATES = 16  # tell how fast a system is, where its budget is a time
 STEPS = 3  # tell it well enough for an estimate
 START = 15.0  # seconds that fairseq's tools take to start and to save, about
 GUESS = 1000.0  # tokens a second of a system whose speed could not be measured
@@ -156,7 +156,7 @@ class Plan:
         """One training, evaluated at its end unless it only tells the speed."""
         budget = self.budget_of(stage)
         updates = budget.updates(self.tokens_per_update, self.speed(system, n) or 0.0)
-        row = {"name": system, "stage": stage, "n": n, "seed": seed, "lr": lr, "budget": str(budget)}
+        record = {"name": system, "stage": stage, "n": n, "seed": seed, "lr": lr, "budget": str(budget)}
         saving = {
             **{"--save-interval-updates": max(1, min(updates // 5, 500)), "--keep-interval-updates": 1},
             **{"--no-epoch-checkpoints": "", "--max-valid-steps": max(1, VALIDATED // self.max_tokens)},
@@ -166,7 +166,7 @@ class Plan:
         return TrainingRun(
             tuple(self.words(system, n, recipe(lr, updates, seed), saving)),
             updates,
-            row,
+            record,
             weight=1.0 if stage == "speed" else self.seconds(stage, system, n),
             measure=None if stage == "speed" else self.evaluation(n),
         )
@@ -205,15 +205,14 @@ class Plan:
 
         return evaluate
 
-    def rows(self, stage: str, system: str) -> list[dict]:
-        """Successful rows of a system in a stage of this comparison."""
-        budget = str(self.budget_of(stage))
-        return succeeded(self.output, **self.shared, stage=stage, budget=budget, name=system)
+    def earlier(self, stage: str) -> Earlier:
+        """What the runs of a stage have written."""
+        return Earlier(self.output, {**self.shared, "stage": stage, "budget": str(self.budget_of(stage))})
 
     def speed(self, system: str, n: int) -> Optional[float]:
         """Tokens a second of a system; None if measuring it failed, or has not been done."""
-        rows = [row for row in self.rows("speed", system) if int(row["n"]) == n]
-        return float(rows[-1]["tokens_per_second"]) if rows else None
+        found = self.earlier("speed").find(name=system, n=n)
+        return float(found[-1]["tokens_per_second"]) if found else None
 
     def can_run(self, system: str, n: int) -> bool:
         """Whether it is known how many updates a run has."""
@@ -223,8 +222,8 @@ class Plan:
         """The given rate, or the one with the lowest loss; the first of the grid if all of them failed."""
         if system in self.rates:
             return self.rates[system]
-        tried = [row for row in self.rows("rate", system) if float(row["lr"]) in self.grid]
-        return float((lowest(tried) or {"lr": self.grid[0]})["lr"])
+        best = self.earlier("rate").best(name=system, lr=set(self.grid))
+        return float(best["lr"]) if best else self.grid[0]
 
 
 def evaluated(output: str, counts: Optional[dict]) -> dict:
@@ -238,16 +237,19 @@ def evaluated(output: str, counts: Optional[dict]) -> dict:
     if not tokens or not bits or tokens[1] == "0":
         raise RuntimeError("fairseq-eval-lm evaluated nothing: " + output.strip().rpartition("\n")[2])
     loss = float(bits[1])
-    row = {
+    record = {
         "valid_loss": f"{loss * math.log(2):.5g}",
         "valid_tokens": tokens[1].replace(",", ""),
         "valid_perplexity": f"{power(loss):.5g}",
     }
     if counts:
         per_byte, per_word = (loss * counts["tokens"] / counts[unit] for unit in ("bytes", "words"))
-        row["bits_per_byte"] = f"{per_byte:.5g}"
-        row["byte_perplexity"], row["word_perplexity"] = f"{power(per_byte):.5g}", f"{power(per_word):.5g}"
-    return row
+        record["bits_per_byte"] = f"{per_byte:.5g}"
+        record["byte_perplexity"], record["word_perplexity"] = (
+            f"{power(per_byte):.5g}",
+            f"{power(per_word):.5g}",
+        )
+    return record
 
 
 def power(bits: float) -> float:

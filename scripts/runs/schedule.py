@@ -55,14 +55,14 @@ class TrainingRun:
     Attributes:
         words: Arguments of fairseq-train but for ``--max-update``, ``--save-dir`` and the log's.
         updates: ``--max-update``.
-        row: The columns that tell the run in the CSV, ``name`` among them.
+        record: The columns that tell the run in the CSV, ``name`` among them.
         weight: Of the run in the plan's progress, such as its tokens.
         measure: Called at the end for more columns.
     """
 
     words: tuple[str, ...]
     updates: int
-    row: dict[str, Any]
+    record: dict[str, Any]
     weight: float = 1.0
     measure: Optional[Callable[[Finished], dict[str, Any]]] = None
 
@@ -75,7 +75,7 @@ class TrainingRun:
     def folder_name(self) -> str:
         """Readable, and another one for other arguments."""
         digest = hashlib.sha256(json.dumps([self.words, self.updates]).encode()).hexdigest()[:10]
-        told = "-".join(str(value) for value in self.row.values())
+        told = "-".join(str(value) for value in self.record.values())
         return f"{re.sub(r'[^A-Za-z0-9_.=-]+', '_', told)[:80]}-{digest}"
 
 
@@ -151,7 +151,7 @@ def carry_out(
         KeyboardInterrupt: interrupted; all processes have been ended.
     """
     runs = list(runs)
-    waiting = [run for run in runs if not table.has([run.row["name"]], **run.row)]
+    waiting = [run for run in runs if not table.has([run.record["name"]], **run.record)]
     with contextlib.ExitStack() as ends:
         ends.enter_context(process.locked(folder))
         if progress is None:
@@ -205,16 +205,16 @@ class _Team:
         place, slot = self.folder / run.folder_name, self.slots.get()
         try:
             around = environment(self.jobs, slot)
-            row, curve = _Work(run, place, show, self.stop, around, self.log_interval).finish()
+            record, curve = _Work(run, place, show, self.stop, around, self.log_interval).finish()
         finally:
             self.slots.put(slot)
         show(1.0)
         with self.writing:
             for curves in self.tables[1:]:
-                curves.add([{**run.row, **point} for point in curve])
-            self.tables[0].add([{**run.row, **row}])
+                curves.add([{**run.record, **point} for point in curve])
+            self.tables[0].add([{**run.record, **record}])
             self.progress.end()
-        if not self.keep and row["status"] == "ok":
+        if not self.keep and record["status"] == "ok":
             shutil.rmtree(place, ignore_errors=True)
 
 
@@ -230,20 +230,22 @@ class _Work:
     log_interval: int
 
     def finish(self) -> tuple[dict[str, Any], list[dict]]:
-        """The measured columns of the run and its curve; an error is a row too."""
+        """The measured columns of the run and its curve; an error is a record too."""
         self.folder.mkdir(parents=True, exist_ok=True)
         log = Log(self.folder / "train.log")
         try:
-            row = log.measured(self._train(log))
+            record = log.measured(self._train(log))
             if self.run.measure is not None:
                 valid = log.valid[-1] if log.valid else {}
-                row.update(self.run.measure(Finished(self.folder / "checkpoint_last.pt", valid, self._call)))
-            return row, log.curve()
+                record.update(
+                    self.run.measure(Finished(self.folder / "checkpoint_last.pt", valid, self._call))
+                )
+            return record, log.curve()
         except Interrupted:
             raise
         except Exception as error:
-            row = {"parameters": log.parameters or "", "updates": log.updates}
-            return {**row, "status": f"error: {error}"}, []
+            record = {"parameters": log.parameters or "", "updates": log.updates}
+            return {**record, "status": f"error: {error}"}, []
 
     def _train(self, log: Log) -> int:
         """Runs fairseq-train to its end, unless that has been done; returns its peak memory in bytes."""

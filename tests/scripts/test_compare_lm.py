@@ -81,8 +81,8 @@ def compare(data, tmp_path, monkeypatch):
         return runs_of(tmp_path / "out.csv")
 
     calls = lambda: [json.loads(line) for line in (tmp_path / "runs" / "calls").open()]  # noqa: E731
-    run.probes = lambda: [call for call in calls() if call[-1] in (3, 40)]
-    run.calls = lambda: [call for call in calls() if call[-1] not in (3, 40)]
+    run.probes = lambda: [call for call in calls() if call[-1] in (3, 16)]
+    run.calls = lambda: [call for call in calls() if call[-1] not in (3, 16)]
     run.folder = tmp_path / "runs"
     run.folder.mkdir()
     return run
@@ -139,7 +139,7 @@ def test_minutes_become_as_many_updates_as_a_system_can_make(compare):
         "--budget", "1minutes", "--lr", "flash_lm=2e-3,transformer_lm=2e-3", "--tokens-per-sample", "16,32"
     )
     updates = {(arch, n): updates for _, arch, _, n, _, updates in compare.calls()}
-    assert [call[-1] for call in compare.probes()] == [40] * 4
+    assert [call[-1] for call in compare.probes()] == [16] * 4
     assert updates[("flash_lm_tiny", 16)] == updates[("flash_lm_tiny", 32)] == 60 * 1200 / 64
     assert updates[("transformer_lm", 16)] == -(-60 * 600 // 64)
 

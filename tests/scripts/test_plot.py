@@ -271,7 +271,7 @@ def test_one_figure_goes_beside_its_csv(results):
     ("words", "message"),
     [
         (["quality", "--csv", "no.csv"], "no.csv does not exist"),
-        (["quality", "--csv", "training.csv"], "has no rows with valid_loss, tokens_per_second"),
+        (["quality", "--csv", "training.csv"], "has no records with valid_loss, tokens_per_second"),
         (["quality", "--csv", "failed.csv"], "has no finished run"),
     ],
 )
