@@ -7,6 +7,8 @@
     generation  generation.csv          time of a step, state and memory by position
     training    training.csv            tokens a second and memory of a training step by length
     gpu         fairseq_train.csv       the same of whole trainings on a GPU
+    masked      masked_lm.csv           perplexity of masked words by rate, accuracy once fine-tuned
+    translation translation.csv         loss by rate, BLEU
     positions   extrapolation.csv       perplexity by position in rows longer than those of training
     tokens      comparison_curves.csv   loss against tokens
     seconds     comparison_curves.csv   loss against seconds

@@ -24,6 +24,7 @@ from report.losses import (
 )
 from report.speed import STEPS, draw_generation, draw_training
 from report.style import Records, cells, frame, read
+from report.tasks import draw_masked, draw_translation
 
 __all__ = ["FIGURES", "PANELS", "draw", "frame", "pages", "png", "stem_of", "svg"]
 
@@ -66,6 +67,14 @@ FIGURES = {
     ),
     "training": Source("training.csv", _STEP, draw_training, STEPS, 2),
     "gpu": Source("fairseq_train.csv", _STEP, draw_training, STEPS, 2),
+    "masked": Source(
+        "masked_lm.csv",
+        ("name", "stage", "n", "pretraining", "valid_perplexity", "test_accuracy"),
+        draw_masked,
+    ),
+    "translation": Source(
+        "translation.csv", ("name", "stage", "data", "epochs", "valid_loss", "bleu"), draw_translation
+    ),
     "positions": Source(
         "extrapolation.csv", ("name", "n", "split", "positions", "perplexity"), draw_positions
     ),

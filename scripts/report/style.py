@@ -33,6 +33,15 @@ STYLES = {
     "transformer_plus_lm": ("#7F7F7F", "<"),
     "FLASH-pytorch": ("#8C510A", ">"),
 }
+#: Models of other tasks look as the language model that they are built as.
+BUILT_AS = {
+    "flash_masked_lm": "flash_lm",
+    "flash_seq2seq": "flash_lm",
+    "flash_quad_masked_lm": "flash_quad_lm",
+    "transformer": "transformer_lm",
+    "roberta": "transformer_lm",
+    "roberta_prenorm": "transformer_plus_lm",
+}
 BARE = {"linestyle": ":", "markerfacecolor": "white"}
 ENDINGS = ("_tiny", "_gpt", "_big")
 Records = pandas.DataFrame  # of words, as a CSV file has them
@@ -59,7 +68,9 @@ def style(name: str, names: Iterable[str]) -> dict:
 
 
 def _without_size(name: str) -> str:
-    return next((name.removesuffix(ending) for ending in ENDINGS if name.endswith(ending)), name)
+    short = next((name.removesuffix(ending) for ending in ENDINGS if name.endswith(ending)), name)
+    system, space, options = short.partition(" ")
+    return f"{BUILT_AS.get(system, system)}{space}{options}"
 
 
 def frame(records: Iterable[dict]) -> Records:
@@ -119,6 +130,7 @@ def cells(records: Records, keys: Iterable[str]) -> dict[str, Records]:
 def shared(records: Records, keys: Iterable[str]) -> str:
     """The values of ``keys`` in words, for a title."""
     words = {"threads": "{} threads", "torch": "torch {}", "jobs": "{} at a time", "n": "{} tokens a row"}
+    words |= {"pooling": "pooling {}"}
     found = {key: values(records, key) for key in keys if key in records}
     return ", ".join(
         words.get(key, "{}").format(" / ".join(map(_readable, each)))

@@ -61,6 +61,30 @@ def gpu():
             yield {**row, "tokens_per_s": 1e9 / n, "peak_memory": 1e9}
 
 
+def masked():
+    for amount, gain in ((1000, 0), (2000, 100)):
+        for name, loss in (("flash_masked_lm", 300), ("roberta", 600)):
+            row = {"name": name, "pretraining": amount, "n": 512, "status": "ok"}
+            for rate in (1e-3, 2e-3):
+                known = {"stage": "pretraining", "lr": rate, "seed": 1}
+                yield {**row, **known, "valid_perplexity": loss - gain + 1000 * rate}
+            for rate, seeds in ((1e-4, (1,)), (3e-4, (1, 2))):
+                known = {"stage": "fine-tuning", "lr": rate, "pooling": "first"}
+                for seed in seeds:
+                    yield {**row, **known, "seed": seed, "test_accuracy": gain / 4 + 10 * len(seeds) + seed}
+
+
+def translation():
+    for data in ("ende", "enfr"):
+        for name, bleu in (("flash_seq2seq_tiny", 38), ("transformer", 37), ("transformer pre-norm", 39)):
+            row = {"name": name, "data": data, "updates_per_epoch": 9, "seed": 1, "status": "ok"}
+            for rate in (1e-3, 2e-3):
+                yield {**row, "stage": "learning rate", "epochs": 2, "lr": rate, "valid_loss": 3 + 100 * rate}
+            yield {**row, "stage": "final", "epochs": 12, "lr": 1e-3, "valid_loss": 2, "bleu": bleu}
+            short = {"updates_per_epoch": 1, "epochs": 1, "lr": 5e-3, "valid_loss": 9}
+            yield {**row, "stage": "learning rate", **short}
+
+
 def extrapolation():
     for name in SYSTEMS:
         for n in (1024, 2048):
@@ -102,6 +126,8 @@ def results(tmp_path):
         ("ablation", ablation()),
         ("fairseq_train", gpu()),
         ("extrapolation", extrapolation()),
+        ("masked_lm", masked()),
+        ("translation", translation()),
         ("yardsticks", yardsticks()),
     ):
         write(tmp_path / f"{name}.csv", list(rows))
@@ -126,7 +152,7 @@ def test_every_figure_becomes_a_png_and_where_asked_an_svg(results):
     stems = [
         "generation",
         "training",
-        *("ablation", "fairseq_train", "extrapolation"),
+        *("ablation", "fairseq_train", "extrapolation", "masked_lm", "translation"),
         *(f"comparison_{f}" for f in ("tokens", "seconds", "quality", "ablation")),
         *(f"yardsticks_{f}" for f in ("recurrence", "copy", "context", "passkey")),
     ]
@@ -162,6 +188,24 @@ def test_perplexity_by_position_is_that_of_the_longest_rows(results):
     for line in axis.get_lines():
         assert line.get_xdata().tolist() == [1024, 2048]
         assert line.get_ydata().tolist() == [103, 104]
+
+
+def test_masked_models_show_perplexity_by_rate_and_accuracy_over_the_seeds(results):
+    first, second, accuracy, later = draw("masked", results / "masked_lm.csv").axes
+    assert [axis.get_title() for axis in (first, second)] == ["after 1,000 tokens", "after 2,000 tokens"]
+    lines = {line.get_label(): line.get_ydata().tolist() for line in second.get_lines()}
+    assert lines == {"flash_masked_lm": [201, 202], "roberta": [501, 502]}
+    assert [text.get_text() for text in accuracy.texts] == ["21.5"] * 2, "of the rate with all seeds"
+    assert [text.get_text() for text in later.texts] == ["46.5"] * 2
+
+
+def test_translation_shows_the_search_for_a_rate_and_bleu(results):
+    figure = draw("translation", results / "translation.csv")
+    assert [axis.get_title() for axis in figure.axes] == ["ende", "ende", "enfr", "enfr"]
+    for line in figure.axes[0].get_lines():
+        assert line.get_xdata().tolist() == [1e-3, 2e-3], "a short try is no search"
+    assert [bar.get_height() for bar in figure.axes[1].patches] == [38, 37, 39]
+    assert len({bar.get_facecolor() for bar in figure.axes[1].patches}) == 3
 
 
 def test_lines_are_means_over_seeds(results):
