@@ -109,7 +109,7 @@ def summary(comparison: Comparison) -> str:
         header, lines = loss_table(
             [record for record in records if int(record["n"]) == n], comparison.valid_tokens
         )
-        shown = [0, 2, 3, 5, 6, 7, 12]
+        shown = [0, 2, 3, 5, 6, 7, 12, 13]
         lines = [[line[place].replace("**", "") for place in shown] for line in lines]
         words = tabulate(lines, [header[place] for place in shown], disable_numparse=True)
         told.append(f"{n} tokens a row\n{words}")
@@ -128,7 +128,7 @@ def figures(comparison: Comparison) -> dict[str, list[bytes]]:
     """The pages of each figure as PNG, by its name; none without matplotlib or a run that succeeded."""
     records = succeeded(comparison.records)
     # Where fairseq is imported, everyone's debugging is on.
-    for library in ("matplotlib", "PIL"):
+    for library in ("matplotlib", "PIL", "MARKDOWN"):
         logging.getLogger(library).setLevel(logging.WARNING)
     try:
         from report import figures as drawn

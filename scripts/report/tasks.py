@@ -94,6 +94,6 @@ def _draw_groups(axis: plt.Axes, groups: dict[str, dict], names: list[str]) -> N
                 ha="center",
                 fontsize=9,
             )
-    axis.set_xticks(range(len(groups)), list(groups))
+    axis.set_xticks(range(len(groups)), [title.replace(", ", "\n") for title in groups])
     axis.margins(y=0.12)
     axis.grid(alpha=0.3, axis="y")

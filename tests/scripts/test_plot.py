@@ -197,6 +197,7 @@ def test_masked_models_show_perplexity_by_rate_and_accuracy_over_the_seeds(resul
     assert lines == {"flash_masked_lm": [201, 202], "roberta": [501, 502]}
     assert [text.get_text() for text in accuracy.texts] == ["21.5"] * 2, "of the rate with all seeds"
     assert [text.get_text() for text in later.texts] == ["46.5"] * 2
+    assert [label.get_text() for label in later.get_xticklabels()] == ["512 tokens a row\npooling first"]
 
 
 def test_translation_shows_the_search_for_a_rate_and_bleu(results):
