@@ -152,7 +152,7 @@ def png(figure: plt.Figure) -> bytes:
     """A PNG of few colours, which in lines and letters no eye tells from more; closes the figure."""
     small = io.BytesIO()
     drawn = io.BytesIO(_saved(figure, format="png", dpi=150))
-    Image.open(drawn).convert("RGB").quantize(32).save(small, format="png", optimize=True)
+    Image.open(drawn).convert("RGB").quantize(64).save(small, format="png", optimize=True)
     return small.getvalue()
 
 

@@ -166,12 +166,22 @@ def plain_log(axis: plt.Axes, x: str, ticks: Iterable[str] = (), *, y: bool = Tr
     """
     axis.set(xscale="log", xlabel=x, **({"yscale": "log"} if y else {}))
     for each in (axis.xaxis, axis.yaxis) if y else (axis.xaxis,):
-        each.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
+        low, high = each.get_view_interval()
+        each.set_major_locator(ticker.LogLocator(subs=_steps(math.log10(high / low))))
         each.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.6g}"))
         each.set_minor_formatter(ticker.NullFormatter())
     if ticks := sorted(map(float, ticks)):
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8, rotation=30)
         axis.set_xticks([], minor=True)
+
+
+def _steps(decades: float) -> tuple[float, ...]:
+    """Where numbers stand within a decade of a logarithmic axis, so that none hides its neighbour."""
+    fitting = {
+        **{0.4: (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9), 0.7: (1, 2, 3, 4, 6, 8)},
+        **{1.3: (1, 2, 3, 5, 7), 2.0: (1, 2, 5), 3.0: (1, 3)},
+    }
+    return next((steps for most, steps in fitting.items() if decades <= most), (1,))
 
 
 def legend_below(figure: plt.Figure) -> None:

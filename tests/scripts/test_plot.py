@@ -1,6 +1,7 @@
 """Proves that every figure is drawn from its CSV alone, with one look a system and nothing that failed."""
 
 import csv
+import itertools
 import subprocess
 import sys
 
@@ -299,6 +300,21 @@ def test_labels_hide_neither_points_nor_each_other(results):
         assert inside.contains(*box.max), label
         assert not any(box.overlaps(other) for name, other in boxes.items() if name != label)
         assert not any(box.contains(*axis.transData.transform(place)) for place in places.values())
+
+
+@pytest.mark.parametrize("times", [1.5, 2, 3, 4, 6, 15, 80, 900, 1e4])
+def test_numbers_of_an_axis_do_not_touch(results, times):
+    """On the small panels of steps that take up to so many times as long as others."""
+    rows = [{**row, "median_ms": 6 if row["n"] == 256 else 6 * times} for row in generation()]
+    write(results / "steps.csv", rows)
+    figure = draw("generation", results / "steps.csv")
+    figure.canvas.draw()
+    low, high = figure.axes[0].get_ylim()
+    ticks = [each for each in figure.axes[0].yaxis.get_major_ticks() if low <= each.get_loc() <= high]
+    boxes = [each.label1.get_window_extent() for each in ticks]
+    assert len(boxes) > 1
+    assert not any(one.overlaps(other) for one, other in itertools.pairwise(boxes))
+    plt.close(figure)
 
 
 def test_an_svg_is_the_same_each_time(results):
