@@ -38,11 +38,8 @@ TOOLS = {
     "generate-text": "generate",
     "interactive": "interactive",
 }
-#: Where results go without a clone: into the folder that the user is in.
+#: Where results go without a clone: into the folder that the user is in, as those of compare-* always do.
 PLACES = {
-    "compare-lm": {"--output": "results/comparison.csv", "--folder": "outputs/comparison"},
-    "compare-masked-lm": {"--output": "results/masked_lm.csv", "--folder": "outputs/masked_lm"},
-    "compare-translation": {"--output": "results/translation.csv", "--folder": "outputs/translation"},
     "extrapolate": {"--output": "results/extrapolation.csv"},
     "yardsticks": {"--output": "results/yardsticks.csv"},
     "plot": {"--results": "results"},

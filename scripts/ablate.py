@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command line."""
     options = parse(arguments)
     if options.table:
-        print(re.sub(" {2,}", " ", "\n\n".join(tables(Plan(options).rows(*STAGES)))))
+        print(re.sub(" {2,}", " ", "\n\n".join(tables(Plan(options).earlier.find(stage=set(STAGES))))))
         return
     common = {**provenance(options.device), "jobs": options.jobs}
     with stoppable("ablate.py"):

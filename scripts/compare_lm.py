@@ -9,17 +9,19 @@
 
 Every system gets the same blocks of text in the same order, the same schedule (a tenth of the updates is
 warm-up, then the rate falls to 0), and the same budget: ``1000000tokens``, ``250updates``, or ``5minutes`` of
-training, of which each system makes as many updates as its speed allows, measured beforehand (stage "speed").
-fairseq's transformer_lm gets its norms before the layers, as all others have; it hardly learns otherwise.
-A system without a rate in ``--lr`` first tries those of ``--lr-grid`` (stage "rate"), with the first length,
-the first seed, and ``--lr-budget``, a quarter of the budget.
+training, of which each system makes as many updates as its speed allows. A few updates of each (stage
+"speed") tell that, and how long everything takes. fairseq's transformer_lm gets its norms before the layers,
+as all others have; it hardly learns otherwise. A system without a rate in ``--lr`` first tries those of
+``--lr-grid`` (stage "rate"), with the first length, the first seed, and ``--lr-budget``, a quarter of the
+budget.
 
 Each training is a process of fairseq-train; its result (stage "final") is measured by fairseq-eval-lm on the
 split "valid" with the last checkpoint, in rows of the trained length. Losses are in nats per token, and
 prepare_lm.py's counts turn them into bits per byte and perplexities per byte and word, which can be compared
-between vocabularies. Each run is a row of --output and a curve of --curves, a failed one with its error.
-Ctrl-C and kill lose at most the updates since the last checkpoint; the same command goes on. A run that was
-killed is tried again, one that failed only with --retry.
+between vocabularies. Each run is a record of --output, in the folder "comparison" here, and a curve of
+--curves, a failed one with its error. At the end stand a table and the answer in one sentence, as on top of
+--report. Ctrl-C and kill lose at most the updates since the last checkpoint; the same command goes on. A run
+that was killed is tried again, one that failed only with --retry.
 """
 
 import argparse
@@ -37,12 +39,12 @@ from runs import process
 from runs.command_line import command_line, require, split_off
 from runs.lm_comparison import EVALUATED, Budget, Plan
 from runs.log import CURVE_COLUMNS, MEASURED
-from runs.provenance import ROOT, data_name, provenance
-from runs.schedule import TrainingRun, carry_out, environment, progress_bar, readable
+from runs.progress import Progress, duration
+from runs.provenance import data_name, provenance
+from runs.schedule import TrainingRun, carry_out, environment, readable
 from runs.systems import SIZES, check_systems
 from runs.table import Table, read
 
-RESULTS = ROOT / "scripts" / "results"
 #: Options of fairseq-train that tell a run, so that only the plan may set them.
 PLANNED = {
     *("--arch", "--lr", "--seed", "--task", "--user-dir", "--tokens-per-sample", "--batch-size"),
@@ -58,6 +60,7 @@ COLUMNS = (
 CURVES = ("jobs", "name", *SHARED, *RUN, *CURVE_COLUMNS)
 SHOWN = ("name", "stage", "n", "seed", "lr", "tokens_per_second", "valid_loss", "bits_per_byte", "status")
 SYSTEMS = "transformer_lm,transformer_pp_lm,flash_quad_lm,flash_lm"
+OUTPUT = Path("comparison") / "comparison.csv"
 GRID = "1e-3,2e-3,4e-3,8e-3"
 
 
@@ -105,9 +108,9 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Plan]:
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--jobs", type=int, default=1, help="runs at a time; more than 1 spoil each other's speed (1)")
     add("--eval-shards", type=int, default=1, metavar="K", help="evaluate one block in K (1)")
-    add("--output", type=Path, default=RESULTS / "comparison.csv", help="(scripts/results/comparison.csv)")
+    add("--output", type=Path, default=OUTPUT, help=f"CSV of the runs ({OUTPUT})")
     add("--curves", type=Path, help="(beside --output, with _curves)")
-    add("--folder", type=Path, default=ROOT / "outputs" / "comparison", help="for checkpoints and logs")
+    add("--folder", type=Path, help="for checkpoints and logs (beside --output, with _runs)")
     add("--keep", action="store_true", help="keep the checkpoints of finished runs")
     add("--retry", action="store_true", help="try failed runs again")
     add("--report", type=Path, help="write a report to this .html or .md file")
@@ -143,7 +146,7 @@ def check(options: argparse.Namespace, extra: list[str]) -> Plan:
         raise ValueError(f"--jobs {options.jobs} is not allowed with --budget {budget}; allowed: 1")
     planned = sorted({word.partition("=")[0] for word in extra} & PLANNED)
     if planned:
-        raise ValueError(f"{planned[0]} is not allowed behind --: the plan sets it, no row would tell")
+        raise ValueError(f"{planned[0]} is not allowed behind --: the plan sets it, no record would tell")
     unknown = sorted(set(options.lr) - set(systems))
     if unknown:
         raise ValueError(f"--lr names {', '.join(unknown)}; allowed: {', '.join(systems)}")
@@ -187,24 +190,41 @@ def main(arguments: list[str]) -> None:
         print(f"{options.data} has no prepare.json: perplexities per byte and per word are left empty")
     common = {**provenance(options.device, options.dtype), "jobs": options.jobs, **plan.shared}
     common["threads"] = environment(options.jobs, 0)["OMP_NUM_THREADS"]
-    folder = options.folder.resolve()
-    curves_path = options.curves or plan.output.with_name(f"{plan.output.stem}_curves.csv")
+    beside = {name: plan.output.with_name(f"{plan.output.stem}_{name}") for name in ("curves.csv", "runs")}
+    folder, curves_path = (options.folder or beside["runs"]).resolve(), options.curves or beside["curves.csv"]
     again = "error:" if options.retry else "error: status -"
     with process.stoppable("compare_lm.py"):
         table = Table(plan.output, COLUMNS, (*SHARED, *RUN), SHOWN, common)
         with process.locked(folder):
-            table.forget(lambda row: (row["status"] or "").startswith(again))
+            table.forget(lambda record: (record["status"] or "").startswith(again))
         curves = Table(curves_path, CURVES, CURVES[1:], (), common)
-        unit = "s" if plan.budget.unit == "minutes" else "token"
-        with progress_bar(plan.weight(), unit) as bar:
-            for runs in plan.stages():
-                how = dict(curves=curves, jobs=options.jobs, keep=options.keep, progress=bar)
-                carry_out(runs, table, folder, **how)
-    print(f"written to {plan.output} and {curves_path}")
+        print("\n".join(plan.told()), flush=True)
+        final = run_all(plan, table, folder, dict(curves=curves, jobs=options.jobs, keep=options.keep))
+    told = tell(plan, final, read(curves_path), options.data, arguments)
+    print(f"\n{comparison.summary(told)}\n\nwritten to {plan.output} and {curves_path}")
     if options.report:
-        told = tell(plan, runs, read(curves_path), options.data, arguments)
         for path in comparison.write(options.report, told):
             print(f"written to {path}")
+
+
+def run_all(plan: Plan, table: Table, folder: Path, how: dict) -> list[TrainingRun]:
+    """Carries out a plan, whose last stage is returned; tells beforehand how long it takes."""
+    probes = plan.probes()
+    with Progress(len(probes), len(probes), "measurements of speed") as progress:
+        each = max(1, min(10, probes[0].updates // 3))
+        carry_out(probes, table, folder, jobs=how["jobs"], log_interval=each, progress=progress)
+    runs = [run for stage in plan.stages() for run in stage]
+    left = [run for run in runs if not table.has([run.record["name"]], **run.record)]
+    seconds = sum(run.weight for run in left) / how["jobs"]
+    if left:
+        count = (
+            f"{len(left)} of {len(runs)} runs that are left" if len(left) < len(runs) else f"{len(runs)} runs"
+        )
+        print(f"about {duration(seconds)} for {count}", flush=True)
+    with Progress(len(runs), sum(run.weight for run in runs)) as progress:
+        for stage in plan.stages():
+            carry_out(stage, table, folder, progress=progress, **how)
+    return stage
 
 
 def tell(
@@ -219,24 +239,27 @@ def tell(
         data: Folder of the data, as it was given.
         arguments: The command line.
     """
-    names = [tuple(str(run.row[name]) for name in ("name", *RUN)) for run in runs]
+    names = [tuple(str(run.record[name]) for name in ("name", *RUN)) for run in runs]
     shared = {name: str(value) for name, value in plan.shared.items()}
 
-    def chosen(rows: list[dict]) -> list[dict]:
-        rows = [row for row in rows if shared.items() <= row.items()]
-        return [row for row in rows if tuple(row[name] for name in ("name", *RUN)) in names]
+    def chosen(records: list[dict]) -> list[dict]:
+        records = [record for record in records if shared.items() <= record.items()]
+        return [record for record in records if tuple(record[name] for name in ("name", *RUN)) in names]
 
-    rows = read(plan.output)
-    rates = [row for row in rows if shared.items() <= row.items() and row["name"] in plan.tuned]
-    rates = [row for row in rates if (row["stage"], row["budget"]) == ("rate", str(plan.rate_budget))]
-    final = chosen(rows)
-    part = "the whole split" if plan.eval_shards == 1 else f"one block in {plan.eval_shards} of the split"
-    settings = {**plan.shared, "data": data, "budget": plan.budget, "evaluated": f"{part} valid"}
+    records = read(plan.output)
+    rates = [
+        record for record in records if shared.items() <= record.items() and record["name"] in plan.tuned
+    ]
+    rates = [
+        record for record in rates if (record["stage"], record["budget"]) == ("rate", str(plan.rate_budget))
+    ]
+    final = chosen(records)
+    settings = {**plan.shared, "data": data, "budget": plan.budget, "evaluated": plan.part}
     for name in ("date", "commit", "fairseq", "torch", "python", "threads", "jobs"):
-        settings[name] = ", ".join(sorted({row[name] for row in final}))
+        settings[name] = ", ".join(sorted({record[name] for record in final}))
     commands = [shlex.join(["python", "scripts/compare_lm.py", *arguments]), ""]
     for run in runs:
-        evaluation = plan.evaluation_command(run.row["n"], Path("CHECKPOINTS/checkpoint_last.pt"))
+        evaluation = plan.evaluation_command(run.record["n"], Path("CHECKPOINTS/checkpoint_last.pt"))
         both = (run.command("CHECKPOINTS"), evaluation)
         commands += [readable(["python", *words[1:]], {plan.data: data}) for words in both]
     tokens = plan.counts["tokens"] if plan.counts else None

@@ -6,11 +6,11 @@
     python scripts/compare_masked_lm.py --data data-bin/books --classes data-bin/authors [--jobs 8]
 
 Three stages, each run once, in one CSV; a second call goes on where the first ended, and a run that fails is
-a row with its error. "pretraining": each system with each of its rates, on rows of 512 tokens. "rates": the
-best checkpoint of FLASH and of RoBERTa is fine-tuned with each rate on the first seed: with whole passages,
-and cut to the 512 tokens of pretraining. RoBERTa has a table of positions, which for whole passages is
-repeated (as Longformer does). "seeds": each again with other seeds at the rate that was best on valid. The
-accuracy to compare is the one on test, with which nothing is chosen. Each --pooling has its own rows.
+a record with its error. "pretraining": each system with each of its rates, on rows of 512 tokens. "rates":
+the best checkpoint of FLASH and of RoBERTa is fine-tuned with each rate on the first seed: with whole
+passages, and cut to the 512 tokens of pretraining. RoBERTa has a table of positions, which for whole passages
+is repeated (as Longformer does). "seeds": each again with other seeds at the rate that was best on valid. The
+accuracy to compare is the one on test, with which nothing is chosen. Each --pooling has its own records.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from fairseq_flash.modules import POOLINGS
 from report import markdown
 from runs.command_line import command_line, require
 from runs.log import MEASURED
-from runs.plan import as_words, lowest, recipe, succeeded
+from runs.plan import Earlier, as_words, lowest, recipe
 from runs.process import stoppable
 from runs.provenance import ROOT, data_name, provenance
 from runs.roberta_positions import with_more_positions
@@ -40,6 +40,8 @@ KEY = ("data", "stage", "n", "lr", "seed", "pretraining", "epochs", "pooling")
 SCORES = ("valid_perplexity", "valid_accuracy", "test_accuracy")
 COLUMNS = ("commit", "date", "device", "python", "torch", "jobs", "name", *KEY, *MEASURED, *SCORES, "command")
 SHOWN = ("stage", "name", "n", "lr", "seed", *SCORES, "seconds", "status")
+
+OUTPUT = Path("comparison") / "masked_lm.csv"
 
 _ROBERTA = (
     *("--encoder-layers", "4", "--encoder-embed-dim", "256", "--encoder-ffn-embed-dim", "1152"),
@@ -74,24 +76,31 @@ class Plan:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.checkpoints = options.folder / "pretrained"
-        self.data = {"pretraining": data_name(options.data)}
+        shared = {"pretraining": options.tokens}
+        own = {"stage": "pretraining", "data": data_name(options.data)}
+        self.pretrained = self.fine_tuned = Earlier(options.output, {**shared, **own})
         if options.classes:
-            self.data["fine-tuning"] = data_name(options.classes)
+            own = {"stage": "fine-tuning", "data": data_name(options.classes)}
+            own |= {"epochs": options.epochs, "pooling": options.pooling}
+            self.fine_tuned = Earlier(options.output, {**shared, **own})
 
     def pretraining(self) -> Iterator[TrainingRun]:
         """Every system with each of its rates."""
         updates = max(1, math.ceil(self.options.tokens / self.options.max_tokens))
         for name in self.options.systems:
             for rate in self.options.pretraining_rates or SYSTEMS[name].rates:
-                row = self._row("pretraining", name, self.options.row, rate, self.options.seeds[0])
+                told = dict(name=name, n=self.options.row, lr=rate, seed=self.options.seeds[0])
+                record = {**told, "epochs": "", "pooling": "", **self.pretrained.shared}
                 options = {
                     **{"--task": "masked_lm", "--criterion": "masked_lm"},
                     **{"--tokens-per-sample": self.options.row, "--max-tokens": self.options.max_tokens},
                     "--max-tokens-valid": 8 * self.options.max_tokens,
                     **{"--no-epoch-checkpoints": "", "--no-save-optimizer-state": ""},
                 }
-                words = self._words(self.options.data, name, options, recipe(rate, updates, row["seed"]), 0)
-                yield self._run(words, updates, row, updates * self.options.max_tokens)
+                words = self._words(
+                    self.options.data, name, options, recipe(rate, updates, record["seed"]), 0
+                )
+                yield self._run(words, updates, record, updates * self.options.max_tokens)
 
     def rates(self) -> Iterator[TrainingRun]:
         """The best of each kind, at each length and rate, on the first seed."""
@@ -105,10 +114,13 @@ class Plan:
         for kind in FINE_TUNED:
             name, _ = self.best_pretrained(kind)
             for n in (self.options.passage, self.options.row):
-                rows = self.rows("fine-tuning", name=name, n=n, seed=self.options.seeds[0])
-                if not rows:
-                    raise ValueError(f"no fine-tuning of {name} at {n} tokens succeeded; see its rows")
-                best = max(rows, key=lambda row: (float(row["valid_accuracy"]), -float(row["valid_loss"])))
+                records = self.fine_tuned.finite(name=name, n=n, seed=self.options.seeds[0])
+                if not records:
+                    raise ValueError(f"no fine-tuning of {name} at {n} tokens succeeded; see its records")
+                best = max(
+                    records,
+                    key=lambda record: (float(record["valid_accuracy"]), -float(record["valid_loss"])),
+                )
                 for seed in self.options.seeds[1:]:
                     yield self._fine_tuning(kind, n, float(best["lr"]), seed)
 
@@ -119,20 +131,13 @@ class Plan:
             ValueError: none succeeded, or its checkpoint is gone.
         """
         names = {name for name, system in SYSTEMS.items() if system.kind == kind}
-        best = lowest(self.rows("pretraining", name=names))
+        best = self.pretrained.best(name=names)
         if best is None:
-            raise ValueError(f"no pretraining of {kind} succeeded; see the rows of {self.options.output}")
+            raise ValueError(f"no pretraining of {kind} succeeded; see the records of {self.options.output}")
         path = self._kept(best)
         if not path.exists():
-            raise ValueError(f"{path} is gone: delete its row in {self.options.output} to train it again")
+            raise ValueError(f"{path} is gone: delete its record in {self.options.output} to train it again")
         return best["name"], path
-
-    def rows(self, stage: str, **cells: object) -> list[dict]:
-        """Successful rows of a stage at this amount of pretraining, with a finite loss."""
-        cells |= {"stage": stage, "data": self.data.get(stage), "pretraining": self.options.tokens}
-        if stage == "fine-tuning":
-            cells |= {"epochs": self.options.epochs, "pooling": self.options.pooling}
-        return [row for row in succeeded(self.options.output, **cells) if row["loss"] < math.inf]
 
     def _fine_tuning(self, kind: str, n: int, rate: float, seed: int) -> TrainingRun:
         name, path = self.best_pretrained(kind)
@@ -151,9 +156,8 @@ class Plan:
         }
         words = self._words(classes, name, options, recipe(rate, updates, seed), self.options.dropout)
         words = with_pooling(words, kind, self.options.pooling)
-        told = dict(epochs=self.options.epochs, pooling=self.options.pooling)
-        row = self._row("fine-tuning", name, n, rate, seed, **told)
-        return self._run(words, updates, row, updates * batch * n)
+        record = dict(name=name, n=n, lr=rate, seed=seed, **self.fine_tuned.shared)
+        return self._run(words, updates, record, updates * batch * n)
 
     def _words(self, data: Path, name: str, options: dict, training: dict, dropout: float) -> tuple:
         system = SYSTEMS[name]
@@ -165,16 +169,12 @@ class Plan:
         plugin = ("--user-dir", str(ROOT / "fairseq_flash"))
         return (str(data), *as_words(options), *plugin, *system.words, *as_words({**training, **common}))
 
-    def _row(self, stage: str, name: str, n: int, rate: float, seed: int, **told: object) -> dict:
-        found = dict(name=name, stage=stage, n=n, lr=rate, seed=seed, **{"epochs": "", "pooling": "", **told})
-        return {**found, "data": self.data[stage], "pretraining": self.options.tokens}
-
-    def _run(self, words: tuple, updates: int, row: dict, weight: float) -> TrainingRun:
+    def _run(self, words: tuple, updates: int, record: dict, weight: float) -> TrainingRun:
         def measure(finished: Finished) -> dict:
             loss = finished.valid["loss"]
-            if row["stage"] == "pretraining":
+            if record["stage"] == "pretraining":
                 self.checkpoints.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(finished.checkpoint, self._kept(row))
+                shutil.copyfile(finished.checkpoint, self._kept(record))
                 return {"valid_perplexity": f"{2**loss:.5g}"}
             return {
                 "valid_loss": f"{loss * math.log(2):.5g}",
@@ -184,11 +184,11 @@ class Plan:
 
         folders = (self.options.data, self.options.classes, self.options.folder)
         names = {path: path.name for path in folders if path}
-        row["command"] = readable(("fairseq-train", *words, "--max-update", updates), names)
-        return TrainingRun(words, updates, row, weight=weight, measure=measure)
+        record["command"] = readable(("fairseq-train", *words, "--max-update", updates), names)
+        return TrainingRun(words, updates, record, weight=weight, measure=measure)
 
-    def _kept(self, row: dict) -> Path:
-        told = (row[name] for name in ("name", "data", "n", "lr", "seed", "pretraining"))
+    def _kept(self, record: dict) -> Path:
+        told = (record[name] for name in ("name", "data", "n", "lr", "seed", "pretraining"))
         return self.checkpoints / f"{'-'.join(map(str, told))}.pt"
 
 
@@ -217,27 +217,22 @@ def count_examples(data: Path) -> int:
 
 def report(plan: Plan) -> str:
     """The result in Markdown: each system at its best rate, and the accuracies over the seeds."""
-    rows, lines = plan.rows("pretraining"), []
-    for name in dict.fromkeys(row["name"] for row in rows):
-        best = lowest([row for row in rows if row["name"] == name])
+    records, lines = plan.pretrained.finite(), []
+    for name in dict.fromkeys(record["name"] for record in records):
+        best = lowest([record for record in records if record["name"] == name])
         columns = ("lr", "parameters", "valid_perplexity", "tokens_per_second")
         lines.append([f"`{name}`", *(best[column] for column in columns)])
     header = ["system", "learning rate", "parameters", "masked perplexity on valid", "tokens/s"]
     pretrained, lines = markdown.table(header, lines), []
-    rows = plan.rows("fine-tuning")
-    for key in dict.fromkeys((row["name"], row["n"], row["lr"]) for row in rows):
-        own = [row for row in rows if (row["name"], row["n"], row["lr"]) == key]
+    records = plan.fine_tuned.finite()
+    for key in dict.fromkeys((record["name"], record["n"], record["lr"]) for record in records):
+        own = [record for record in records if (record["name"], record["n"], record["lr"]) == key]
         if len(own) == len(plan.options.seeds):
-            test, valid = ([float(row[f"{s}_accuracy"]) for row in own] for s in ("test", "valid"))
+            test, valid = ([float(record[f"{s}_accuracy"]) for record in own] for s in ("test", "valid"))
             each = f"{mean(test):.1f} ({', '.join(f'{value:g}' for value in test)})"
             lines.append([f"`{key[0]}`", *key[1:], each, f"{mean(valid):.1f}"])
-    header = [
-        f"fine-tuned, pooling {plan.options.pooling}",
-        "tokens",
-        "learning rate",
-        "accuracy on test, mean (each seed)",
-        "on valid",
-    ]
+    header = [f"fine-tuned, pooling {plan.options.pooling}", "tokens", "learning rate"]
+    header += ["accuracy on test, mean (each seed)", "on valid"]
     return f"\n{pretrained}\n\n{markdown.table(header, lines)}"
 
 
@@ -247,8 +242,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder that prepare_lm.py wrote")
     add("--classes", type=Path, help="folder of prepare_classification.py; without, pretraining alone")
-    add("--output", type=Path, default=ROOT / "scripts" / "results" / "masked_lm.csv", help="CSV of the runs")
-    add("--folder", type=Path, default=ROOT / "outputs" / "masked_lm", help="for checkpoints and logs")
+    add("--output", type=Path, default=OUTPUT, help=f"CSV of the runs ({OUTPUT})")
+    add("--folder", type=Path, help="for checkpoints and logs (beside --output, with _runs)")
     add("--systems", nargs="+", choices=list(SYSTEMS), default=USUAL, help="to pretrain (all but one)")
     add("--pretraining-rates", type=float, nargs="+", help="of every system (its own grid)")
     add("--row", type=int, default=512, help="tokens of a row in pretraining")
@@ -277,6 +272,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         if (options.classes / "input0" / "dict.txt").read_bytes() != (options.data / "dict.txt").read_bytes():
             parser.error(f"--classes {options.classes} has another dictionary than --data {options.data}")
         options.classes = options.classes.resolve()
+    options.folder = options.folder or options.output.with_name(f"{options.output.stem}_runs")
     options.data, options.folder = options.data.resolve(), options.folder.resolve()
     return options
 

@@ -5,8 +5,8 @@
 Two stages, each run once, in one CSV; the same command goes on where it ended. "learning rate": every system
 with each rate, for a few epochs. "final": every system at the rate that had the lowest validation loss, for
 all epochs; then fairseq-generate translates the test split (beam 5, the last checkpoint), and sacrebleu
-compares the text with the reference. A run that fails is a row with its error. Final runs have the device to
-themselves, unless --final-jobs says otherwise: seconds of runs with more than one job cannot be compared.
+compares the text with the reference. A run that fails is a record with its error. Final runs have the device
+to themselves, unless --final-jobs says otherwise: seconds of runs with more than one job cannot be compared.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from tabulate import tabulate
 
 from runs.command_line import command_line, require
 from runs.log import MEASURED
-from runs.plan import as_words, lowest, recipe, succeeded
+from runs.plan import Earlier, as_words, recipe
 from runs.process import stoppable
 from runs.provenance import ROOT, data_name, provenance
 from runs.schedule import Finished, TrainingRun, carry_out, fairseq_command, readable
@@ -36,6 +36,7 @@ SCORES = ("bleu", "signature", "generate_seconds")
 COLUMNS = ("commit", "date", *VERSIONS, "device", "jobs", "name", *KEY, *MEASURED, *SCORES, "command")
 SHOWN = ("name", "stage", "lr", "epochs", "updates", "valid_loss", "bleu", "status")
 
+OUTPUT = Path("comparison") / "translation.csv"
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 #: What is trained, by name: fairseq-train's options; within 5 % of each other's parameters.
 SYSTEMS = {
@@ -68,8 +69,9 @@ class Plan:
         self.updates_per_epoch = options.updates_per_epoch or count_batches(
             options.data, self.source, self.target, options.max_tokens
         )
-        self.shared = {"data": data_name(options.data), "updates_per_epoch": self.updates_per_epoch}
-        self.shared |= {"max_tokens": options.max_tokens, "dropout": options.dropout}
+        shared = {"data": data_name(options.data), "updates_per_epoch": self.updates_per_epoch}
+        shared |= {"max_tokens": options.max_tokens, "dropout": options.dropout, "seed": options.seed}
+        self.earlier = Earlier(options.output, shared)
 
     def tuning(self) -> Iterator[TrainingRun]:
         """Every system with each rate."""
@@ -89,13 +91,8 @@ class Plan:
 
     def best_rate(self, name: str) -> float | None:
         """The rate with the lowest validation loss; None if no run succeeded."""
-        best = lowest(self.rows("learning rate", name, self.options.tuning_epochs))
+        best = self.earlier.best(stage="learning rate", name=name, epochs=self.options.tuning_epochs)
         return float(best["lr"]) if best else None
-
-    def rows(self, stage: str, name: str, epochs: int) -> list[dict]:
-        """Successful rows of this plan."""
-        wanted = {**self.shared, "seed": self.options.seed, "epochs": epochs}
-        return succeeded(self.options.output, **wanted, stage=stage, name=name)
 
     def _run(
         self,
@@ -114,12 +111,11 @@ class Plan:
             **{"--no-epoch-checkpoints": "", "--num-workers": 0, **SYSTEMS[name]},
             "--cpu": "" if self.options.device == "cpu" else None,
         }
-        row = {"name": name, **self.shared, "stage": stage, "lr": rate, "seed": self.options.seed}
-        row["epochs"] = epochs
+        record = {"name": name, **self.earlier.shared, "stage": stage, "lr": rate, "epochs": epochs}
         arguments = (str(self.options.data), "--user-dir", str(ROOT / "fairseq_flash"), *as_words(options))
         shown = ("fairseq-train", *arguments, "--max-update", updates)
-        row["command"] = readable(shown, {self.options.data: self.options.data.name})
-        return TrainingRun(arguments, updates, row, weight=updates, measure=measure)
+        record["command"] = readable(shown, {self.options.data: self.options.data.name})
+        return TrainingRun(arguments, updates, record, weight=updates, measure=measure)
 
     def _score(self, finished: Finished) -> dict:
         """Translates the test split with the last checkpoint, and scores the text."""
@@ -154,7 +150,7 @@ def count_batches(data: Path, source: str, target: str, max_tokens: int) -> int:
 def hypotheses(output: str) -> list[str]:
     """The translations that fairseq-generate printed, in the order of the sources."""
     found = re.findall(r"^D-(\d+)\t[^\t\n]*\t([^\n]*)$", output, re.MULTILINE)
-    return [text for _, text in sorted(found, key=lambda row: int(row[0]))]
+    return [text for _, text in sorted(found, key=lambda record: int(record[0]))]
 
 
 def read_reference(path: Path) -> list[str]:
@@ -179,11 +175,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Reads the command line."""
     parser = command_line(__doc__, "compare_translation.py")
     add = parser.add_argument
-    results = ROOT / "scripts" / "results"
     add("--data", type=Path, required=True, help="folder that prepare_translation.py wrote")
     add("--reference", type=Path, help="lines to compare with (test.raw.LANG in the folder)")
-    add("--output", type=Path, default=results / "translation.csv", help="CSV of the runs")
-    add("--folder", type=Path, default=ROOT / "outputs" / "translation", help="for checkpoints and logs")
+    add("--output", type=Path, default=OUTPUT, help=f"CSV of the runs ({OUTPUT})")
+    add("--folder", type=Path, help="for checkpoints and logs (beside --output, with _runs)")
     add("--systems", nargs="+", choices=list(SYSTEMS), default=["flash_seq2seq_tiny", "transformer"])
     add("--rates", type=float, nargs="+", default=list(RATES), metavar="LR", help="learning rates to try")
     add("--tuning-epochs", type=int, default=2, metavar="N", help="of a run of the first stage (2)")
@@ -200,16 +195,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     require(parser, options, 1, *counted)
     if not (options.data / RECORD).is_file():
         parser.error(f"--data {options.data} has no {RECORD}; give a folder of prepare_translation.py")
-    options.data = options.data.resolve()
+    options.folder = options.folder or options.output.with_name(f"{options.output.stem}_runs")
+    options.data, options.folder = options.data.resolve(), options.folder.resolve()
     return options
 
 
 def report(plan: Plan) -> None:
-    """Prints the final rows."""
+    """Prints the final records."""
     names, epochs = plan.options.systems, plan.options.epochs
     columns = {"name": "system", "parameters": "parameters", "lr": "lr", "valid_loss": "valid loss"}
-    rows = [row for name in names for row in plan.rows("final", name, epochs)]
-    lines = [[row[column] for column in (*columns, "bleu")] for row in rows]
+    finals = [plan.earlier.find(stage="final", name=name, epochs=epochs) for name in names]
+    records = [record for found in finals for record in found]
+    lines = [[record[column] for column in (*columns, "bleu")] for record in records]
     print("\n" + tabulate(lines, [*columns.values(), "BLEU"], disable_numparse=True))
 
 
@@ -218,7 +215,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     plan = Plan(options)
     common = {**provenance(options.device), "sacrebleu": sacrebleu.__version__}
-    print(f"{plan.updates_per_epoch} updates an epoch; rows go to {options.output}", flush=True)
+    print(f"{plan.updates_per_epoch} updates an epoch; records go to {options.output}", flush=True)
     with stoppable("compare_translation.py"):
         for stage, jobs in ((plan.tuning, options.jobs), (plan.final, options.final_jobs)):
             table = Table(options.output, COLUMNS, KEY, SHOWN, {**common, "jobs": jobs})

@@ -7,6 +7,8 @@
     generation  generation.csv          time of a step, state and memory by position
     training    training.csv            tokens a second and memory of a training step by length
     gpu         fairseq_train.csv       the same of whole trainings on a GPU
+    masked      masked_lm.csv           perplexity of masked words by rate, accuracy once fine-tuned
+    translation translation.csv         loss by rate, BLEU
     positions   extrapolation.csv       perplexity by position in rows longer than those of training
     tokens      comparison_curves.csv   loss against tokens
     seconds     comparison_curves.csv   loss against seconds
@@ -19,8 +21,8 @@
     passkey     yardsticks.csv          part of the keys that are found, by their distance
 
 A system has the same colour and marker in every figure. Lines and bars are means over seeds; bands and
-whiskers reach from the lowest to the highest. Needs matplotlib and pandas
-(pip install -e ".[plot]").
+whiskers reach from the lowest to the highest. A figure has at most six panels; the rest are in a second file
+(_2) and so on. Needs matplotlib and pandas (pip install -e ".[plot]").
 """
 
 import sys
@@ -38,7 +40,7 @@ def main(arguments: list[str]) -> None:
     add("figures", nargs="*", metavar="FIGURE", help="see above; (all)")
     add("--results", type=Path, default=RESULTS, help="folder of the CSVs (scripts/results)")
     add("--csv", type=Path, help="in place of the one that the figure has there")
-    add("--svg", action="store_true", help="an SVG beside each PNG")
+    add("--svg", action="store_true", help="an SVG beside each PNG, the same at each call")
     options = parser.parse_args(arguments)
     try:
         from report.figures import FIGURES, draw, png, stem_of, svg
@@ -56,9 +58,10 @@ def main(arguments: list[str]) -> None:
         folder.mkdir(exist_ok=True)
         try:
             for kind in ("png", "svg") if options.svg else ("png",):
-                written = folder / f"{stem_of(name, path)}.{kind}"
-                written.write_bytes({"png": png, "svg": svg}[kind](draw(name, path)))
-                print(written)
+                for page, figure in enumerate(draw(name, path), start=1):
+                    written = folder / f"{stem_of(name, path, page)}.{kind}"
+                    written.write_bytes({"png": png, "svg": svg}[kind](figure))
+                    print(written)
         except ValueError as error:
             if options.figures:
                 sys.exit(f"plot.py: {error}")

@@ -22,7 +22,7 @@ from pathlib import Path
 from runs.command_line import command_line
 from text.folder import Corpus, add_shared, print_counts, run_prepare
 from text.numbered import LM_FILES
-from text.pieces import MODEL, encode, learn_pieces, number_pieces
+from text.pieces import MODEL, SAMPLE_BYTES, encode, learn_pieces, number_pieces
 from text.read import TextFile, find_text_files
 from text.split import HELD_OUT, SPLITS, check_fractions, held_out_fractions, write_splits
 
@@ -41,6 +41,8 @@ def prepare(options: argparse.Namespace) -> bool:
     check_fractions(options)
     if options.vocab_size < 1:
         raise ValueError(f"--vocab-size {options.vocab_size} must be positive; 2000 to 32000 are usual")
+    if options.sample_bytes < 1:
+        raise ValueError(f"--sample-bytes {options.sample_bytes} must be positive")
     inputs = {
         "text": find_text_files(options.text, "--text"),
         "valid": find_text_files([options.valid], "--valid") if options.valid else [],
@@ -48,13 +50,16 @@ def prepare(options: argparse.Namespace) -> bool:
     }
     shares = {f"{split}_fraction": share for split, share in held_out_fractions(options).items()}
     recorded = {"vocab_size": options.vocab_size, **shares, "seed": options.seed}
+    if options.sample_bytes != SAMPLE_BYTES:
+        recorded["sample_bytes"] = options.sample_bytes
     return Corpus(inputs, recorded, LM_FILES, functools.partial(_make, options, inputs)).publish(options)
 
 
 def _make(options: argparse.Namespace, inputs: dict[str, list[TextFile]], work: Path, lock: int) -> dict:
     counts = write_splits(inputs, options, work)
     model, dictionary = work / "data" / MODEL, work / "dict.txt"
-    learn_pieces([work / "train"], options.vocab_size, options.seed, model, dictionary)
+    sample = options.sample_bytes
+    learn_pieces([work / "train"], options.vocab_size, options.seed, model, dictionary, sample)
     for split in SPLITS:
         files = (work / split, work / f"{split}.pieces")
         counts[split]["tokens"] = encode(model, *files, counts[split]["lines"], options.workers)
@@ -72,6 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     text = "files or folders: plain text (UTF-8), .gz, .xz, .tar, .tar.gz, .tar.xz"
     add("--text", type=Path, nargs="+", required=True, metavar="PATH", help=text)
     add("--vocab-size", type=int, default=8000, metavar="N", help="size of fairseq's dictionary (8000)")
+    sample = f"of the text to learn the vocabulary from, at most ({SAMPLE_BYTES})"
+    add("--sample-bytes", type=int, default=SAMPLE_BYTES, metavar="N", help=sample)
     for split in ("valid", "test"):
         group = parser.add_mutually_exclusive_group()
         group.add_argument(f"--{split}", type=Path, metavar="PATH", help=f"text of the split {split!r}")

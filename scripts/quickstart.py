@@ -12,6 +12,7 @@ checkpoint.
 import argparse
 import hashlib
 import json
+import math
 import pydoc_data.topics
 import re
 import shlex
@@ -32,6 +33,10 @@ ARCHITECTURE = "flash_lm_tiny"
 MINUTES = 200 / 60
 TOKENS_PER_SAMPLE = 512
 VALID_TOKENS = 20000  # of a larger validation text, about as many are evaluated
+TOKENS_PER_UPDATE = 2048
+SAMPLE_BYTES = 4_000_000  # of a larger text, the vocabulary is learned from as many
+#: Tokens after which models are compared in docs/results.md; fewer tell little of what a model can.
+JUDGED = 5_000_000
 STATE = "quickstart.json"
 
 
@@ -98,6 +103,7 @@ def prepare(run: Run, options: argparse.Namespace, lock: int) -> None:
     text = options.text or [built_in_text(run.folder / "text")]
     words = [sys.executable, str(ROOT / "scripts" / "prepare_lm.py"), "--text", *map(str, text)]
     words += ["--output", str(run.data), "--vocab-size", str(options.vocab_size)]
+    words += ["--sample-bytes", str(SAMPLE_BYTES)]
     print(f"\n$ {show(words)}", flush=True)
     ended = process.run(words, keep_open=[lock])
     if ended.status:
@@ -106,16 +112,17 @@ def prepare(run: Run, options: argparse.Namespace, lock: int) -> None:
 
 def training_command(run: Run, minutes: float, extra: list[str]) -> list[str]:
     """fairseq-train with what suits a small model and a few minutes; ``extra`` comes last and so decides."""
-    # Each save evaluates as well: often on a CPU, where an update takes a second, seldom on a GPU.
+    # Each save validates as well: often on a CPU, where an update takes a second, seldom on a GPU; always
+    # on fewer tokens than it has trained on since.
     interval = 200 if shutil.which("nvidia-smi") else 10
     words = command("fairseq-train", run.data, "--user-dir", USER_DIR, "--task", "language_modeling")
     words += ["--arch", ARCHITECTURE, "--share-decoder-input-output-embed"]
-    words += ["--tokens-per-sample", str(TOKENS_PER_SAMPLE), "--max-tokens", "2048"]
+    words += ["--tokens-per-sample", str(TOKENS_PER_SAMPLE), "--max-tokens", str(TOKENS_PER_UPDATE)]
     words += ["--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--clip-norm", "1.0"]
     words += ["--lr", "4e-3", "--lr-scheduler", "inverse_sqrt", "--warmup-updates", "50"]
     words += ["--save-dir", str(run.checkpoints), "--tensorboard-logdir", str(run.tensorboard)]
     words += ["--save-interval-updates", str(interval), "--keep-interval-updates", "1"]
-    words += ["--no-epoch-checkpoints", "--max-valid-steps", "20", "--num-workers", "0"]
+    words += ["--no-epoch-checkpoints", "--max-valid-steps", "4", "--num-workers", "0"]
     words += ["--log-format", "json", "--log-interval", "5", "--seed", "1"]
     # fairseq counts the time of earlier runs as well, so this is a total
     return [*words, "--stop-time-hours", f"{minutes / 60:.6f}", *extra]
@@ -145,7 +152,8 @@ def train_up_to(run: Run, goal: float, extra: list[str], lock: int) -> None:
         sys.exit(f"the training made no update: give more text or more --minutes; see {run.log}")
     gpu = log.gpu_bytes()
     kind = {"peak_mb": (gpu or ended.peak_bytes) / 2**20, "memory": "GPU memory" if gpu else "RAM"}
-    run.save(trained=goal, updates=log.updates, tokens_per_second=log.speed(), **kind)
+    seen = round(log.updates * log.tokens_per_update())
+    run.save(trained=goal, updates=log.updates, seen=seen, tokens_per_second=log.speed(), **kind)
 
 
 def evaluate(run: Run) -> None:
@@ -193,12 +201,15 @@ def capture(words: list[str]) -> str:
 def print_table(run: Run, text: str, interactive: list[str]) -> None:
     """Prints the sample, what was measured, and what to try next."""
     state = run.state
-    valid = json.loads((run.data / "prepare.json").read_text())["splits"]["valid"]
+    splits = json.loads((run.data / "prepare.json").read_text())["splits"]
+    seen = state.get("seen", state["updates"] * TOKENS_PER_UPDATE)  # which older folders did not note
+    valid, share = splits["valid"], 100 * seen / splits["train"]["tokens"]
     bits_per_byte = state["bits"] * valid["tokens"] / valid["bytes"]
     rows = {
         "valid perplexity": f"{2 ** state['bits']:.2f} per token, {bits_per_byte:.3f} bits per byte "
         f"({state['valid_tokens']:,} of {valid['tokens']:,} tokens)",
-        "training": f"{state['trained']:.1f} minutes, {state['updates']:,} updates",
+        "training": f"{state['trained']:.1f} minutes, {state['updates']:,} updates, {seen:,} tokens: "
+        f"{share:.3g} % of the text",
         "speed": f"{state['tokens_per_second']:,.0f} tokens/s",
         "peak memory": f"{state['peak_mb']:,.0f} MB of {state['memory']}",
         "checkpoint": run.best,
@@ -207,10 +218,28 @@ def print_table(run: Run, text: str, interactive: list[str]) -> None:
     print(f"\n{text}\n")
     for name, value in rows.items():
         print(f"  {name:17} {value}")
+    print(f"\n{outlook(seen, splits['train']['tokens'], state['tokens_per_second'])}")
     tensorboard = command("tensorboard", "--logdir", run.tensorboard)
     print("\nnext:\n  the same command with --more 10      ten minutes more")
     print(f"  {show(tensorboard)}\n  {show(interactive)}")
     print(f"  (these commands are in {shlex.quote(str(Path(sys.executable).parent))})")
+
+
+def outlook(seen: int, text: int, speed: float) -> str:
+    """What so much training is worth, and how much more would be good.
+
+    Args:
+        seen: Tokens that were trained on.
+        text: Tokens of the training text.
+        speed: Tokens a second.
+    """
+    if seen >= JUDGED:
+        return f"{seen:,} tokens are enough to judge by: docs/results.md compares models after {JUDGED:,}"
+    told = f"{seen:,} tokens show that it works and are too few to judge by"
+    if 10 * text < JUDGED:
+        return f"{told}; so is a text of {text:,}: give --text some megabytes"
+    minutes = math.ceil((JUDGED - seen) / speed / 60)
+    return f"{told}; {JUDGED:,}, after which docs/results.md compares models, take --more {minutes}"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

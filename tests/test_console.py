@@ -126,11 +126,11 @@ def test_an_error_of_ours_is_not_taken_for_a_missing_package(monkeypatch):
 
 
 def test_results_go_into_the_users_folder_where_there_is_no_clone(monkeypatch, tmp_path):
-    assert console._with_places("compare-lm", ["--data", "x"]) == ["--data", "x"]
+    assert console._with_places("extrapolate", ["--data", "x"]) == ["--data", "x"]
     monkeypatch.setattr(console, "INSTALLED", console.SCRIPTS)
     monkeypatch.chdir(tmp_path)
-    words = console._with_places("compare-lm", ["--data", "x", "--output", "mine.csv"])
-    places = ["--output", f"{tmp_path}/results/comparison.csv", "--folder", f"{tmp_path}/outputs/comparison"]
+    words = console._with_places("extrapolate", ["--data", "x", "--output", "mine.csv"])
+    places = ["--output", f"{tmp_path}/results/extrapolation.csv"]
     assert words == [*places, "--data", "x", "--output", "mine.csv"]
     assert console._with_places("describe", ["--arch", "flash_lm"]) == ["--arch", "flash_lm"]
 
@@ -279,7 +279,7 @@ def test_who_installs_a_wheel_prepares_trains_and_generates_in_an_empty_folder(i
     )
     quick += ("--tokens-per-update", "64", "--device", "cpu", "--", *tools.SMALL)
     flash("--data", "data", *quick, program="flash-compare-lm")
-    assert (here / "results" / "comparison.csv").exists()
+    assert (here / "comparison" / "comparison.csv").exists()
     assert contents(site) == before, "something was written beside the package"
 
 

@@ -93,17 +93,21 @@ class Diagnostics(nn.Module):
     def _watch(self, name: str, layer: nn.Module) -> None:
         seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
-        def keep(part: str):
+        def keep_what_passes(part: str):
+            """A hook that keeps the input and the output of a part."""
             return lambda module, args, output: seen.update({part: (args[0], output)})
 
-        def measure(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        def measure_when_it_ends(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            """The hook of the layer itself: its parts have been through by then."""
             with torch.no_grad():
                 for kind, number in measure_layer(layer, args[0], kwargs["rows"], seen):
                     self._found[f"{kind}/{name}"] = number.float()
 
         parts = [part for part in PARTS if hasattr(layer, part)]
-        self._handles += [getattr(layer, part).register_forward_hook(keep(part)) for part in parts]
-        self._handles.append(layer.register_forward_hook(measure, with_kwargs=True))
+        self._handles += [
+            getattr(layer, part).register_forward_hook(keep_what_passes(part)) for part in parts
+        ]
+        self._handles.append(layer.register_forward_hook(measure_when_it_ends, with_kwargs=True))
 
 
 def _forget_unmeasured() -> None:

@@ -195,7 +195,8 @@ def remember_options_of_checkpoints() -> None:
     overwrite, upgrade = checkpoint_utils.overwrite_args_by_name, checkpoint_utils._upgrade_state_dict
     checkpoint_utils._flash_options = True
 
-    def remembering(cfg: Any, overrides: dict[str, Any]) -> None:
+    def overwrite_after_noting(cfg: Any, overrides: dict[str, Any]) -> None:
+        """As fairseq's ``overwrite_args_by_name``, once the checkpoint's own options have been noted."""
         options = cfg.__dict__["_flash_options"] = _options_of(cfg)
         if options:
             # An override of what an older checkpoint's configuration lacks would be dropped.
@@ -206,7 +207,8 @@ def remember_options_of_checkpoints() -> None:
         if options:
             _warn_of_unused(cfg, overrides)
 
-    def recording(state: dict[str, Any]) -> dict[str, Any]:
+    def upgrade_with_record(state: dict[str, Any]) -> dict[str, Any]:
+        """As fairseq's ``_upgrade_state_dict``; gives the weights the record that they lack."""
         state = upgrade(state)
         cfg = state.get("cfg")
         options = getattr(cfg, "__dict__", {}).get("_flash_options") or _options_of(cfg)
@@ -214,7 +216,8 @@ def remember_options_of_checkpoints() -> None:
             state["model"].setdefault(KEY, _encode({"options": options}))
         return state
 
-    checkpoint_utils.overwrite_args_by_name, checkpoint_utils._upgrade_state_dict = remembering, recording
+    checkpoint_utils.overwrite_args_by_name = overwrite_after_noting
+    checkpoint_utils._upgrade_state_dict = upgrade_with_record
 
 
 def _warn_of_unused(cfg: DictConfig, overrides: dict[str, Any]) -> None:

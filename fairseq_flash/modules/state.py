@@ -185,14 +185,15 @@ def _filled(where: str, layer: Any, stored: Any) -> Any:
         found = ", ".join(map(str, stored)) if isinstance(stored, dict) else f"a {type(stored).__name__}"
         raise ValueError(f"{where} has {found}; allowed: {', '.join(wanted)}")
 
-    def filled(layer: Any, prefix: str) -> Any:
+    def with_stored(layer: Any, prefix: str) -> Any:
+        """``layer``, and what is nested in it, with tensors whose names in the file begin with ``prefix``."""
         held = {name: x for name, x in layer._asdict().items() if x is not None}
         for name, x in held.items():
             nested = isinstance(x, tuple)
-            held[name] = filled(x, f"{prefix}{name}.") if nested else stored[prefix + name]
+            held[name] = with_stored(x, f"{prefix}{name}.") if nested else stored[prefix + name]
         return layer._replace(**held)
 
-    return filled(layer, "")
+    return with_stored(layer, "")
 
 
 def _check_layer(where: str, found: Any, wanted: Any, like: torch.Tensor) -> None:

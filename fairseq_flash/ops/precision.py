@@ -27,9 +27,10 @@ def without_autocast(function: _Function) -> _Function:
     """Runs ``function`` in the dtype of its arguments: under autocast a float16 product could overflow."""
 
     @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
+    def in_own_dtype(*args: Any, **kwargs: Any) -> Any:
+        """``function`` with autocast off on the device of its first tensor."""
         device = next(x.device.type for x in args if isinstance(x, torch.Tensor))
         with torch.autocast(device_type=device, enabled=False):
             return function(*args, **kwargs)
 
-    return wrapped  # type: ignore[return-value]
+    return in_own_dtype  # type: ignore[return-value]

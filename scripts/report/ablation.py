@@ -8,18 +8,20 @@ from report import markdown
 __all__ = ["tables"]
 
 
-def tables(rows: list[dict]) -> Iterator[str]:
+def tables(records: list[dict]) -> Iterator[str]:
     """The results as Markdown: losses by rate, and by choice with the difference from the base."""
-    tried = [row for row in rows if row["stage"] == "learning rate"]
-    rates = sorted({float(row["lr"]) for row in tried})
-    found = {(row["name"], float(row["lr"])): f"{row['loss']:.3f}" for row in tried}
-    names = dict.fromkeys(row["name"] for row in tried)
+    tried = [record for record in records if record["stage"] == "learning rate"]
+    rates = sorted({float(record["lr"]) for record in tried})
+    found = {(record["name"], float(record["lr"])): f"{record['loss']:.3f}" for record in tried}
+    names = dict.fromkeys(record["name"] for record in tried)
     lines = [[name, *(found.get((name, rate), "") for rate in rates)] for name in names]
     yield markdown.table(["system", *(f"{rate:g}" for rate in rates)], lines)
     losses: dict[tuple, dict] = {}
-    for row in rows:
-        if row["stage"] == "factor":
-            losses.setdefault((row["base"], row["factor"], row["value"]), {})[row["seed"]] = row["loss"]
+    for record in records:
+        if record["stage"] == "factor":
+            losses.setdefault((record["base"], record["factor"], record["value"]), {})[record["seed"]] = (
+                record["loss"]
+            )
     for base in dict.fromkeys(base for base, _, _ in losses):
         own = losses[base, "", ""]
         lines = [["", "", _numbers(own), ""]]
@@ -28,8 +30,10 @@ def tables(rows: list[dict]) -> Iterator[str]:
                 difference = mean(by_seed[seed] - own[seed] for seed in by_seed if seed in own)
                 lines.append([factor, value, _numbers(by_seed), f"{difference:+.3f}"])
         yield markdown.table([base, "value", "loss by seed", "against the base, same seeds"], lines)
-    longer = sorted((row for row in rows if row["stage"] == "winner"), key=lambda row: row["loss"])
-    lines = [[row["name"], row["lr"], f"{row['loss']:.3f}"] for row in longer]
+    longer = sorted(
+        (record for record in records if record["stage"] == "winner"), key=lambda record: record["loss"]
+    )
+    lines = [[record["name"], record["lr"], f"{record['loss']:.3f}"] for record in longer]
     yield markdown.table(["system, more tokens", "rate", "loss"], lines)
 
 

@@ -7,10 +7,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Optional
 
-from report.markdown import escaped, page, table
+from tabulate import tabulate
+
+from report.answer import answer, best_rate
+from report.markdown import escaped, folded, page, table
 from runs.systems import BASELINE
 
-__all__ = ["Comparison", "check_path", "verdict", "write"]
+__all__ = ["Comparison", "check_path", "summary", "verdict", "write"]
 
 TITLE = "Language models compared"
 ABOUT = """Loss is in nats per token on what was evaluated of the validation split (see "tokens evaluated"):
@@ -32,7 +35,7 @@ class Comparison(NamedTuple):
 
     Attributes:
         settings: What all runs share, by name.
-        rows: One for each run, as in the CSV; those that failed among them.
+        records: One for each run, as in the CSV; those that failed among them.
         rates: One for each run that only tried a learning rate.
         curves: Loss curves of the runs, as in the CSV.
         commands: Shell commands that made all this, in order.
@@ -40,7 +43,7 @@ class Comparison(NamedTuple):
     """
 
     settings: dict[str, str]
-    rows: list[dict[str, str]]
+    records: list[dict[str, str]]
     rates: list[dict[str, str]]
     curves: list[dict[str, str]]
     commands: list[str]
@@ -81,24 +84,51 @@ def write(path: Path, comparison: Comparison) -> list[Path]:
     """
     check_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    images = {f"{path.stem}_{name}.png": (name, data) for name, data in figures(comparison).items()}
-    text = "\n\n".join(blocks(comparison, {name: source for source, (name, _) in images.items()})) + "\n"
+    images, sources = {}, {}
+    for name, drawn in figures(comparison).items():
+        sources[name] = [
+            f"{path.stem}_{name}{f'_{k}' if k > 1 else ''}.png" for k in range(1, len(drawn) + 1)
+        ]
+        images |= dict(zip(sources[name], drawn, strict=True))
+    text = "\n\n".join(blocks(comparison, sources)) + "\n"
     if path.suffix == ".html":
-        encoded = {source: base64.b64encode(data).decode() for source, (_, data) in images.items()}
+        encoded = {source: base64.b64encode(data).decode() for source, data in images.items()}
         urls = {source: f"data:image/png;base64,{code}" for source, code in encoded.items()}
         text = page(TITLE, text, urls)
         images = {}
     path.write_text(text, encoding="utf-8")
-    for source, (_, data) in images.items():
+    for source, data in images.items():
         path.with_name(source).write_bytes(data)
     return [path, *(path.with_name(source) for source in images)]
 
 
-def figures(comparison: Comparison) -> dict[str, bytes]:
-    """The figures as PNG, by name; none where matplotlib is not installed or no run succeeded."""
-    rows = succeeded(comparison.rows)
+def summary(comparison: Comparison) -> str:
+    """What a terminal shows: a table for each length, and the answer."""
+    records, told = succeeded(comparison.records), []
+    for n in sorted({int(record["n"]) for record in records}):
+        header, lines = loss_table(
+            [record for record in records if int(record["n"]) == n], comparison.valid_tokens
+        )
+        shown = [0, 2, 3, 5, 6, 7, 12, 13]
+        lines = [[line[place].replace("**", "") for place in shown] for line in lines]
+        words = tabulate(lines, [header[place] for place in shown], disable_numparse=True)
+        told.append(f"{n} tokens a row\n{words}")
+    return "\n\n".join([*told, answered(comparison)])
+
+
+def answered(comparison: Comparison) -> str:
+    """The answer in one sentence."""
+    part = comparison.settings.get("evaluated", "what was evaluated of the split valid")
+    found = column(succeeded(comparison.records), "valid_tokens")
+    share = f" ({min(found):,.0f} tokens)" if found else ""
+    return answer(succeeded(comparison.records), comparison.rates, f"{part}{share}")
+
+
+def figures(comparison: Comparison) -> dict[str, list[bytes]]:
+    """The pages of each figure as PNG, by its name; none without matplotlib or a run that succeeded."""
+    records = succeeded(comparison.records)
     # Where fairseq is imported, everyone's debugging is on.
-    for library in ("matplotlib", "PIL"):
+    for library in ("matplotlib", "PIL", "MARKDOWN"):
         logging.getLogger(library).setLevel(logging.WARNING)
     try:
         from report import figures as drawn
@@ -106,53 +136,60 @@ def figures(comparison: Comparison) -> dict[str, bytes]:
         print('the report has no figures: they need matplotlib and pandas (pip install -e ".[plot]")')
         return {}
     images = {}
-    for name in FIGURES if rows else ():
-        data = comparison.curves if drawn.FIGURES[name].csv.endswith("_curves.csv") else rows
+    for name in FIGURES if records else ():
+        data = comparison.curves if drawn.FIGURES[name].csv.endswith("_curves.csv") else records
         if data:
-            images[name] = drawn.png(drawn.FIGURES[name].draw(drawn.frame(data)))
+            images[name] = [drawn.png(figure) for figure in drawn.pages(name, drawn.frame(data))]
     return images
 
 
-def blocks(comparison: Comparison, sources: dict[str, str]) -> Iterator[str]:
-    """The parts of the page in Markdown, in order; ``sources`` are the figures' files by name."""
-    rows = succeeded(comparison.rows)
+def blocks(comparison: Comparison, sources: dict[str, list[str]]) -> Iterator[str]:
+    """The parts of the page in Markdown, in order; ``sources`` are the files of each figure by its name."""
+    records = succeeded(comparison.records)
     yield f"# {TITLE}"
-    yield table(["", ""], [[escaped(name), escaped(value)] for name, value in comparison.settings.items()])
-    yield ABOUT
-    for n in sorted({int(row["n"]) for row in rows}):
+    yield f"**{escaped(answered(comparison))}**"
+    for n in sorted({int(record["n"]) for record in records}):
         yield f"## {n} tokens a row"
-        yield table(*loss_table([row for row in rows if int(row["n"]) == n], comparison.valid_tokens))
-    failed = [row for row in comparison.rows if row["status"] != "ok"]
+        yield table(
+            *loss_table([record for record in records if int(record["n"]) == n], comparison.valid_tokens)
+        )
+    failed = [record for record in comparison.records if record["status"] != "ok"]
     if failed:
         yield "## Runs that failed"
         columns = ["name", "n", "seed", "status"]
-        lines = [[escaped(row[column]) for column in columns] for row in failed]
+        lines = [[escaped(record[column]) for column in columns] for record in failed]
         yield table(["system", *columns[1:]], lines)
-    for name, source in sources.items():
-        yield f"![{FIGURES[name]}]({source})\n\n{FIGURES[name]}."
+    for name, (first, *more) in sources.items():
+        yield f"![{FIGURES[name]}]({first})\n\n{FIGURES[name]}."
+        if more:
+            yield folded(f"more of this ({len(more)})", more)
     if comparison.rates:
         yield "## Learning rates that were tried"
         yield table(*rate_table(comparison.rates))
+    yield "## How to read this"
+    yield ABOUT
+    yield "## Settings"
+    yield table(["", ""], [[escaped(name), escaped(value)] for name, value in comparison.settings.items()])
     yield "## Commands"
     yield "\n".join(f"    {line}" for command in comparison.commands for line in command.split("\n"))
 
 
-def succeeded(rows: list[dict]) -> list[dict]:
-    """Rows with a loss."""
-    return [row for row in rows if row["status"] == "ok" and row["valid_loss"]]
+def succeeded(records: list[dict]) -> list[dict]:
+    """Records with a loss."""
+    return [record for record in records if record["status"] == "ok" and record["valid_loss"]]
 
 
-def by_name(rows: Iterable[dict]) -> dict[str, list[dict]]:
-    """Rows of each system."""
+def by_name(records: Iterable[dict]) -> dict[str, list[dict]]:
+    """Records of each system."""
     found: dict[str, list[dict]] = {}
-    for row in rows:
-        found.setdefault(row["name"], []).append(row)
+    for record in records:
+        found.setdefault(record["name"], []).append(record)
     return found
 
 
-def loss_table(rows: list[dict], whole: Optional[int]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines for rows of one length, of a split of ``whole`` tokens: the best system first."""
-    systems = by_name(rows)
+def loss_table(records: list[dict], whole: Optional[int]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines for records of one length, of a split of ``whole`` tokens: the best system first."""
+    systems = by_name(records)
     losses = {name: column(own, "valid_loss") for name, own in systems.items()}
     base = BASELINE if BASELINE in systems else next(iter(systems))
     order = sorted(systems, key=lambda name: statistics.mean(losses[name]))
@@ -182,34 +219,34 @@ def loss_table(rows: list[dict], whole: Optional[int]) -> tuple[list[str], list[
     return header, lines
 
 
-def rate_table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
+def rate_table(records: list[dict]) -> tuple[list[str], list[list[str]]]:
     """Header and lines for the rates that were tried: a loss for each system and rate."""
-    tried = sorted({row["lr"] for row in rows}, key=float)
+    tried = sorted({record["lr"] for record in records}, key=float)
     lines = []
-    for name, own in by_name(rows).items():
-        losses = {row["lr"]: row["valid_loss"] if row["status"] == "ok" else "failed" for row in own}
-        good = {rate: float(loss) for rate, loss in losses.items() if loss not in ("", "failed", "nan")}
-        best = min(good, key=good.get, default="")
-        edge = len(tried) > 1 and best in (tried[0], tried[-1])
+    for name, own in by_name(records).items():
+        losses = {
+            record["lr"]: record["valid_loss"] if record["status"] == "ok" else "failed" for record in own
+        }
+        best, edge = best_rate(own, tried)
         cells = [emphasis(losses.get(rate, ""), rate == best) for rate in tried]
         lines.append([escaped(name), *cells, "at the edge of what was tried" if edge else ""])
     return ["system", *tried, ""], lines
 
 
-def column(rows: list[dict], name: str) -> list[float]:
+def column(records: list[dict], name: str) -> list[float]:
     """The numbers of a column, as far as they are there."""
-    return [float(row[name]) for row in rows if row.get(name) not in ("", None)]
+    return [float(record[name]) for record in records if record.get(name) not in ("", None)]
 
 
-def average(rows: list[dict], name: str, digits: int) -> str:
+def average(records: list[dict], name: str, digits: int) -> str:
     """The mean of a column."""
-    found = column(rows, name)
+    found = column(records, name)
     return f"{statistics.mean(found):,.{digits}f}" if found else ""
 
 
-def part(rows: list[dict], whole: Optional[int]) -> str:
+def part(records: list[dict], whole: Optional[int]) -> str:
     """How many tokens the loss is of, and what part of the split that is where its size is known."""
-    found = column(rows, "valid_tokens")
+    found = column(records, "valid_tokens")
     if not found:
         return ""
     share = f" ({100 * min(found) / whole:.3g} %)" if whole else ""
@@ -222,16 +259,16 @@ def spread(losses: list[float]) -> str:
     return f"{statistics.mean(losses):.3f}{reach}"
 
 
-def parameters(rows: list[dict], base: list[dict]) -> str:
+def parameters(records: list[dict], base: list[dict]) -> str:
     """Number of parameters, and how it differs from the baseline's."""
-    own, others = (float(each[0]["parameters"]) for each in (rows, base))
-    difference = f" ({100 * (own / others - 1):+.1f} %)" if rows is not base else ""
+    own, others = (float(each[0]["parameters"]) for each in (records, base))
+    difference = f" ({100 * (own / others - 1):+.1f} %)" if records is not base else ""
     return f"{own / 1e6:.2f} M{difference}"
 
 
-def memory(rows: list[dict]) -> str:
+def memory(records: list[dict]) -> str:
     """The highest peak of all runs."""
-    found = column(rows, "peak_memory")
+    found = column(records, "peak_memory")
     return f"{max(found) / 2**30:.2f} GiB" if found else ""
 
 

@@ -5,7 +5,7 @@ import textwrap
 import matplotlib.pyplot as plt
 
 from report.style import (
-    Rows,
+    Records,
     cells,
     draw_lines,
     finished,
@@ -20,12 +20,12 @@ from report.style import (
 __all__ = ["YARDSTICKS", "draw_positions", "draw_yardstick"]
 
 
-def draw_positions(rows: Rows) -> plt.Figure:
+def draw_positions(records: Records) -> plt.Figure:
     """Perplexity by position in the longest rows that were read."""
-    rows = rows[(rows["split"] == "test") & (rows["positions"] != "all")]
-    rows = rows[numbers(rows, "n") == numbers(rows, "n").max()]
-    rows = rows.assign(end=rows["positions"].str.partition("-")[2])
-    settings = cells(rows, ("data", "n"))
+    records = records[(records["split"] == "test") & (records["positions"] != "all")]
+    records = records[numbers(records, "n") == numbers(records, "n").max()]
+    records = records.assign(end=records["positions"].str.partition("-")[2])
+    settings = cells(records, ("data", "n"))
     figure, axes = panels(len(settings), 1)
     figure.set_size_inches(7.2, 3.8 * len(settings))
     for (axis,), (title, own) in zip(axes, settings.items(), strict=True):
@@ -45,16 +45,16 @@ YARDSTICKS = {
 }
 
 
-def draw_yardstick(rows: Rows, yardstick: str) -> plt.Figure:
+def draw_yardstick(records: Records, yardstick: str) -> plt.Figure:
     """A line for each model by distance or length; of recurrence without --against, the loss.
 
     Raises:
-        ValueError: there is no row of that yardstick.
+        ValueError: there is no record of that yardstick.
     """
     quantity, label, x = YARDSTICKS[yardstick]
-    good = finished(rows[rows["yardstick"] == yardstick], "loss")
+    good = finished(records[records["yardstick"] == yardstick], "loss")
     if not len(good):
-        raise ValueError(f"no row of the yardstick {yardstick} succeeded")
+        raise ValueError(f"no record of the yardstick {yardstick} succeeded")
     settings = cells(
         good, ("data", "split", "device", "against", *(["n"] if yardstick == "recurrence" else []))
     )

@@ -7,7 +7,7 @@ from typing import Any
 from markdown import markdown
 from tabulate import tabulate
 
-__all__ = ["escaped", "page", "table"]
+__all__ = ["escaped", "folded", "page", "table"]
 
 STYLE = """body { font: 15px/1.45 sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em }
 table { border-collapse: collapse; font-size: 13px; margin: 1em 0; display: block; overflow-x: auto }
@@ -27,6 +27,12 @@ def table(header: list[str], lines: list[list[str]]) -> str:
     return tabulate(lines, header, **how)
 
 
+def folded(title: str, sources: list[str]) -> str:
+    """Images that are seen once their title is clicked."""
+    images = "\n".join(f'<img alt="" src="{html.escape(source)}">' for source in sources)
+    return f"<details><summary>{html.escape(title)}</summary>\n{images}\n</details>"
+
+
 def page(title: str, text: str, images: dict[str, str]) -> str:
     """An HTML page that needs no other file.
 
@@ -37,6 +43,6 @@ def page(title: str, text: str, images: dict[str, str]) -> str:
     """
     body = markdown(text, extensions=["tables"])
     for source, data in images.items():
-        body = body.replace(f'src="{source}"', f'src="{data}"')
+        body = body.replace(f'src="{html.escape(source)}"', f'src="{data}"')
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'

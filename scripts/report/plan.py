@@ -120,9 +120,11 @@ class Cost:
 
 def measured_rate() -> tuple[float, float]:
     """Tokens a second of fairseq-train on one H100, and the floating point operations a second they mean."""
-    (row,) = (row for row in read(MEASURED) if (row["name"], row["n"]) == (MEASURED_NAME, "1024"))
+    (record,) = (
+        record for record in read(MEASURED) if (record["name"], record["n"]) == (MEASURED_NAME, "1024")
+    )
     cost = Cost(["--arch", "flash_lm_gpt"], MEASURED_WORDS)
-    tokens = float(row["tokens_per_s"])
+    tokens = float(record["tokens_per_s"])
     return tokens, 6 * cost.multiply_adds * tokens
 
 

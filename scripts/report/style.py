@@ -1,4 +1,4 @@
-"""What all figures share: one look a system, lines with bands over seeds, and rows as a table of pandas."""
+"""What all figures share: one look a system, lines with bands over seeds, records as a table of pandas."""
 
 import math
 import re
@@ -17,7 +17,7 @@ from matplotlib import ticker
 from runs import table
 
 __all__ = [
-    *("Rows", "cells", "draw_bars", "draw_lines", "finished", "frame", "legend_below", "losses_by"),
+    *("Records", "cells", "draw_bars", "draw_lines", "finished", "frame", "legend_below", "losses_by"),
     *("numbers", "panels", "plain_log", "read", "shared", "style", "values", "whiskers"),
 ]
 
@@ -33,9 +33,18 @@ STYLES = {
     "transformer_plus_lm": ("#7F7F7F", "<"),
     "FLASH-pytorch": ("#8C510A", ">"),
 }
+#: Models of other tasks look as the language model that they are built as.
+BUILT_AS = {
+    "flash_masked_lm": "flash_lm",
+    "flash_seq2seq": "flash_lm",
+    "flash_quad_masked_lm": "flash_quad_lm",
+    "transformer": "transformer_lm",
+    "roberta": "transformer_lm",
+    "roberta_prenorm": "transformer_plus_lm",
+}
 BARE = {"linestyle": ":", "markerfacecolor": "white"}
 ENDINGS = ("_tiny", "_gpt", "_big")
-Rows = pandas.DataFrame  # of words, as a CSV file has them
+Records = pandas.DataFrame  # of words, as a CSV file has them
 
 
 def style(name: str, names: Iterable[str]) -> dict:
@@ -59,41 +68,45 @@ def style(name: str, names: Iterable[str]) -> dict:
 
 
 def _without_size(name: str) -> str:
-    return next((name.removesuffix(ending) for ending in ENDINGS if name.endswith(ending)), name)
+    short = next((name.removesuffix(ending) for ending in ENDINGS if name.endswith(ending)), name)
+    system, space, options = short.partition(" ")
+    return f"{BUILT_AS.get(system, system)}{space}{options}"
 
 
-def frame(rows: Iterable[dict]) -> Rows:
-    """Rows of a CSV file, words in every cell."""
-    return pandas.DataFrame(list(rows), dtype=object).fillna("").astype(str)
+def frame(records: Iterable[dict]) -> Records:
+    """Records of a CSV file, words in every cell."""
+    return pandas.DataFrame(list(records), dtype=object).fillna("").astype(str)
 
 
-def read(path: Path, columns: Iterable[str]) -> Rows:
-    """The rows of a CSV file; of a comparison, not those that only looked for a speed or a learning rate.
+def read(path: Path, columns: Iterable[str]) -> Records:
+    """The records of a CSV file; of a comparison, not those that only looked for a speed or a learning rate.
 
     Raises:
         ValueError: it is missing, empty, or lacks one of ``columns``.
     """
     if not path.exists():
         raise ValueError(f"{path} does not exist; a measurement writes it")
-    rows = frame(table.read(path))
-    missing = [column for column in columns if column not in rows]
+    records = frame(table.read(path))
+    missing = [column for column in columns if column not in records]
     if missing:
-        raise ValueError(f"{path} has no rows with {', '.join(missing)}; allowed: what a measurement writes")
-    return rows[~rows["stage"].isin(("speed", "rate"))] if "stage" in rows else rows
+        raise ValueError(
+            f"{path} has no records with {', '.join(missing)}; allowed: what a measurement writes"
+        )
+    return records[~records["stage"].isin(("speed", "rate"))] if "stage" in records else records
 
 
-def numbers(rows: Rows, column: str) -> pandas.Series:
+def numbers(records: Records, column: str) -> pandas.Series:
     """The column, as numbers; NaN for an empty cell."""
-    return pandas.to_numeric(rows[column], errors="coerce")
+    return pandas.to_numeric(records[column], errors="coerce")
 
 
-def finished(rows: Rows, quantity: str) -> Rows:
-    """Rows that succeeded and have a finite ``quantity``."""
-    ok = rows["status"] == "ok" if "status" in rows else True
-    return rows[numpy.isfinite(numbers(rows, quantity)) & ok]
+def finished(records: Records, quantity: str) -> Records:
+    """Records that succeeded and have a finite ``quantity``."""
+    ok = records["status"] == "ok" if "status" in records else True
+    return records[numpy.isfinite(numbers(records, quantity)) & ok]
 
 
-def values(rows: Rows, key: str) -> list[str]:
+def values(records: Records, key: str) -> list[str]:
     """Distinct values of a column: systems in the order of their styles, numbers in theirs."""
     order = list(STYLES)
 
@@ -102,22 +115,23 @@ def values(rows: Rows, key: str) -> list[str]:
         place = order.index(known) if known in STYLES else len(order)
         return (number, 0, "") if numpy.isfinite(number) else (math.inf, place, value)
 
-    return sorted(rows[key].unique(), key=rank)
+    return sorted(records[key].unique(), key=rank)
 
 
-def cells(rows: Rows, keys: Iterable[str]) -> dict[str, Rows]:
-    """Rows that may share a panel, by its title: those with the same values of ``keys``."""
-    there = [key for key in keys if key in rows]
-    order = {key: values(rows, key) for key in there}
-    groups = dict(list(rows.groupby(there, sort=False)))
+def cells(records: Records, keys: Iterable[str]) -> dict[str, Records]:
+    """Records that may share a panel, by its title: those with the same values of ``keys``."""
+    there = [key for key in keys if key in records]
+    order = {key: values(records, key) for key in there}
+    groups = dict(list(records.groupby(there, sort=False)))
     ranked = sorted(groups, key=lambda cell: [order[k].index(v) for k, v in zip(there, cell, strict=True)])
     return {shared(groups[cell], there): groups[cell] for cell in ranked}
 
 
-def shared(rows: Rows, keys: Iterable[str]) -> str:
+def shared(records: Records, keys: Iterable[str]) -> str:
     """The values of ``keys`` in words, for a title."""
     words = {"threads": "{} threads", "torch": "torch {}", "jobs": "{} at a time", "n": "{} tokens a row"}
-    found = {key: values(rows, key) for key in keys if key in rows}
+    words |= {"pooling": "pooling {}"}
+    found = {key: values(records, key) for key in keys if key in records}
     return ", ".join(
         words.get(key, "{}").format(" / ".join(map(_readable, each)))
         for key, each in found.items()
@@ -152,12 +166,22 @@ def plain_log(axis: plt.Axes, x: str, ticks: Iterable[str] = (), *, y: bool = Tr
     """
     axis.set(xscale="log", xlabel=x, **({"yscale": "log"} if y else {}))
     for each in (axis.xaxis, axis.yaxis) if y else (axis.xaxis,):
-        each.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
+        low, high = each.get_view_interval()
+        each.set_major_locator(ticker.LogLocator(subs=_steps(math.log10(high / low))))
         each.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.6g}"))
         each.set_minor_formatter(ticker.NullFormatter())
     if ticks := sorted(map(float, ticks)):
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8, rotation=30)
         axis.set_xticks([], minor=True)
+
+
+def _steps(decades: float) -> tuple[float, ...]:
+    """Where numbers stand within a decade of a logarithmic axis, so that none hides its neighbour."""
+    fitting = {
+        **{0.4: (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9), 0.7: (1, 2, 3, 4, 6, 8)},
+        **{1.3: (1, 2, 3, 5, 7), 2.0: (1, 2, 5), 3.0: (1, 3)},
+    }
+    return next((steps for most, steps in fitting.items() if decades <= most), (1,))
 
 
 def legend_below(figure: plt.Figure) -> None:
@@ -170,24 +194,26 @@ def legend_below(figure: plt.Figure) -> None:
     figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns)
 
 
-def draw_lines(axis: plt.Axes, rows: Rows, x: str, y: str, unit: float = 1.0, **look: object) -> None:
+def draw_lines(axis: plt.Axes, records: Records, x: str, y: str, unit: float = 1.0, **look: object) -> None:
     """A line for each system through the means of ``y`` at each ``x``, with a band from lowest to highest.
 
     Args:
         axis: Where to draw.
-        rows: Of any systems; those that failed are left out.
+        records: Of any systems; those that failed are left out.
         x: A column of numbers.
         y: A column of numbers above 0.
         unit: What ``y`` is divided by.
         look: Differs from the system's.
     """
-    good, names = finished(rows, y), values(rows, "name")
+    good, names = finished(records, y), values(records, "name")
     good = good.assign(x=numbers(good, x), y=numbers(good, y) / unit)
     for name in names:
         own = good[(good["name"] == name) & (good["y"] > 0)].groupby("x")["y"]
         if not own.ngroups:
             continue
-        look_of_it = {"markersize": 6, **style(name, names), **look}
+        # One point makes no line: it is seen by its marker alone.
+        chosen = look if own.ngroups > 1 else {}
+        look_of_it = {"markersize": 6, **style(name, names), **chosen}
         axis.plot(own.mean(), label=name, **look_of_it)
         if own.size().max() > 1:
             low, high = own.min(), own.max()
@@ -195,12 +221,12 @@ def draw_lines(axis: plt.Axes, rows: Rows, x: str, y: str, unit: float = 1.0, **
     axis.grid(alpha=0.3)
 
 
-def losses_by(rows: Rows, *keys: str) -> dict[str, list[float]]:
-    """The losses of rows that have the same words in ``keys``, by these words."""
-    words = [": ".join(filter(None, told)) for told in rows[list(keys)].itertuples(index=False)]
+def losses_by(records: Records, *keys: str) -> dict[str, list[float]]:
+    """The losses of records that have the same words in ``keys``, by these words."""
+    words = [": ".join(filter(None, told)) for told in records[list(keys)].itertuples(index=False)]
     return {
         word: group.tolist()
-        for word, group in numbers(rows, "valid_loss").groupby(numpy.array(words), sort=False)
+        for word, group in numbers(records, "valid_loss").groupby(numpy.array(words), sort=False)
     }
 
 

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Optional
 
-from runs.plan import as_words, lowest, recipe, succeeded
+from runs.plan import Earlier, as_words, recipe
 from runs.provenance import ROOT, data_name
 from runs.schedule import Finished, TrainingRun
 from runs.systems import PRE_NORM, architecture
@@ -166,32 +166,37 @@ class Plan:
     """Makes runs from the command line's options, and reads what earlier ones found."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.data = options, data_name(options.data)
+        self.options = options
+        self.earlier = Earlier(options.output, {"data": data_name(options.data)})
 
-    def run(self, name: str, words: dict, budget: int, **row: object) -> TrainingRun:
+    def run(self, name: str, words: dict, budget: int, **record: object) -> TrainingRun:
         """A training of ``budget`` tokens: one in ten updates is warm-up, then the rate falls to 0."""
         updates = max(1, math.ceil(budget / TOKENS_PER_UPDATE))
-        row = {"name": name, **{key: "" for key in KEY}, **row, "data": self.data, "budget": budget}
-        row["n"] = self.options.tokens_per_sample
+        record = {"name": name, **{key: "" for key in KEY}, **record, **self.earlier.shared, "budget": budget}
+        record["n"] = self.options.tokens_per_sample
         plugin = "scripts/ablation" if words["--arch"] == "flash_ablation_lm" else "fairseq_flash"
         options = {
-            **{"--user-dir": ROOT / plugin, "--task": "language_modeling", "--tokens-per-sample": row["n"]},
+            **{
+                "--user-dir": ROOT / plugin,
+                "--task": "language_modeling",
+                "--tokens-per-sample": record["n"],
+            },
             **{"--max-tokens": TOKENS_PER_UPDATE, "--share-decoder-input-output-embed": "", "--dropout": 0},
-            **recipe(row["lr"], updates, row["seed"]),
-            "--no-epoch-checkpoints" if row.get("stage") == "winner" else "--no-save": "",
+            **recipe(record["lr"], updates, record["seed"]),
+            "--no-epoch-checkpoints" if record.get("stage") == "winner" else "--no-save": "",
             **{"--num-workers": 0, **words},
             "--cpu": None if self.options.device.startswith("cuda") else "",
         }
         arguments = (str(self.options.data), *as_words(options))
-        return TrainingRun(arguments, updates, row, weight=budget, measure=self._after(row))
+        return TrainingRun(arguments, updates, record, weight=budget, measure=self._after(record))
 
-    def _after(self, row: dict) -> Optional[Callable[[Finished], dict]]:
+    def _after(self, record: dict) -> Optional[Callable[[Finished], dict]]:
         """The checkpoints of the last stage are kept, for what else can be asked of them."""
-        if row["stage"] != "winner":
+        if record["stage"] != "winner":
             return None
 
         def keep(finished: Finished) -> dict:
-            place = self.options.folder / "winners" / f"{row['name'].replace(' ', '_')}.pt"
+            place = self.options.folder / "winners" / f"{record['name'].replace(' ', '_')}.pt"
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(finished.checkpoint, place)
             return {}
@@ -202,8 +207,8 @@ class Plan:
         """Every system with each rate."""
         for name in SYSTEMS:
             for rate in LOW_RATES if name == "transformer_lm" else RATES:
-                row = dict(stage="learning rate", lr=rate, seed=1)
-                yield self.run(name, system_options(name), self.options.tokens, **row)
+                record = dict(stage="learning rate", lr=rate, seed=1)
+                yield self.run(name, system_options(name), self.options.tokens, **record)
 
     def factors(self, seeds: Optional[list[int]] = None) -> Iterator[TrainingRun]:
         """Each base, and each of its choices."""
@@ -214,32 +219,34 @@ class Plan:
                 choices |= {
                     (factor, value): words for factor in factors for value, words in factors[factor].items()
                 }
-                row = dict(stage="factor", base=base, lr=self.best_rate(system), seed=seed)
+                record = dict(stage="factor", base=base, lr=self.best_rate(system), seed=seed)
                 for (factor, value), words in choices.items():
                     words = {**common, **words}
-                    yield self.run(base, words, self.options.tokens, **row, factor=factor, value=value)
+                    yield self.run(base, words, self.options.tokens, **record, factor=factor, value=value)
 
     def close_seeds(self) -> Iterator[TrainingRun]:
         """Two more seeds where one seed does not tell: of the base and of every value near it."""
-        rows = self.rows("factor")
+        records = self.earlier.find(stage="factor")
         close = {(base, "", "") for base in self.options.bases}
         for base in self.options.bases:
             losses = {
-                (r["factor"], r["value"]): r["loss"] for r in rows if r["base"] == base and r["seed"] == "1"
+                (r["factor"], r["value"]): r["loss"]
+                for r in records
+                if r["base"] == base and r["seed"] == "1"
             }
             for factor in {factor for factor, _ in losses} - {""}:
                 ranked = sorted((loss, key) for key, loss in losses.items() if key[0] in ("", factor))
                 near = [key for loss, key in ranked if loss - ranked[0][0] < SMALL_GAP]
                 close |= {(base, *key) for key in near if len(near) > 1}
         for run in self.factors(seeds=[2, 3]):
-            if (run.row["base"], run.row["factor"], run.row["value"]) in close:
+            if (run.record["base"], run.record["factor"], run.record["value"]) in close:
                 yield run
 
     def winners(self) -> Iterator[TrainingRun]:
         """Every system at its best rate, for more tokens."""
         for name in WINNERS:
-            row = dict(stage="winner", lr=self.best_rate(name), seed=1)
-            yield self.run(name, system_options(name), self.options.winner_tokens, **row)
+            record = dict(stage="winner", lr=self.best_rate(name), seed=1)
+            yield self.run(name, system_options(name), self.options.winner_tokens, **record)
 
     def best_rate(self, name: str) -> float:
         """The rate with the lowest loss.
@@ -247,16 +254,12 @@ class Plan:
         Raises:
             ValueError: none has been measured.
         """
-        best = lowest(self.rows("learning rate", name=name))
+        best = self.earlier.best(stage="learning rate", name=name)
         if best is None:
             raise ValueError(
                 f"--output {self.options.output} has no learning rate of {name}; run that stage first"
             )
         return float(best["lr"])
-
-    def rows(self, *stages: str, **cells: str) -> list[dict]:
-        """Successful rows of stages, each with its ``loss``."""
-        return succeeded(self.options.output, data=self.data, stage=set(stages), **cells)
 
 
 def system_options(name: str) -> dict:

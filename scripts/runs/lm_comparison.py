@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
-from runs.plan import as_words, lowest, recipe, succeeded
+from runs.plan import Earlier, as_words, recipe
+from runs.progress import counted
 from runs.provenance import ROOT
 from runs.schedule import Finished, TrainingRun, fairseq_command
 from runs.systems import architecture
@@ -16,7 +17,10 @@ __all__ = ["EVALUATED", "Budget", "Plan", "evaluated"]
 
 #: Columns that the evaluation adds; losses are in nats per token, as everywhere.
 EVALUATED = ("valid_tokens", "valid_perplexity", "bits_per_byte", "byte_perplexity", "word_perplexity")
-SPEED_UPDATES = 40  # tell how fast a system is
+SPEED_UPDATES = 16  # tell how fast a system is, where its budget is a time
+STEPS = 3  # tell it well enough for an estimate
+START = 15.0  # seconds that fairseq's tools take to start and to save, about
+GUESS = 1000.0  # tokens a second of a system whose speed could not be measured
 VALIDATED = 32768  # tokens that a validation during training looks at; the evaluation takes the whole split
 
 
@@ -94,65 +98,84 @@ class Plan:
 
     def budget_of(self, stage: str) -> Budget:
         """Of a run of the stage "final", "rate" or "speed"."""
-        return {"final": self.budget, "rate": self.rate_budget}.get(stage, Budget(SPEED_UPDATES, "updates"))
+        few = Budget(SPEED_UPDATES if self.budget.unit == "minutes" else STEPS, "updates")
+        return {"final": self.budget, "rate": self.rate_budget}.get(stage, few)
 
     @property
     def tuned(self) -> list[str]:
         """Systems that try rates first."""
         return [system for system in self.systems if system not in self.rates]
 
-    def weight(self) -> float:
-        """Of all stages, for the progress."""
-        cells = len(self.systems) * len(self.lengths)
-        numbers = {"final": cells * len(self.seeds), "rate": len(self.tuned) * len(self.grid)}
-        numbers["speed"] = cells if self.budget.unit == "minutes" else 0
-        return sum(number * self.weight_of(stage) for stage, number in numbers.items())
+    def told(self) -> Iterator[str]:
+        """The plan in words, a line each."""
+        lengths = " and ".join(map(str, self.lengths))
+        yield f"{', '.join(self.systems)}, size {self.size}, rows of {lengths} tokens"
+        if self.tuned:
+            rates = ", ".join(f"{rate:g}" for rate in self.grid)
+            each = f"{len(self.tuned)} x {len(self.grid)} runs of {self.rate_budget}"
+            yield f"rates {rates} of {', '.join(self.tuned)}: {each}"
+        shape = {"system": self.systems, "length": self.lengths, "seed": self.seeds}
+        cells = " x ".join(counted(len(each), noun) for noun, each in shape.items())
+        yield f"final: {cells}, runs of {self.budget}, evaluated on {self.part}"
 
-    def weight_of(self, stage: str) -> float:
-        """Of a run: its tokens, or its seconds where the budget is a time."""
-        if self.budget.unit == "minutes":
-            return 60 * (1.0 if stage == "speed" else self.budget_of(stage).amount)
-        return self.tokens_per_update * self.budget_of(stage).updates(self.tokens_per_update)
+    @property
+    def part(self) -> str:
+        """What is evaluated."""
+        shards = self.eval_shards
+        return f"{'the whole' if shards == 1 else f'one block in {shards} of the'} split valid"
+
+    def probes(self) -> list[TrainingRun]:
+        """Short trainings that tell how fast each system is at each length."""
+        cells = [(system, n) for n in self.lengths for system in self.systems]
+        return [self.run("speed", system, n, self.seeds[0], self.grid[0]) for system, n in cells]
+
+    def seconds(self, stage: str, system: str, n: int) -> float:
+        """About as long as a run takes, its start, validations and evaluation with it."""
+        speed = self.speed(system, n) or GUESS
+        tokens = self.tokens_per_update * self.budget_of(stage).updates(self.tokens_per_update, speed)
+        split = self.counts["tokens"] if self.counts else VALIDATED
+        read = 5 * min(split, VALIDATED) + split / self.eval_shards
+        # A forward pass alone is a third of a training step.
+        return START + (tokens + read / 3) / speed
 
     def stages(self) -> Iterator[list[TrainingRun]]:
-        """One list of runs after the other; each reads what the earlier ones measured."""
+        """One list of runs after the other; each reads what the earlier ones, and the probes, measured."""
         first = (self.lengths[0], self.seeds[0])
-        if self.budget.unit == "minutes":
-            cells = [(system, n) for n in self.lengths for system in self.systems]
-            yield [self.run("speed", system, n, first[1], self.grid[0]) for system, n in cells]
         if self.tuned:
-            fast = [system for system in self.tuned if self.speed(system, first[0]) is not None]
+            fast = [system for system in self.tuned if self.can_run(system, first[0])]
             yield [self.run("rate", system, *first, lr) for lr in self.grid for system in fast]
         cells = [(n, seed) for n in self.lengths for seed in self.seeds]
         yield [
             self.run("final", system, *cell, self.best_rate(system))
             for cell in cells
             for system in self.systems
-            if self.speed(system, cell[0]) is not None
+            if self.can_run(system, cell[0])
         ]
 
     def run(self, stage: str, system: str, n: int, seed: int, lr: float) -> TrainingRun:
         """One training, evaluated at its end unless it only tells the speed."""
         budget = self.budget_of(stage)
         updates = budget.updates(self.tokens_per_update, self.speed(system, n) or 0.0)
-        row = {"name": system, "stage": stage, "n": n, "seed": seed, "lr": lr, "budget": str(budget)}
-        return TrainingRun(
-            tuple(self.words(system, n, seed, lr, updates)),
-            updates,
-            row,
-            weight=self.weight_of(stage),
-            measure=None if stage == "speed" else self.evaluation(n),
-        )
-
-    def words(self, system: str, n: int, seed: int, lr: float, updates: int) -> list[str]:
-        """The arguments of fairseq-train."""
+        record = {"name": system, "stage": stage, "n": n, "seed": seed, "lr": lr, "budget": str(budget)}
         saving = {
             **{"--save-interval-updates": max(1, min(updates // 5, 500)), "--keep-interval-updates": 1},
             **{"--no-epoch-checkpoints": "", "--max-valid-steps": max(1, VALIDATED // self.max_tokens)},
-            "--bf16": "" if self.half else None,
         }
+        if stage == "speed":
+            saving = {"--no-save": "", "--disable-validation": ""}
+        return TrainingRun(
+            tuple(self.words(system, n, recipe(lr, updates, seed), saving)),
+            updates,
+            record,
+            weight=1.0 if stage == "speed" else self.seconds(stage, system, n),
+            measure=None if stage == "speed" else self.evaluation(n),
+        )
+
+    def words(self, system: str, n: int, training: dict, saving: dict) -> list[str]:
+        """The arguments of fairseq-train."""
         own = {"--dropout": 0, "--update-freq": self.tokens_per_update // self.max_tokens}
-        options = as_words({**own, **recipe(lr, updates, seed), **saving})
+        own["--bf16"] = "" if self.half else None
+        options = as_words({**own, **training, **saving})
         return [*self.task(n), *architecture(system, self.size), *options, *self.extra]
 
     def task(self, n: int) -> list[str]:
@@ -182,24 +205,25 @@ class Plan:
 
         return evaluate
 
-    def rows(self, stage: str, system: str) -> list[dict]:
-        """Successful rows of a system in a stage of this comparison."""
-        budget = str(self.budget_of(stage))
-        return succeeded(self.output, **self.shared, stage=stage, budget=budget, name=system)
+    def earlier(self, stage: str) -> Earlier:
+        """What the runs of a stage have written."""
+        return Earlier(self.output, {**self.shared, "stage": stage, "budget": str(self.budget_of(stage))})
 
     def speed(self, system: str, n: int) -> Optional[float]:
-        """Tokens a second of a system, where the budget is a time; None if measuring it failed."""
-        if self.budget.unit != "minutes":
-            return 0.0
-        rows = [row for row in self.rows("speed", system) if int(row["n"]) == n]
-        return float(rows[-1]["tokens_per_second"]) if rows else None
+        """Tokens a second of a system; None if measuring it failed, or has not been done."""
+        found = self.earlier("speed").find(name=system, n=n)
+        return float(found[-1]["tokens_per_second"]) if found else None
+
+    def can_run(self, system: str, n: int) -> bool:
+        """Whether it is known how many updates a run has."""
+        return self.budget.unit != "minutes" or self.speed(system, n) is not None
 
     def best_rate(self, system: str) -> float:
         """The given rate, or the one with the lowest loss; the first of the grid if all of them failed."""
         if system in self.rates:
             return self.rates[system]
-        tried = [row for row in self.rows("rate", system) if float(row["lr"]) in self.grid]
-        return float((lowest(tried) or {"lr": self.grid[0]})["lr"])
+        best = self.earlier("rate").best(name=system, lr=set(self.grid))
+        return float(best["lr"]) if best else self.grid[0]
 
 
 def evaluated(output: str, counts: Optional[dict]) -> dict:
@@ -213,16 +237,19 @@ def evaluated(output: str, counts: Optional[dict]) -> dict:
     if not tokens or not bits or tokens[1] == "0":
         raise RuntimeError("fairseq-eval-lm evaluated nothing: " + output.strip().rpartition("\n")[2])
     loss = float(bits[1])
-    row = {
+    record = {
         "valid_loss": f"{loss * math.log(2):.5g}",
         "valid_tokens": tokens[1].replace(",", ""),
         "valid_perplexity": f"{power(loss):.5g}",
     }
     if counts:
         per_byte, per_word = (loss * counts["tokens"] / counts[unit] for unit in ("bytes", "words"))
-        row["bits_per_byte"] = f"{per_byte:.5g}"
-        row["byte_perplexity"], row["word_perplexity"] = f"{power(per_byte):.5g}", f"{power(per_word):.5g}"
-    return row
+        record["bits_per_byte"] = f"{per_byte:.5g}"
+        record["byte_perplexity"], record["word_perplexity"] = (
+            f"{power(per_byte):.5g}",
+            f"{power(per_word):.5g}",
+        )
+    return record
 
 
 def power(bits: float) -> float:

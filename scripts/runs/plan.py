@@ -1,13 +1,14 @@
-"""What all plans of trainings share: the recipe, and the rows that earlier stages wrote."""
+"""What all plans of trainings share: the recipe, and the records that earlier stages wrote."""
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
 from runs.table import read
 
-__all__ = ["as_words", "lowest", "recipe", "succeeded"]
+__all__ = ["Earlier", "as_words", "lowest", "recipe"]
 
 
 def recipe(rate: float, updates: int, seed: int, *, weight_decay: float = 0.01) -> dict[str, Any]:
@@ -28,27 +29,48 @@ def as_words(options: dict[str, Any]) -> Iterator[str]:
                 yield str(value)
 
 
-def succeeded(path: Path, **cells: Any) -> list[dict[str, Any]]:
-    """Rows of a CSV file of trainings that ended well and have these cells.
+@dataclass(frozen=True)
+class Earlier:
+    """What the runs of a plan have written so far.
 
-    Args:
-        path: Of the file.
-        cells: Columns with their values, or with a set of values.
-
-    Returns:
-        The rows in order, each with its ``loss``; one that is not finite is infinite.
+    Attributes:
+        path: Of their CSV file.
+        shared: The columns that are the same in all of them.
     """
-    wanted = {name: value if isinstance(value, set) else {value} for name, value in cells.items()}
-    wanted = {name: {str(value) for value in values} for name, values in wanted.items()}
-    found = []
-    for row in read(path):
-        if row["status"] == "ok" and all(row[name] in values for name, values in wanted.items()):
-            loss = float(row["valid_loss"] or "nan")
-            found.append({**row, "loss": loss if math.isfinite(loss) else math.inf})
-    return found
+
+    path: Path
+    shared: dict[str, Any]
+
+    def find(self, **cells: Any) -> list[dict[str, Any]]:
+        """Records of runs that ended well and have these cells.
+
+        Args:
+            cells: Columns with their values, or with a set of values.
+
+        Returns:
+            The records in order, each with its ``loss``; one that is not finite is infinite.
+        """
+        wanted = {
+            name: set(map(str, value)) if isinstance(value, set) else {str(value)}
+            for name, value in {**self.shared, **cells}.items()
+        }
+        found = []
+        for record in read(self.path):
+            if record["status"] == "ok" and all(record[name] in values for name, values in wanted.items()):
+                loss = float(record["valid_loss"] or "nan")
+                found.append({**record, "loss": loss if math.isfinite(loss) else math.inf})
+        return found
+
+    def finite(self, **cells: Any) -> list[dict[str, Any]]:
+        """As :meth:`find`, those with a finite loss."""
+        return [record for record in self.find(**cells) if record["loss"] < math.inf]
+
+    def best(self, **cells: Any) -> Optional[dict[str, Any]]:
+        """As :meth:`find`, the one with the lowest loss; None if none is finite."""
+        return lowest(self.find(**cells))
 
 
-def lowest(rows: list[dict[str, Any]]) -> Optional[dict[str, Any]]:
-    """The row with the lowest finite loss, the first of several; None if there is none."""
-    finite = [row for row in rows if row["loss"] < math.inf]
-    return min(finite, key=lambda row: row["loss"], default=None)
+def lowest(records: list[dict[str, Any]]) -> Optional[dict[str, Any]]:
+    """The record with the lowest finite loss, the first of several; None if there is none."""
+    finite = [record for record in records if record["loss"] < math.inf]
+    return min(finite, key=lambda record: record["loss"], default=None)

@@ -1,4 +1,4 @@
-"""What a row says of where it comes from: commit, versions, device, precision and data."""
+"""What a record says of where it comes from: commit, versions, device, precision and data."""
 
 import hashlib
 import platform
@@ -21,7 +21,7 @@ PARTS = ("input[0-9]", "label")
 
 
 def provenance(device: str, dtype: str = "float32") -> dict[str, str]:
-    """The columns that all rows share, as far as a table has them.
+    """The columns that all records share, as far as a table has them.
 
     Args:
         device: As torch names it.
@@ -51,18 +51,18 @@ def commit() -> str:
 
 
 def device_name(device: str) -> str:
-    """As rows name it: the model of a GPU, or "cpu"."""
+    """As records name it: the model of a GPU, or "cpu"."""
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
 
 
 def precision(dtype: str, device: str) -> str:
-    """As rows name it: ``dtype``, or "tf32" where a GPU may round the factors of float32 products."""
+    """As records name it: ``dtype``, or "tf32" where a GPU may round the factors of float32 products."""
     rounds = device.startswith("cuda") and torch.backends.cuda.matmul.allow_tf32
     return "tf32" if rounds and dtype == "float32" else dtype
 
 
 def data_name(folder: Path) -> str:
-    """A prepared folder as rows name it: its name, and a digest of its dictionaries and indices.
+    """A prepared folder as records name it: its name, and a digest of its dictionaries and indices.
 
     So that results of another text, in a folder of the same name, are never taken for its own. Other data
     in a folder below do not count; those of fairseq's sentence_prediction are in such folders themselves.

@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from tqdm import tqdm
 
 from runs import process
 from runs.log import Log
+from runs.progress import Progress
 from runs.provenance import ROOT
 from runs.table import Table
 
 __all__ = [
-    *("Finished", "TrainingRun", "carry_out", "environment", "fairseq_command", "progress_bar", "readable"),
+    *("Finished", "TrainingRun", "carry_out", "environment", "fairseq_command", "readable"),
 ]
 
 
@@ -55,14 +55,14 @@ class TrainingRun:
     Attributes:
         words: Arguments of fairseq-train but for ``--max-update``, ``--save-dir`` and the log's.
         updates: ``--max-update``.
-        row: The columns that tell the run in the CSV, ``name`` among them.
+        record: The columns that tell the run in the CSV, ``name`` among them.
         weight: Of the run in the plan's progress, such as its tokens.
         measure: Called at the end for more columns.
     """
 
     words: tuple[str, ...]
     updates: int
-    row: dict[str, Any]
+    record: dict[str, Any]
     weight: float = 1.0
     measure: Optional[Callable[[Finished], dict[str, Any]]] = None
 
@@ -75,7 +75,7 @@ class TrainingRun:
     def folder_name(self) -> str:
         """Readable, and another one for other arguments."""
         digest = hashlib.sha256(json.dumps([self.words, self.updates]).encode()).hexdigest()[:10]
-        told = "-".join(str(value) for value in self.row.values())
+        told = "-".join(str(value) for value in self.record.values())
         return f"{re.sub(r'[^A-Za-z0-9_.=-]+', '_', told)[:80]}-{digest}"
 
 
@@ -120,16 +120,6 @@ def environment(jobs: int, slot: int) -> dict[str, str]:
     return found
 
 
-def progress_bar(total: float, unit: str = "token") -> tqdm:
-    """A line with the time left, by the mean speed so far; only on a terminal.
-
-    Args:
-        total: Sum of the runs' weights.
-        unit: Of the weights.
-    """
-    return tqdm(total=total, unit=unit, unit_scale=True, smoothing=0, mininterval=0.5, disable=None)
-
-
 def carry_out(
     runs: Iterable[TrainingRun],
     table: Table,
@@ -139,77 +129,94 @@ def carry_out(
     jobs: int = 1,
     log_interval: int = 10,
     keep: bool = False,
-    progress: Optional[tqdm] = None,
+    progress: Optional[Progress] = None,
 ) -> None:
     """Carries out the runs that the table does not have yet.
 
-    A run that fails is a row with its error. Killed at any point, the next call goes on: finished runs are
-    rows, an unfinished one resumes from its last checkpoint, where its arguments make it save any, and one
+    A run that fails is a record with its error. Killed at any point, the next call goes on: finished runs are
+    records, an unfinished one resumes from its last checkpoint, where its arguments make it save any, and one
     whose training has ended is only measured.
 
     Args:
         runs: The plan, in order.
-        table: Where rows go: the runs' own columns, ``MEASURED``, and what ``measure`` adds.
+        table: Where records go: the runs' own columns, ``MEASURED``, and what ``measure`` adds.
         folder: For checkpoints and logs.
-        curves: Where loss curves go, as rows of the run's own columns and ``CURVE_COLUMNS``.
+        curves: Where loss curves go, as records of the run's own columns and ``CURVE_COLUMNS``.
         jobs: Runs at a time; with more than one, their speeds cannot be compared.
         log_interval: Updates between points of the curves.
         keep: Whether checkpoints stay when their run is finished.
-        progress: From :func:`progress_bar`, where these runs are a part of a longer plan.
+        progress: Where these runs are a part of a longer plan.
 
     Raises:
         ValueError: another plan is at work in the folder.
         KeyboardInterrupt: interrupted; all processes have been ended.
     """
     runs = list(runs)
-    waiting = [run for run in runs if not table.has([run.row["name"]], **run.row)]
-    if len(waiting) < len(runs):
-        print(f"{len(runs) - len(waiting)} of {len(runs)} runs are done already", flush=True)
-    writing, stop = threading.Lock(), threading.Event()
-    slots: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for slot in range(jobs):
-        slots.put(slot)
-    bar = progress_bar(sum(run.weight for run in runs)) if progress is None else progress
-    if not bar.disable:
-        # What was done before tells nothing about the time that is left.
-        done = sum(run.weight for run in runs) - sum(run.weight for run in waiting)
-        bar.n, bar.initial = bar.n + done, bar.initial + done
+    waiting = [run for run in runs if not table.has([run.record["name"]], **run.record)]
+    with contextlib.ExitStack() as ends:
+        ends.enter_context(process.locked(folder))
+        if progress is None:
+            progress = ends.enter_context(Progress(len(runs), sum(run.weight for run in runs)))
+        if len(waiting) < len(runs):
+            print(f"{len(runs) - len(waiting)} of {len(runs)} {progress.noun} are done already", flush=True)
+        progress.skip(len(runs) - len(waiting), sum(r.weight for r in runs) - sum(r.weight for r in waiting))
+        tables = (table, curves) if curves is not None else (table,)
+        team = _Team(tables, folder, jobs, log_interval, keep, progress)
+        pool = ends.enter_context(ThreadPoolExecutor(jobs))
+        futures = [pool.submit(team.carry_out, run) for run in waiting]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            team.stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
 
-    def one(run: TrainingRun) -> None:
+
+class _Team:
+    """Does several runs at a time; records and progress are written by one at a time."""
+
+    def __init__(
+        self,
+        tables: tuple[Table, ...],
+        folder: Path,
+        jobs: int,
+        log_interval: int,
+        keep: bool,
+        progress: Progress,
+    ) -> None:
+        self.tables, self.folder, self.jobs = tables, folder, jobs
+        self.log_interval, self.keep, self.progress = log_interval, keep, progress
+        self.writing, self.stop = threading.Lock(), threading.Event()
+        self.slots: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for slot in range(jobs):
+            self.slots.put(slot)
+
+    def carry_out(self, run: TrainingRun) -> None:
+        """One run, from its folder to its record."""
         shown = 0.0
 
         def show(share: float) -> None:
+            """Takes in that so much of the run is done."""
             nonlocal shown
-            with writing:
-                bar.update(run.weight * (share - shown))
+            with self.writing:
+                self.progress.work(run.weight * (share - shown))
             shown = share
 
-        place, slot = folder / run.folder_name, slots.get()
+        place, slot = self.folder / run.folder_name, self.slots.get()
         try:
-            row, curve = _Work(run, place, show, stop, environment(jobs, slot), log_interval).finish()
+            around = environment(self.jobs, slot)
+            record, curve = _Work(run, place, show, self.stop, around, self.log_interval).finish()
         finally:
-            slots.put(slot)
-        with writing:
-            if curves is not None:
-                curves.add([{**run.row, **point} for point in curve])
-            table.add([{**run.row, **row}])
-        if not keep and row["status"] == "ok":
-            shutil.rmtree(place, ignore_errors=True)
+            self.slots.put(slot)
         show(1.0)
-
-    with process.locked(folder), ThreadPoolExecutor(jobs) as pool, contextlib.ExitStack() as ends:
-        if progress is None:
-            ends.enter_context(bar)
-        futures = [pool.submit(one, run) for run in waiting]
-        try:
-            for count, future in enumerate(as_completed(futures), start=len(runs) - len(waiting) + 1):
-                future.result()
-                with writing:
-                    bar.set_description(f"{count} of {len(runs)} runs")
-        except BaseException:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            raise
+        with self.writing:
+            for curves in self.tables[1:]:
+                curves.add([{**run.record, **point} for point in curve])
+            self.tables[0].add([{**run.record, **record}])
+            self.progress.end()
+        if not self.keep and record["status"] == "ok":
+            shutil.rmtree(place, ignore_errors=True)
 
 
 @dataclass
@@ -224,20 +231,22 @@ class _Work:
     log_interval: int
 
     def finish(self) -> tuple[dict[str, Any], list[dict]]:
-        """The measured columns of the run and its curve; an error is a row too."""
+        """The measured columns of the run and its curve; an error is a record too."""
         self.folder.mkdir(parents=True, exist_ok=True)
         log = Log(self.folder / "train.log")
         try:
-            row = log.measured(self._train(log))
+            record = log.measured(self._train(log))
             if self.run.measure is not None:
                 valid = log.valid[-1] if log.valid else {}
-                row.update(self.run.measure(Finished(self.folder / "checkpoint_last.pt", valid, self._call)))
-            return row, log.curve()
+                record.update(
+                    self.run.measure(Finished(self.folder / "checkpoint_last.pt", valid, self._call))
+                )
+            return record, log.curve()
         except Interrupted:
             raise
         except Exception as error:
-            row = {"parameters": log.parameters or "", "updates": log.updates}
-            return {**row, "status": f"error: {error}"}, []
+            record = {"parameters": log.parameters or "", "updates": log.updates}
+            return {**record, "status": f"error: {error}"}, []
 
     def _train(self, log: Log) -> int:
         """Runs fairseq-train to its end, unless that has been done; returns its peak memory in bytes."""

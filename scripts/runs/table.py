@@ -4,9 +4,12 @@ import csv
 import io
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 __all__ = ["Table", "read"]
 
@@ -15,23 +18,23 @@ _FORMULA = re.compile(r"'*[=+@-]")
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a file; none where there is no file. A last line that a kill tore is left out."""
+    """The records of a file; none where there is no file. A last line that a kill tore is left out."""
     if not path.exists():
         return []
     data = path.read_bytes()
     whole = io.StringIO(data[: data.rfind(b"\n") + 1].decode(errors="replace"), newline="")
-    return [{name: _unquoted(cell) for name, cell in row.items()} for row in csv.DictReader(whole)]
+    return [{name: _unquoted(cell) for name, cell in record.items()} for record in csv.DictReader(whole)]
 
 
 class Table:
-    """A file of rows, each told by some of its columns.
+    """A file of records, each told by some of its columns.
 
     Args:
         path: Of the file, which need not exist.
         columns: Of the file.
-        key: The columns that tell a row, beside ``name``.
-        shown: The columns that are printed when a row is added; empty for no print.
-        common: What all rows say, as far as the file has such columns.
+        key: The columns that tell a record, beside ``name``.
+        shown: The columns that are printed when a record is added; empty for no print.
+        common: What all records say, as far as the file has such columns.
 
     Raises:
         ValueError: the file has other columns.
@@ -51,37 +54,39 @@ class Table:
                     f"--output {path} has the columns {','.join(found)}; "
                     f"allowed: {','.join(self.columns)}, or a new file"
                 )
-        self._known = {self._cell(row) for row in read(path)}
+        self._known = {self._cell(record) for record in read(path)}
 
-    def _cell(self, row: dict) -> tuple[str, ...]:
-        return tuple(str(row[name]) for name in ("name", *self.key))
+    def _cell(self, record: dict) -> tuple[str, ...]:
+        return tuple(str(record[name]) for name in ("name", *self.key))
 
     def has(self, names: Iterable[str], **cell: Any) -> bool:
         """Whether all of ``names`` have been measured there."""
         return all(self._cell({**self.common, **cell, "name": name}) in self._known for name in names)
 
-    def add(self, rows: list[dict]) -> None:
-        """Appends rows at once, so that a kill leaves all of them or none."""
-        whole = [{**dict.fromkeys(self.columns, ""), **self.common, **row} for row in rows]
+    def add(self, records: list[dict]) -> None:
+        """Appends records at once, so that a kill leaves all of them or none."""
+        whole = [{**dict.fromkeys(self.columns, ""), **self.common, **record} for record in records]
         new = not self.path.exists() or not self.path.stat().st_size
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._write(self.path, "a", whole, header=new)
-        self._known |= {self._cell(row) for row in whole}
-        for row in rows if self.shown else ():
-            print("  ".join(f"{name}={row[name]}" for name in row if name in self.shown), flush=True)
+        self._known |= {self._cell(record) for record in whole}
+        for record in records if self.shown else ():
+            # Beside a bar, if there is one.
+            tqdm.write("  ".join(f"{name}={record[name]}" for name in record if name in self.shown))
+            sys.stdout.flush()
 
     def forget(self, which: Callable[[dict[str, str]], bool]) -> None:
-        """Takes away rows, so that they are measured again."""
-        rows = read(self.path)
-        kept = [row for row in rows if not which(row)]
-        if len(kept) < len(rows):
+        """Takes away records, so that they are measured again."""
+        records = read(self.path)
+        kept = [record for record in records if not which(record)]
+        if len(kept) < len(records):
             new = self.path.with_name(f"{self.path.name}.new")
             self._write(new, "w", kept, header=True)
             os.replace(new, self.path)
-            self._known = {self._cell(row) for row in kept}
+            self._known = {self._cell(record) for record in kept}
 
-    def _write(self, path: Path, mode: str, rows: list[dict], *, header: bool) -> None:
-        quoted = [{name: _quoted(cell) for name, cell in row.items()} for row in rows]
+    def _write(self, path: Path, mode: str, records: list[dict], *, header: bool) -> None:
+        quoted = [{name: _quoted(cell) for name, cell in record.items()} for record in records]
         with path.open(mode, newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, self.columns)
             if header:

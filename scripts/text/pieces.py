@@ -15,14 +15,21 @@ from tqdm import tqdm
 
 from runs import process
 
-__all__ = ["MODEL", "encode", "learn_pieces", "number_pieces", "sample_lines"]
+__all__ = ["MODEL", "SAMPLE_BYTES", "encode", "learn_pieces", "number_pieces", "sample_lines"]
 
 MODEL = "sentencepiece.bpe.model"  # the one name that fairseq's hub interface looks for
 
 SAMPLE_BYTES = 16_000_000  # of the text, for sentencepiece: keeps its time under a minute on any corpus
 
 
-def learn_pieces(texts: list[Path], vocab_size: int, seed: int, model: Path, dictionary: Path) -> None:
+def learn_pieces(
+    texts: list[Path],
+    vocab_size: int,
+    seed: int,
+    model: Path,
+    dictionary: Path,
+    sample_bytes: int = SAMPLE_BYTES,
+) -> None:
     """Learns the pieces of a text; the same text gives the same pieces.
 
     Args:
@@ -31,18 +38,19 @@ def learn_pieces(texts: list[Path], vocab_size: int, seed: int, model: Path, dic
         seed: Chooses the lines to learn from, if there is a lot of text.
         model: File to write sentencepiece's model to.
         dictionary: File to write fairseq's dictionary to, every piece in it.
+        sample_bytes: Of the text to learn from, at most, about.
 
     Raises:
         ValueError: the text allows no such number of pieces.
     """
     size = sum(path.stat().st_size for path in texts)
-    amount = min(size, SAMPLE_BYTES) / 1e6
+    amount = min(size, sample_bytes) / 1e6
     print(f"learning {vocab_size} pieces from {amount:.1f} MB of text ...", file=sys.stderr)
     learned = io.BytesIO()
     with _interruptible():
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=sample_lines(texts, SAMPLE_BYTES / size, seed),
+                sentence_iterator=sample_lines(texts, sample_bytes / size, seed),
                 model_writer=learned,
                 model_type="unigram",
                 vocab_size=vocab_size,

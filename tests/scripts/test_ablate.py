@@ -49,9 +49,9 @@ def test_a_factor_is_measured_at_the_best_rate_of_its_system_with_one_choice_cha
     plan.options.bases = ["flash_lm_paper"]
     runs = list(plan.factors())
     base = runs[0].words
-    assert {run.row["lr"] for run in runs} == {2e-3}
-    assert (runs[0].row["factor"], runs[0].updates) == ("", 10)
-    no_positions = next(run for run in runs if run.row["value"] == "none")
+    assert {run.record["lr"] for run in runs} == {2e-3}
+    assert (runs[0].record["factor"], runs[0].updates) == ("", 10)
+    no_positions = next(run for run in runs if run.record["value"] == "none")
     assert [word for word in base if word not in no_positions.words] == ["--scaled-sin"]
     assert len({run.folder_name for run in runs}) == len(runs)
     assert all(str(plan.options.data) == run.words[0] and "--cpu" in run.words for run in runs)
@@ -84,7 +84,7 @@ def test_more_seeds_go_to_values_near_the_best_alone(plan):
     for (factor, value), loss in losses.items():
         row = dict(stage="factor", base="transformer_pp_lm", factor=factor, value=value, seed=1)
         write(plan.options.output, name="transformer_pp_lm", valid_loss=loss, **row)
-    again = {(run.row["factor"], run.row["value"], run.row["seed"]) for run in plan.close_seeds()}
+    again = {(run.record["factor"], run.record["value"], run.record["seed"]) for run in plan.close_seeds()}
     assert again == {(*key, seed) for key in (("", ""), ("norm", "rmsnorm")) for seed in (2, 3)}
 
 

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 
 import compare_lm
+import compare_masked_lm
+import compare_translation
 from runs import lm_comparison, process, schedule
 from support import tools
 
@@ -33,14 +36,15 @@ with (folder.parent / "calls").open("a") as calls:
     calls.write(json.dumps([os.getpid(), arch, rate, int(n), int(option("--seed")), updates]) + "\\n")
 if (folder.parent / f"fail {arch}").exists():
     sys.exit("RuntimeError: told to fail")
-if (folder.parent / f"wait {arch}").exists():
+if updates != 3 and (folder.parent / f"wait {arch}").exists():
     time.sleep(600)
 bits = 5 + abs(math.log2(rate / 2e-3)) + int(option("--seed")) / 100
 print("| INFO | fairseq_cli.train | num. shared model params: 4,000,000 (num. trained: 4,000,000)")
 speed = 1200 if arch == "flash_lm_tiny" else 600
 point = {"loss": str(bits), "wps": str(speed), "wpb": "64", "num_updates": str(updates)}
 print("| INFO | train_inner |", json.dumps(point))
-print("| INFO | valid |", json.dumps({"valid_loss": "9", "valid_num_updates": str(updates)}))
+if "--disable-validation" not in words:
+    print("| INFO | valid |", json.dumps({"valid_loss": "9", "valid_num_updates": str(updates)}))
 with zipfile.ZipFile(folder / "checkpoint_last.pt", "w") as archive:
     archive.writestr("loss", str(bits))
 """
@@ -74,9 +78,11 @@ def compare(data, tmp_path, monkeypatch):
 
     def run(*words, extra=()):
         compare_lm.main(arguments(data, tmp_path, *words, extra=extra))
-        return rows_of(tmp_path / "out.csv")
+        return runs_of(tmp_path / "out.csv")
 
-    run.calls = lambda: [json.loads(line) for line in (tmp_path / "runs" / "calls").open()]
+    calls = lambda: [json.loads(line) for line in (tmp_path / "runs" / "calls").open()]  # noqa: E731
+    run.probes = lambda: [call for call in calls() if call[-1] in (3, 16)]
+    run.calls = lambda: [call for call in calls() if call[-1] not in (3, 16)]
     run.folder = tmp_path / "runs"
     run.folder.mkdir()
     return run
@@ -92,6 +98,11 @@ def arguments(data, folder, *words, extra=()):
 def rows_of(path):
     with path.open(newline="") as stream:
         return list(csv.DictReader(stream))
+
+
+def runs_of(path):
+    """The records of a comparison but for those that only tell a speed."""
+    return [row for row in rows_of(path) if row["stage"] != "speed"]
 
 
 def test_each_system_trains_with_the_rate_that_was_best_for_it(compare):
@@ -117,6 +128,8 @@ def test_a_row_tells_the_evaluation_and_every_way_to_count_it(compare, tmp_path)
     assert all(
         row[name] for name in ("commit", "date", "torch", "fairseq", "threads", "seconds", "peak_memory")
     )
+    (probe,) = [row for row in rows_of(tmp_path / "out.csv") if row["stage"] == "speed"]
+    assert (probe["budget"], probe["valid_loss"]) == ("3updates", "")
     splits = {row["split"]: row["tokens"] for row in rows_of(tmp_path / "out_curves.csv")}
     assert splits == {"train": "640", "valid": "640"}
 
@@ -125,7 +138,8 @@ def test_minutes_become_as_many_updates_as_a_system_can_make(compare):
     compare(
         "--budget", "1minutes", "--lr", "flash_lm=2e-3,transformer_lm=2e-3", "--tokens-per-sample", "16,32"
     )
-    updates = {(arch, n): updates for _, arch, _, n, _, updates in compare.calls() if updates != 40}
+    updates = {(arch, n): updates for _, arch, _, n, _, updates in compare.calls()}
+    assert [call[-1] for call in compare.probes()] == [16] * 4
     assert updates[("flash_lm_tiny", 16)] == updates[("flash_lm_tiny", 32)] == 60 * 1200 / 64
     assert updates[("transformer_lm", 16)] == -(-60 * 600 // 64)
 
@@ -180,6 +194,52 @@ def test_a_training_that_had_ended_is_only_measured(compare, monkeypatch, capsys
     assert "1 of 1 runs are done already" in capsys.readouterr().out
 
 
+def test_the_plan_and_the_time_it_takes_are_said_before_it_starts(compare, capsys):
+    words = ("--systems", "transformer_lm,flash_lm,transformer_pp_lm", "--lr-grid", "1e-3,2e-3")
+    compare(*words, "--lr", "transformer_lm=2e-3", "--seeds", "1,2", "--tokens-per-sample", "16,32")
+    said = capsys.readouterr().out
+    plan, _, rest = said.partition("measurements of speed")
+    assert "rates 0.001, 0.002 of flash_lm, transformer_pp_lm: 2 x 2 runs of 160tokens" in plan
+    assert "final: 3 systems x 2 lengths x 2 seeds, runs of 640tokens, evaluated on the whole split" in plan
+    # 15 s to start, the tokens, and 6 times the split forward alone, at 600 and 1200 tokens a second
+    forward = 6 * 2000 / 3
+    slow, fast = ((15 + (640 + forward) / speed) for speed in (600, 1200))
+    tries = sum(15 + (160 + forward) / speed for speed in (600, 1200)) * 2
+    minutes = round((8 * slow + 4 * fast + tries) / 60)
+    assert f"about {minutes} min for 16 runs\n" in rest
+    assert re.search(r"^8 of 16 runs done, about \d+ s left$", rest, re.MULTILINE), rest
+    compare(*words, "--lr", "transformer_lm=2e-3", "--seeds", "1,2,3", "--tokens-per-sample", "16,32")
+    assert "for 6 of 22 runs that are left" in capsys.readouterr().out
+
+
+def test_the_end_is_a_table_and_the_answer(compare, capsys, tmp_path):
+    report = tmp_path / "report.md"
+    words = ("--lr", "flash_lm=2e-3", "--lr-grid", "4e-3,8e-3", "--seeds", "1,2", "--report", report)
+    compare(*words)
+    said = capsys.readouterr().out
+    assert re.search(r"^transformer_lm +0.004 +2 +4.169 \(4.166 to 4.173\)", said, re.MULTILINE), said
+    (sentence,) = re.findall(r"^In rows of 16 tokens .*$", said, re.MULTILINE)
+    assert sentence.startswith("In rows of 16 tokens flash_lm is better than transformer_lm by 0.693 nats")
+    assert "(perplexity 50 % lower; proven by 2 seeds, " in sentence
+    assert "all this on the whole split valid (2,000 tokens)" in sentence
+    assert sentence.endswith(
+        "the best rate of transformer_lm, 0.004, is at the edge of what was tried: another may be better."
+    )
+    assert report.read_text().splitlines()[2] == f"**{sentence}**"
+
+
+def test_results_go_to_the_folder_that_one_is_in(compare, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options, plan = compare_lm.parse(["--data", str(data), "--device", "cpu"])
+    assert plan.output == tmp_path / "comparison" / "comparison.csv"
+    assert options.folder is None
+    for module, name in ((compare_masked_lm, "masked_lm"), (compare_translation, "translation")):
+        (data / "prepare.json").touch()
+        options = module.parse(["--data", str(data)])
+        assert options.output.resolve() == tmp_path / "comparison" / f"{name}.csv"
+        assert options.folder == tmp_path / "comparison" / f"{name}_runs"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="children die with their parent on Linux alone")
 @pytest.mark.parametrize("victim", ["training", "comparison", "interrupt"])
 def test_a_kill_loses_nothing_and_leaves_nothing(compare, data, tmp_path, victim):
@@ -207,7 +267,7 @@ compare_lm.main({command!r})
             process.kill()
     assert status == {"training": 0, "comparison": -signal.SIGKILL, "interrupt": 130}[victim]
     wait_until(lambda: not Path(f"/proc/{child}").exists())
-    rows = rows_of(tmp_path / "out.csv")
+    rows = runs_of(tmp_path / "out.csv")
     assert [row["status"][:16] for row in rows] == ["ok", "error: status -9"][
         : 2 if victim == "training" else 1
     ]
@@ -315,10 +375,10 @@ def test_the_real_tools_train_evaluate_and_go_on_after_a_kill(real_data, tmp_pat
         process.kill()
     done = subprocess.run(command, capture_output=True, text=True, env=alone)
     assert done.returncode == 0, done.stdout + done.stderr
-    (row,) = rows_of(tmp_path / "out.csv")
+    (row,) = runs_of(tmp_path / "out.csv")
     assert (row["updates"], row["status"]) == ("20", "ok")
     check_bits_per_byte(row, real_data)
-    log = next((tmp_path / "runs").glob("flash_lm*/train.log")).read_text()
+    log = next((tmp_path / "runs").glob("flash_lm-final*/train.log")).read_text()
     assert "Loaded checkpoint" in log, "the killed training began anew"
     assert "data:image/png;base64," in report.read_text()
 

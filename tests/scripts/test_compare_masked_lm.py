@@ -75,7 +75,8 @@ def plan(compare, folders, tmp_path):
     (classes / "label").mkdir()
     (classes / "label" / "dict.txt").write_text("a 1\nb 1\nc 1\n")
     plan = compare.Plan(options)
-    rows = [{**row, "data": plan.data[row["stage"]]} for row in rows]
+    stages = {"pretraining": plan.pretrained, "fine-tuning": plan.fine_tuned}
+    rows = [{**row, "data": stages[row["stage"]].shared["data"]} for row in rows]
     rows.append({**pretrained("flash_masked_lm", "0.001", 0.5), "data": "another-text"})
     write_rows(options.output, compare.COLUMNS, rows)
     plan.checkpoints.mkdir(parents=True)
@@ -87,7 +88,7 @@ def plan(compare, folders, tmp_path):
 
 
 def kept(plan, name):
-    return f"{name}-{plan.data['pretraining']}-512-0.002-1-2000"
+    return f"{name}-{plan.pretrained.shared['data']}-512-0.002-1-2000"
 
 
 def option(run, name):
@@ -96,34 +97,36 @@ def option(run, name):
 
 def test_the_best_successful_checkpoint_of_each_kind_is_fine_tuned(plan):
     runs = list(plan.rates())
-    assert {run.row["name"] for run in runs} == {"flash_masked_lm", "roberta_prenorm"}
-    assert {(run.row["n"], run.row["lr"]) for run in runs} == {
+    assert {run.record["name"] for run in runs} == {"flash_masked_lm", "roberta_prenorm"}
+    assert {(run.record["n"], run.record["lr"]) for run in runs} == {
         (n, rate) for n in (2048, 512) for rate in (1e-4, 3e-4, 1e-3)
     }
-    files = {(run.row["name"], run.row["n"]): option(run, "--restore-file").split("/")[-1] for run in runs}
+    files = {
+        (run.record["name"], run.record["n"]): option(run, "--restore-file").split("/")[-1] for run in runs
+    }
     assert files == {
         ("flash_masked_lm", 2048): f"{kept(plan, 'flash_masked_lm')}.pt",
         ("flash_masked_lm", 512): f"{kept(plan, 'flash_masked_lm')}.pt",
         ("roberta_prenorm", 2048): f"{kept(plan, 'roberta_prenorm')}-positions2048.pt",
         ("roberta_prenorm", 512): f"{kept(plan, 'roberta_prenorm')}.pt",
     }
-    assert all(option(run, "--max-positions") == str(run.row["n"]) for run in runs)
+    assert all(option(run, "--max-positions") == str(run.record["n"]) for run in runs)
     assert {run.updates for run in runs} == {10 * 3}
     assert {option(run, "--num-classes") for run in runs} == {"3"}
 
 
 def test_the_rate_of_the_other_seeds_is_chosen_on_valid_and_not_on_test(plan):
-    assert {(run.row["lr"], run.row["seed"]) for run in plan.seeds()} == {(3e-4, 2), (3e-4, 3)}
+    assert {(run.record["lr"], run.record["seed"]) for run in plan.seeds()} == {(3e-4, 2), (3e-4, 3)}
     assert len(list(plan.seeds())) == 2 * 2 * 2
 
 
 def test_a_checkpoint_that_is_gone_and_a_kind_without_success_are_named(plan):
     (plan.checkpoints / f"{kept(plan, 'flash_masked_lm')}.pt").unlink()
-    with pytest.raises(ValueError, match=r"flash_masked_lm-.*-2000.pt is gone: delete its row"):
+    with pytest.raises(ValueError, match=r"flash_masked_lm-.*-2000.pt is gone: delete its record"):
         plan.best_pretrained("flash")
     plan.options.tokens = 77
     with pytest.raises(ValueError, match=r"no pretraining of roberta succeeded"):
-        plan.best_pretrained("roberta")
+        type(plan)(plan.options).best_pretrained("roberta")
 
 
 def test_every_system_is_pretrained_with_each_of_its_rates_on_the_same_tokens(compare, plan):
@@ -131,7 +134,7 @@ def test_every_system_is_pretrained_with_each_of_its_rates_on_the_same_tokens(co
     runs = list(plan.pretraining())
     names = ("flash_masked_lm", "roberta", "roberta_prenorm")
     expected = {(name, rate) for name in names for rate in compare.SYSTEMS[name].rates}
-    assert {(run.row["name"], run.row["lr"]) for run in runs} == expected
+    assert {(run.record["name"], run.record["lr"]) for run in runs} == expected
     assert {run.updates for run in runs} == {-(-2_000_000 // 4096)}
     assert len({option(run, "--seed") for run in runs}) == 1
 
@@ -231,9 +234,9 @@ def test_one_command_does_it_all_and_a_second_one_nothing(tmp_path):
 
 
 def test_another_pooling_is_fine_tuned_in_rows_of_its_own(compare, plan):
-    assert plan.rows("fine-tuning")
+    assert plan.fine_tuned.finite()
     plan.options.pooling = "mean"
-    assert not plan.rows("fine-tuning")
+    assert not compare.Plan(plan.options).fine_tuned.finite()
     words = ("data", "--arch", "roberta_prenorm", "--lr", "1")
     expected = ("data", "--arch", "pooled_roberta_prenorm", "--pooling", "mean", "--lr", "1")
     assert compare.with_pooling(words, "roberta", "mean") == expected

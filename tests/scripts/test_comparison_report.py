@@ -11,7 +11,7 @@ from report.comparison import Comparison, verdict
 COMMANDS = ["python scripts/compare_lm.py --data 'my data'", "", "python -m fairseq_cli.train my --lr 1 <&>"]
 
 
-def row(name, n, seed, loss, parameters=4_000_000, status="ok"):
+def record(name, n, seed, loss, parameters=4_000_000, status="ok"):
     return {
         **{"name": name, "n": str(n), "seed": str(seed), "status": status, "parameters": str(parameters)},
         **{"lr": "0.002", "train_loss": "4.9", "valid_loss": str(loss), "valid_perplexity": "110.5"},
@@ -29,23 +29,23 @@ def row(name, n, seed, loss, parameters=4_000_000, status="ok"):
 @pytest.fixture
 def comparison():
     """Three systems at two lengths; flash_lm is best, and transformer_pp_lm ties with the baseline."""
-    rows = [row("transformer_lm", 512, seed, 4.7 + seed / 10) for seed in (1, 2)]
-    rows += [row("transformer_pp_lm", 512, seed, 4.75 + seed / 10) for seed in (1, 2)]
-    rows += [row("flash_lm", 512, seed, 4.5 + seed / 100, 4_100_000) for seed in (1, 2)]
-    rows += [row("transformer_lm", 1024, 1, 4.6), row("flash_lm", 1024, 1, 4.65)]
-    rows += [row("flash_lm", 1024, 2, "", status="error: status 1: out | of <memory>")]
-    rates = [{**row("flash_lm", 512, 1, loss), "lr": lr} for lr, loss in (("0.001", 4.9), ("0.002", 4.8))]
-    curves = [{**each, "split": "train", "tokens": "640", "loss": "5"} for each in rows[:2]]
-    return Comparison({"data": "my data", "options": "--dropout <b>"}, rows, rates, curves, COMMANDS)
+    records = [record("transformer_lm", 512, seed, 4.7 + seed / 10) for seed in (1, 2)]
+    records += [record("transformer_pp_lm", 512, seed, 4.75 + seed / 10) for seed in (1, 2)]
+    records += [record("flash_lm", 512, seed, 4.5 + seed / 100, 4_100_000) for seed in (1, 2)]
+    records += [record("transformer_lm", 1024, 1, 4.6), record("flash_lm", 1024, 1, 4.65)]
+    records += [record("flash_lm", 1024, 2, "", status="error: status 1: out | of <memory>")]
+    rates = [{**record("flash_lm", 512, 1, loss), "lr": lr} for lr, loss in (("0.001", 4.9), ("0.002", 4.8))]
+    curves = [{**each, "split": "train", "tokens": "640", "loss": "5"} for each in records[:2]]
+    return Comparison({"data": "my data", "options": "--dropout <b>"}, records, rates, curves, COMMANDS)
 
 
 def lines_of(text, heading):
     """The cells of a Markdown table below a heading, by the first of each line."""
     part = text.partition(f"## {heading}\n")[2].partition("\n## ")[0]
-    rows = [
+    records = [
         [cell.strip() for cell in line.split(" | ")] for line in part.splitlines() if line.startswith("|")
     ]
-    return {cells[0].strip("| "): cells[1:] for cells in rows}
+    return {cells[0].strip("| "): cells[1:] for cells in records}
 
 
 @pytest.mark.parametrize(
@@ -104,8 +104,8 @@ def test_html_is_one_file_and_escapes_what_it_quotes(comparison, tmp_path):
 
 
 def test_a_comparison_without_a_finished_run_is_a_report_all_the_same(tmp_path):
-    rows = [row("flash_lm", 512, 1, "", status="error: status 1")]
-    comparison_report.write(tmp_path / "report.md", Comparison({}, rows, [], [], []))
+    records = [record("flash_lm", 512, 1, "", status="error: status 1")]
+    comparison_report.write(tmp_path / "report.md", Comparison({}, records, [], [], []))
     assert "error: status 1" in (tmp_path / "report.md").read_text()
 
 
@@ -115,19 +115,55 @@ def test_another_kind_of_report_is_refused(comparison, tmp_path):
 
 
 def test_the_part_of_the_split_that_was_evaluated_is_said(comparison, tmp_path):
-    rows = [{**each, "valid_tokens": "2500"} for each in comparison.rows]
+    records = [{**each, "valid_tokens": "2500"} for each in comparison.records]
     settings = {"evaluated": "one block in 4 of the split valid"}
-    told = comparison._replace(rows=rows, settings=settings, valid_tokens=10_000)
+    told = comparison._replace(records=records, settings=settings, valid_tokens=10_000)
     comparison_report.write(tmp_path / "report.md", told)
     text = (tmp_path / "report.md").read_text()
     assert "| evaluated | one block in 4 of the split valid |" in text
+    assert "all this on one block in 4 of the split valid (2,500 tokens)" in text.splitlines()[2]
     assert lines_of(text, "512 tokens a row")["flash_lm"][7] == "2,500 (25 %)"
+
+
+def test_the_page_begins_with_the_answer_and_ends_with_settings(comparison, tmp_path):
+    told = comparison._replace(settings={"evaluated": "the whole split valid", **comparison.settings})
+    comparison_report.write(tmp_path / "report.md", told)
+    text = (tmp_path / "report.md").read_text()
+    answer = text.splitlines()[2]
+    assert answer.startswith(
+        "**In rows of 512 tokens flash_lm is better than transformer_lm by 0.335 nats a token "
+    )
+    assert "; in rows of 1024 tokens flash_lm is worse than transformer_lm by 0.050 nats a token " in answer
+    headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert headings == [
+        *("512 tokens a row", "1024 tokens a row", "Runs that failed", "Learning rates that were tried"),
+        *("How to read this", "Settings", "Commands"),
+    ]
+    shown = comparison_report.summary(told)
+    assert shown.splitlines()[-1] == answer.strip("*")
+    assert re.search(r"^flash_lm +0.002 +2 +4.515 \(4.510 to 4.520\) +better by 0.335", shown, re.MULTILINE)
+
+
+def test_a_figure_has_six_panels_and_the_rest_is_behind_a_click(comparison, tmp_path):
+    curves = [
+        {**record("flash_lm", n, 1, 5), "split": split, "tokens": "640", "loss": "5"}
+        for n in (16, 32, 64, 128)
+        for split in ("train", "valid")
+    ]
+    told = comparison._replace(curves=curves)
+    written = comparison_report.write(tmp_path / "report.md", told)
+    names = [path.name for path in written]
+    assert {"report_tokens.png", "report_tokens_2.png"} <= set(names)
+    folded = (tmp_path / "report.md").read_text().partition("<details>")[2].partition("</details>")[0]
+    assert re.findall(r'src="(.*?)"', folded) == ["report_tokens_2.png"]
+    (page,) = comparison_report.write(tmp_path / "report.html", told)
+    assert page.read_text().count("data:image/png;base64,") == len(names) - 1
 
 
 def test_nothing_quoted_is_markup(comparison, tmp_path):
     settings = {"data": "<script>alert(1)</script> [x](javascript:alert)", "options": "a | b `c`"}
-    failed = [row("flash_lm", 512, 3, "", status="error: <img src=x onerror=alert(1)>")]
-    told = comparison._replace(settings=settings, rows=comparison.rows + failed)
+    failed = [record("flash_lm", 512, 3, "", status="error: <img src=x onerror=alert(1)>")]
+    told = comparison._replace(settings=settings, records=comparison.records + failed)
     for name in ("report.md", "report.html"):
         comparison_report.write(tmp_path / name, told)
         text = (tmp_path / name).read_text()

@@ -1,6 +1,7 @@
 """Proves that every figure is drawn from its CSV alone, with one look a system and nothing that failed."""
 
 import csv
+import itertools
 import subprocess
 import sys
 
@@ -61,6 +62,30 @@ def gpu():
             yield {**row, "tokens_per_s": 1e9 / n, "peak_memory": 1e9}
 
 
+def masked():
+    for amount, gain in ((1000, 0), (2000, 100)):
+        for name, loss in (("flash_masked_lm", 300), ("roberta", 600)):
+            row = {"name": name, "pretraining": amount, "n": 512, "status": "ok"}
+            for rate in (1e-3, 2e-3):
+                known = {"stage": "pretraining", "lr": rate, "seed": 1}
+                yield {**row, **known, "valid_perplexity": loss - gain + 1000 * rate}
+            for rate, seeds in ((1e-4, (1,)), (3e-4, (1, 2))):
+                known = {"stage": "fine-tuning", "lr": rate, "pooling": "first"}
+                for seed in seeds:
+                    yield {**row, **known, "seed": seed, "test_accuracy": gain / 4 + 10 * len(seeds) + seed}
+
+
+def translation():
+    for data in ("ende", "enfr"):
+        for name, bleu in (("flash_seq2seq_tiny", 38), ("transformer", 37), ("transformer pre-norm", 39)):
+            row = {"name": name, "data": data, "updates_per_epoch": 9, "seed": 1, "status": "ok"}
+            for rate in (1e-3, 2e-3):
+                yield {**row, "stage": "learning rate", "epochs": 2, "lr": rate, "valid_loss": 3 + 100 * rate}
+            yield {**row, "stage": "final", "epochs": 12, "lr": 1e-3, "valid_loss": 2, "bleu": bleu}
+            short = {"updates_per_epoch": 1, "epochs": 1, "lr": 5e-3, "valid_loss": 9}
+            yield {**row, "stage": "learning rate", **short}
+
+
 def extrapolation():
     for name in SYSTEMS:
         for n in (1024, 2048):
@@ -102,10 +127,18 @@ def results(tmp_path):
         ("ablation", ablation()),
         ("fairseq_train", gpu()),
         ("extrapolation", extrapolation()),
+        ("masked_lm", masked()),
+        ("translation", translation()),
         ("yardsticks", yardsticks()),
     ):
         write(tmp_path / f"{name}.csv", list(rows))
     return tmp_path
+
+
+def draw(name, path):
+    """A figure of one page."""
+    (figure,) = figures.draw(name, path)
+    return figure
 
 
 def drawn_lines(figure, label):
@@ -120,7 +153,7 @@ def test_every_figure_becomes_a_png_and_where_asked_an_svg(results):
     stems = [
         "generation",
         "training",
-        *("ablation", "fairseq_train", "extrapolation"),
+        *("ablation", "fairseq_train", "extrapolation", "masked_lm", "translation"),
         *(f"comparison_{f}" for f in ("tokens", "seconds", "quality", "ablation")),
         *(f"yardsticks_{f}" for f in ("recurrence", "copy", "context", "passkey")),
     ]
@@ -135,7 +168,7 @@ def test_every_figure_becomes_a_png_and_where_asked_an_svg(results):
 def test_a_system_looks_the_same_in_every_figure(results):
     looks = set()
     for name in ("generation", "training", "tokens", "seconds"):
-        figure = figures.draw(name, results / figures.FIGURES[name].csv)
+        figure = draw(name, results / figures.FIGURES[name].csv)
         looks |= {line.get_color() for line in drawn_lines(figure, "transformer_lm")}
         plt.close(figure)
     assert looks == {plot_style.style("transformer_lm", SYSTEMS)["color"]}
@@ -145,51 +178,70 @@ def test_a_system_looks_the_same_in_every_figure(results):
 
 
 def test_a_system_with_options_keeps_its_colour_and_stands_out_from_the_bare_one(results):
-    figure = figures.draw("gpu", results / "fairseq_train.csv")
+    figure = draw("gpu", results / "fairseq_train.csv")
     bare, other, tuned = figure.axes[0].get_lines()
     assert bare.get_color() == tuned.get_color() != other.get_color()
     assert [line.get_linestyle() for line in (bare, tuned, other)] == [":", "-", "-"]
 
 
 def test_perplexity_by_position_is_that_of_the_longest_rows(results):
-    (axis,) = figures.draw("positions", results / "extrapolation.csv").axes
+    (axis,) = draw("positions", results / "extrapolation.csv").axes
     for line in axis.get_lines():
         assert line.get_xdata().tolist() == [1024, 2048]
         assert line.get_ydata().tolist() == [103, 104]
 
 
+def test_masked_models_show_perplexity_by_rate_and_accuracy_over_the_seeds(results):
+    first, second, accuracy, later = draw("masked", results / "masked_lm.csv").axes
+    assert [axis.get_title() for axis in (first, second)] == ["after 1,000 tokens", "after 2,000 tokens"]
+    lines = {line.get_label(): line.get_ydata().tolist() for line in second.get_lines()}
+    assert lines == {"flash_masked_lm": [201, 202], "roberta": [501, 502]}
+    assert [text.get_text() for text in accuracy.texts] == ["21.5"] * 2, "of the rate with all seeds"
+    assert [text.get_text() for text in later.texts] == ["46.5"] * 2
+    assert [label.get_text() for label in later.get_xticklabels()] == ["512 tokens a row\npooling first"]
+
+
+def test_translation_shows_the_search_for_a_rate_and_bleu(results):
+    figure = draw("translation", results / "translation.csv")
+    assert [axis.get_title() for axis in figure.axes] == ["ende", "ende", "enfr", "enfr"]
+    for line in figure.axes[0].get_lines():
+        assert line.get_xdata().tolist() == [1e-3, 2e-3], "a short try is no search"
+    assert [bar.get_height() for bar in figure.axes[1].patches] == [38, 37, 39]
+    assert len({bar.get_facecolor() for bar in figure.axes[1].patches}) == 3
+
+
 def test_lines_are_means_over_seeds(results):
-    figure = figures.draw("quality", results / "comparison.csv")
+    figure = draw("quality", results / "comparison.csv")
     (line,) = [line for line in figure.axes[0].get_lines() if line.get_color() == "#0072B2"][:1]
     assert line.get_ydata() == pytest.approx([4.615, 4.61])
-    figure = figures.draw("tokens", results / "comparison_curves.csv")
+    figure = draw("tokens", results / "comparison_curves.csv")
     assert drawn_lines(figure, "flash_lm")[0].get_xdata().tolist() == [10.0 * k for k in range(10, 101, 10)]
 
 
 def test_bars_are_differences_from_flash_lm(results):
-    figure = figures.draw("ablation", results / "comparison.csv")
+    figure = draw("ablation", results / "comparison.csv")
     bars = {bar.get_facecolor(): bar.get_width() for bar in figure.axes[0].patches}
     assert len(bars) == len(SYSTEMS), "two systems share a colour"
     assert sorted(bars.values()) == pytest.approx([0.0, 0.1, 0.2])
 
 
 def test_factors_are_differences_from_what_is_unchanged(results):
-    (axis,) = figures.draw("factors", results / "ablation.csv").axes
+    (axis,) = draw("factors", results / "ablation.csv").axes
     bars = dict(zip((label.get_text() for label in axis.get_yticklabels()), axis.patches, strict=True))
     widths = {label: bar.get_width() for label, bar in bars.items()}
     assert widths == pytest.approx({"gamma: 0.3": -0.1, "gamma: 0.1": 0.1, "unchanged": 0.0})
 
 
 def test_a_yardstick_is_a_line_of_what_it_measures_by_place(results):
-    figure = figures.draw("copy", results / "yardsticks.csv")
+    figure = draw("copy", results / "yardsticks.csv")
     assert drawn_lines(figure, "flash_lm")[0].get_ydata() == pytest.approx([0.1, 1.1])
-    (axis,) = figures.draw("recurrence", results / "yardsticks.csv").axes
+    (axis,) = draw("recurrence", results / "yardsticks.csv").axes
     assert [label.get_text() for label in axis.get_xticklabels()] == ["1-127", "new"]
-    figure = figures.draw("context", results / "yardsticks.csv")
+    figure = draw("context", results / "yardsticks.csv")
     assert drawn_lines(figure, "flash_lm")[0].get_ydata() == pytest.approx([4.6, 4.6])
     rows = [{**row, "gain": ""} for row in yardsticks()]
     write(results / "alone.csv", rows)
-    figure = figures.draw("recurrence", results / "alone.csv")
+    figure = draw("recurrence", results / "alone.csv")
     assert drawn_lines(figure, "flash_lm")[0].get_ydata() == pytest.approx([4.6, 4.6])
 
 
@@ -198,15 +250,76 @@ def test_failed_runs_and_searches_for_a_rate_are_left_out(results):
     wrong = {**rows[0], "valid_loss": 99}
     rows += [{**wrong, "stage": "rate"}, {**wrong, "status": "error: x"}, {**wrong, "valid_loss": "nan"}]
     write(results / "more.csv", rows)
-    drawn = [figures.draw("ablation", results / name) for name in ("comparison.csv", "more.csv")]
+    drawn = [draw("ablation", results / name) for name in ("comparison.csv", "more.csv")]
     assert len({str([bar.get_width() for bar in figure.axes[0].patches]) for figure in drawn}) == 1
 
 
 def test_budgets_do_not_share_a_panel(results):
     rows = list(comparison())
     write(results / "two.csv", rows + [{**row, "budget": "9tokens", "valid_loss": 3} for row in rows])
-    assert len(figures.draw("quality", results / "two.csv").axes) == 2
-    assert len(figures.draw("ablation", results / "two.csv").axes) == 4
+    assert len(draw("quality", results / "two.csv").axes) == 2
+    assert len(draw("ablation", results / "two.csv").axes) == 4
+
+
+def test_a_figure_of_many_panels_has_pages(results):
+    rows = list(comparison())
+    many = [{**row, "budget": f"{k}tokens"} for k in range(7) for row in rows]
+    write(results / "comparison.csv", many)
+    assert [len(figure.axes) for figure in figures.draw("ablation", results / "comparison.csv")] == [6, 6, 2]
+    assert [len(figure.axes) for figure in figures.draw("quality", results / "comparison.csv")] == [6, 1]
+    plot.main(["quality", "--results", str(results)])
+    names = {path.name for path in (results / "figures").iterdir()}
+    assert names == {"comparison_quality.png", "comparison_quality_2.png"}
+
+
+def test_a_curve_of_one_point_is_seen(results):
+    write(results / "one.csv", [row for row in curves() if row["updates"] == 10 and row["n"] == 512])
+    figure = draw("tokens", results / "one.csv")
+    assert {line.get_marker() for line in drawn_lines(figure, "flash_lm")} == {"o"}
+    figure = draw("tokens", results / "comparison_curves.csv")
+    assert "" in {line.get_marker() for line in drawn_lines(figure, "flash_lm")}
+
+
+def test_labels_hide_neither_points_nor_each_other(results):
+    """Four points of which two are nearly the same, and one is in a corner."""
+    rows = next(comparison())
+    places = {512: (1000, 4.6), 1024: (1004, 4.601), 2048: (2000, 4.6), 4096: (1500, 5.0)}
+    points = [
+        {**rows, "n": n, "tokens_per_second": speed, "valid_loss": loss}
+        for n, (speed, loss) in places.items()
+    ]
+    write(results / "close.csv", points)
+    figure = draw("quality", results / "close.csv")
+    (axis,) = figure.axes
+    figure.canvas.draw()
+    boxes = {text.get_text(): text.get_window_extent() for text in axis.texts}
+    assert set(boxes) == set(map(str, places))
+    inside = axis.get_window_extent()
+    for label, box in boxes.items():
+        assert inside.contains(*box.min), label
+        assert inside.contains(*box.max), label
+        assert not any(box.overlaps(other) for name, other in boxes.items() if name != label)
+        assert not any(box.contains(*axis.transData.transform(place)) for place in places.values())
+
+
+@pytest.mark.parametrize("times", [1.5, 2, 3, 4, 6, 15, 80, 900, 1e4])
+def test_numbers_of_an_axis_do_not_touch(results, times):
+    """On the small panels of steps that take up to so many times as long as others."""
+    rows = [{**row, "median_ms": 6 if row["n"] == 256 else 6 * times} for row in generation()]
+    write(results / "steps.csv", rows)
+    figure = draw("generation", results / "steps.csv")
+    figure.canvas.draw()
+    low, high = figure.axes[0].get_ylim()
+    ticks = [each for each in figure.axes[0].yaxis.get_major_ticks() if low <= each.get_loc() <= high]
+    boxes = [each.label1.get_window_extent() for each in ticks]
+    assert len(boxes) > 1
+    assert not any(one.overlaps(other) for one, other in itertools.pairwise(boxes))
+    plt.close(figure)
+
+
+def test_an_svg_is_the_same_each_time(results):
+    path = results / "comparison.csv"
+    assert len({figures.svg(draw("quality", path)) for _ in range(2)}) == 1
 
 
 def test_one_figure_goes_beside_its_csv(results):
@@ -219,7 +332,7 @@ def test_one_figure_goes_beside_its_csv(results):
     ("words", "message"),
     [
         (["quality", "--csv", "no.csv"], "no.csv does not exist"),
-        (["quality", "--csv", "training.csv"], "has no rows with valid_loss, tokens_per_second"),
+        (["quality", "--csv", "training.csv"], "has no records with valid_loss, tokens_per_second"),
         (["quality", "--csv", "failed.csv"], "has no finished run"),
     ],
 )
@@ -256,6 +369,6 @@ def test_help_needs_nothing_that_is_not_installed_and_drawing_says_what_is_missi
 
 def test_committed_figures_are_small(results):
     sizes = {path.name: path.stat().st_size for path in (plot.RESULTS / "figures").iterdir()}
-    assert len(sizes) == 9
+    assert {"comparison_quality.png", "fairseq_train.png", "extrapolation.png"} <= set(sizes)
     assert {name.rpartition(".")[2] for name in sizes} == {"png"}
     assert max(sizes.values()) < 250_000, sizes

@@ -105,6 +105,17 @@ def test_the_same_text_gives_the_same_bytes_with_any_number_of_workers(corpus, t
     assert content(tmp_path / "again") == content(data)
 
 
+def test_the_vocabulary_of_a_sample_is_another_and_the_text_stays_whole(corpus, tmp_path):
+    text, data, _ = corpus
+    small = ("--vocab-size", 320, "--sample-bytes", 12_000)
+    run("--text", text, "--output", tmp_path / "data", *small)
+    records = [json.loads((folder / "prepare.json").read_text()) for folder in (data, tmp_path / "data")]
+    assert (data / "dict.txt").read_bytes() != (tmp_path / "data" / "dict.txt").read_bytes()
+    assert len({record["splits"]["train"]["bytes"] for record in records}) == 1
+    assert [record["options"].get("sample_bytes") for record in records] == [None, 12_000]
+    assert "already prepared" in run("--text", text, "--output", tmp_path / "data", *small)
+
+
 def test_a_second_run_reuses_the_data(corpus):
     text, data, _ = corpus
     before = (data / "train.bin").stat().st_mtime_ns
@@ -262,6 +273,7 @@ BAD = {
     "a vocabulary too large": (["--text", "good.txt", "--vocab-size", "8000"], "at most"),
     "a vocabulary too small": (["--text", "good.txt", "--vocab-size", "100"], "at least"),
     "no workers": (["--text", "good.txt", "--workers", "-1"], "--workers -1"),
+    "no sample": (["--text", "good.txt", "--sample-bytes", "0"], "--sample-bytes 0 must be positive"),
     "no vocabulary": (["--text", "good.txt", "--vocab-size", "0"], "--vocab-size 0"),
     "a fraction of one": (["--text", "good.txt", "--valid-fraction", "1"], "--valid-fraction 1.0"),
     "a negative fraction": (["--text", "good.txt", "--test-fraction", "-0.1"], "--test-fraction -0.1"),

@@ -1,5 +1,6 @@
 """Proves that one command trains, reuses and resumes, whatever ends it, in any folder and environment."""
 
+import itertools
 import os
 import re
 import shutil
@@ -12,11 +13,17 @@ from pathlib import Path
 
 import pytest
 
+import quickstart
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts"
 SMALL = "--tokens-per-sample 64 --max-tokens 256 --layers 2 --embed-dim 64 --max-valid-steps 1"
 # what stands in for pip, ruff, mypy and pytest: it only records how it was called
 FAKE_MODULE = "import os, sys; open(os.environ['CALLS'], 'a').write(repr(sys.argv[1:]) + '\\n')\n"
+
+
+#: Ends the command once the environment is there.
+WRONG = ("--minutes", "-1")
 
 
 @pytest.fixture
@@ -62,20 +69,47 @@ def shell(script, *arguments, calls, expect=0, **variables):
 def test_the_active_environment_is_used_and_installed_only_after_a_change(copy, environment, tmp_path):
     calls, script = tmp_path / "calls", copy / "scripts" / "quickstart.sh"
     for _ in range(2):
-        assert "--more" in shell(script, "--help", calls=calls, VIRTUAL_ENV=environment)
+        assert "--minutes -1" in shell(script, *WRONG, calls=calls, VIRTUAL_ENV=environment, expect=2)
     installed = calls.read_text().splitlines()
     assert len(installed) == 1
     assert f"'-c', \"{copy}/constraints.txt\", '-e', \"{copy}\"" in installed[0]
     assert not (copy / ".venv").exists()
     (copy / "constraints.txt").write_text("# changed\n")
-    shell(script, "--help", calls=calls, VIRTUAL_ENV=environment)
+    shell(script, *WRONG, calls=calls, VIRTUAL_ENV=environment, expect=2)
     assert len(calls.read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_help_comes_at_once_and_installs_nothing(copy, tmp_path, word):
+    calls = tmp_path / "calls"
+    assert "--more M" in shell(copy / "scripts" / "quickstart.sh", "--text", "x", word, calls=calls)
+    assert not calls.exists()
+    assert not (copy / ".venv").exists()
+
+
+def test_what_so_much_training_is_worth_is_said():
+    few = quickstart.outlook(400_000, 12_000_000, 2000.0)
+    assert few == (
+        "400,000 tokens show that it works and are too few to judge by; 5,000,000, after which "
+        "docs/results.md compares models, take --more 39"
+    )
+    small = quickstart.outlook(400_000, 120_000, 2000.0)
+    assert small.endswith("so is a text of 120,000: give --text some megabytes")
+    assert quickstart.outlook(5_000_000, 12_000_000, 2000.0).startswith("5,000,000 tokens are enough")
+
+
+def test_it_validates_on_fewer_tokens_than_it_trains_on(tmp_path):
+    words = quickstart.training_command(quickstart.Run(tmp_path), 3.0, [])
+    option = dict(itertools.pairwise(words))
+    trained, validated = (int(option[f"--{name}"]) for name in ("save-interval-updates", "max-valid-steps"))
+    assert validated < trained / 2
 
 
 def test_somebody_elses_torch_stays_as_it_is(copy, environment, tmp_path):
     (packages,) = environment.glob("lib/python3*/site-packages")
     (packages / "torch.py").write_text("")
-    shell(copy / "scripts" / "quickstart.sh", "--help", calls=tmp_path / "calls", VIRTUAL_ENV=environment)
+    script = copy / "scripts" / "quickstart.sh"
+    shell(script, *WRONG, calls=tmp_path / "calls", VIRTUAL_ENV=environment, expect=2)
     assert "constraints.txt" not in (tmp_path / "calls").read_text()
 
 
@@ -86,9 +120,9 @@ def test_without_an_environment_one_is_made(copy, environment, tmp_path):
     interpreter.write_text(f'#!/bin/sh\n{make}\nexec "{sys.executable}" "$@"\n')
     interpreter.chmod(0o755)
     script = copy / "scripts" / "quickstart.sh"
-    shell(script, "--help", calls=tmp_path / "calls", PYTHON=interpreter)
+    shell(script, *WRONG, calls=tmp_path / "calls", PYTHON=interpreter, expect=2)
     assert (copy / ".venv" / "bin" / "python").exists()
-    assert "making the environment" not in shell(script, "--help", calls=tmp_path / "calls")
+    assert "making the environment" not in shell(script, *WRONG, calls=tmp_path / "calls", expect=2)
 
 
 def test_an_unsuitable_python_is_named(copy, tmp_path):
