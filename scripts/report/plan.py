@@ -14,6 +14,7 @@ __all__ = ["GPUS", "LENGTHS", "SIZES", "Cluster", "Plan", "assumptions", "measur
 #: Training on one GPU, as fairseq-train was measured.
 MEASURED = ROOT / "scripts" / "results" / "fairseq_train.csv"
 MEASURED_NAME, MEASURED_WORDS = "flash_lm --compile --optimizer fused_adam", 32_000
+MEASURED_DEVICE = "NVIDIA H100 80GB HBM3"
 VOCABULARY = 50_000
 #: The longest rows have many chunks; a token costs the same in these.
 COUNTED_LENGTH = 4096
@@ -120,9 +121,8 @@ class Cost:
 
 def measured_rate() -> tuple[float, float]:
     """Tokens a second of fairseq-train on one H100, and the floating point operations a second they mean."""
-    (record,) = (
-        record for record in read(MEASURED) if (record["name"], record["n"]) == (MEASURED_NAME, "1024")
-    )
+    wanted = {"name": MEASURED_NAME, "n": "1024", "device": MEASURED_DEVICE}
+    (record,) = (record for record in read(MEASURED) if wanted.items() <= record.items())
     cost = Cost(["--arch", "flash_lm_gpt"], MEASURED_WORDS)
     tokens = float(record["tokens_per_s"])
     return tokens, 6 * cost.multiply_adds * tokens

@@ -40,12 +40,12 @@ def draw_generation(records: Records) -> plt.Figure:
 
 def draw_training(records: Records) -> plt.Figure:
     """Speed and memory by length, a line of panels for each size, device and type."""
-    settings = cells(records, STEPS)
+    settings, names = cells(records, STEPS), values(records, "name")
     figure, axes = panels(len(settings), 2)
     figure.set_size_inches(10, 3.6 * len(settings))
     for (speed, memory), (title, own) in zip(axes, settings.items(), strict=True):
-        draw_lines(speed, own, "n", "tokens_per_s")
-        draw_lines(memory, own, "n", "peak_memory", 2**30)
+        draw_lines(speed, own, "n", "tokens_per_s", among=names)
+        draw_lines(memory, own, "n", "peak_memory", 2**30, among=names)
         for axis, label in ((speed, "training, tokens a second"), (memory, "peak memory, GiB")):
             axis.set(ylabel=label, title=title)
             plain_log(axis, "tokens a row", values(own, "n"))

@@ -194,7 +194,15 @@ def legend_below(figure: plt.Figure) -> None:
     figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns)
 
 
-def draw_lines(axis: plt.Axes, records: Records, x: str, y: str, unit: float = 1.0, **look: object) -> None:
+def draw_lines(
+    axis: plt.Axes,
+    records: Records,
+    x: str,
+    y: str,
+    unit: float = 1.0,
+    among: Iterable[str] = (),
+    **look: object,
+) -> None:
     """A line for each system through the means of ``y`` at each ``x``, with a band from lowest to highest.
 
     Args:
@@ -203,6 +211,7 @@ def draw_lines(axis: plt.Axes, records: Records, x: str, y: str, unit: float = 1
         x: A column of numbers.
         y: A column of numbers above 0.
         unit: What ``y`` is divided by.
+        among: All systems of the figure, where some are in other panels alone.
         look: Differs from the system's.
     """
     good, names = finished(records, y), values(records, "name")
@@ -213,7 +222,7 @@ def draw_lines(axis: plt.Axes, records: Records, x: str, y: str, unit: float = 1
             continue
         # One point makes no line: it is seen by its marker alone.
         chosen = look if own.ngroups > 1 else {}
-        look_of_it = {"markersize": 6, **style(name, names), **chosen}
+        look_of_it = {"markersize": 6, **style(name, [*names, *among]), **chosen}
         axis.plot(own.mean(), label=name, **look_of_it)
         if own.size().max() > 1:
             low, high = own.min(), own.max()
