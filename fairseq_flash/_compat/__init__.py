@@ -16,6 +16,10 @@
     how it ends when a scheduler asks for it;
 ``data``
     rows that fairseq would drop, garble or refuse;
+``choices``
+    names of tasks and criterions that are unknown, or go with another model;
+``values``
+    values of options that cannot be;
 ``generation``
     options that fail for some models or batches;
 ``messages``
@@ -31,6 +35,7 @@ tensorboardX" (hence tensorboardX is a dependency of this package) and warnings 
 
 from fairseq_flash._compat import (
     checkpoints,
+    choices,
     data,
     ending,
     generation,
@@ -38,6 +43,7 @@ from fairseq_flash._compat import (
     messages,
     saving,
     training,
+    values,
     versions,
 )
 
@@ -51,5 +57,6 @@ def prepare_host() -> None:
     registered.
     """
     # Messages first: the others import the modules whose noise is to be hidden.
-    for kind in (messages, versions, checkpoints, hub, saving, training, ending, data, generation):
+    first = (messages, versions, checkpoints, hub, saving, training, ending, data)
+    for kind in (*first, generation, choices, values):
         kind.prepare()

@@ -66,7 +66,6 @@ def prepare() -> None:
     _explain_unfit_checkpoints()
     _name_our_options()
     _refuse_alignments()
-    _refuse_other_criterions()
 
 
 def _silence_noise() -> None:
@@ -200,40 +199,3 @@ def _refuse_alignments() -> None:
         return healed
 
     wrap(SequenceGeneratorWithAlignment, "__init__", heal)
-
-
-#: Of fairseq's criterions, those that a model of the next word can be trained with.
-_CRITERIONS = ("cross_entropy", "label_smoothed_cross_entropy", "label_smoothed_cross_entropy_with_rdrop")
-
-
-def _refuse_other_criterions() -> None:
-    """Says before the first update that a criterion of fairseq's cannot go with one of our decoders.
-
-    Some fail with an AssertionError without text or a RuntimeError about sizes; that of alignments trains,
-    without ``--load-alignments``, as if it were another. Criterions of the user's own are the user's.
-    """
-    from fairseq.trainer import Trainer
-
-    def heal(init: Callable) -> Callable:
-        def healed(self, cfg: Any, task: Any, model: Any, criterion: Any, *args: Any, **kwargs: Any) -> None:
-            decoder, name = getattr(model, "decoder", None), cfg.criterion._name
-            allowed = _CRITERIONS
-            if getattr(decoder, "adaptive_softmax", None) is not None:
-                allowed = ("adaptive_loss",)
-            fairseqs = type(criterion).__module__.startswith("fairseq.criterions.")
-            if hasattr(decoder, "has_attention_weights") and fairseqs and name not in allowed:
-                raise ValueError(
-                    f"--criterion {name} is not allowed with this model; allowed: {', '.join(allowed)} "
-                    "(adaptive_loss goes with --adaptive-softmax-cutoff)"
-                )
-            loss = getattr(cfg.model, "vocabulary_loss", None)
-            if fairseqs and loss not in (None, "plain") and name != "cross_entropy":
-                raise ValueError(
-                    f"--vocabulary-loss {loss} has no effect with --criterion {name}; "
-                    "allowed: --criterion cross_entropy"
-                )
-            init(self, cfg, task, model, criterion, *args, **kwargs)
-
-        return healed
-
-    wrap(Trainer, "__init__", heal)

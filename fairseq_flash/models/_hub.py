@@ -17,12 +17,12 @@ def find_sentencepiece(checkpoints: str, data: str) -> str:
 
     Args:
         checkpoints: Folder of the checkpoint.
-        data: Folder of the data; relative to the checkpoint's if it begins with a dot.
+        data: Folder of the data.
 
     Raises:
         ValueError: neither has one.
     """
-    folders = [Path(checkpoints), Path(checkpoints, data) if data.startswith(".") else Path(data)]
+    folders = [Path(checkpoints), Path(data)]
     for folder in folders:
         if (folder / "sentencepiece.bpe.model").is_file():
             return str(folder / "sentencepiece.bpe.model")

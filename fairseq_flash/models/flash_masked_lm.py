@@ -4,7 +4,7 @@ import logging
 from typing import Any, Optional
 
 import torch
-from fairseq import file_utils, hub_utils
+from fairseq import hub_utils
 from fairseq.models import FairseqEncoderModel, register_model
 from fairseq.models.roberta.model import RobertaClassificationHead
 from torch import distributed, nn
@@ -16,6 +16,7 @@ from fairseq_flash.models._hub import FlashHubInterface, find_sentencepiece
 from fairseq_flash.models._layers import resolve_n_ref
 from fairseq_flash.models._option_checks import check_masked_lm, check_sizes
 from fairseq_flash.models._options import FlashMaskedLMConfig
+from fairseq_flash.models._places import find_places
 from fairseq_flash.models._presets import MASKED_LMS, register
 from fairseq_flash.models._trained import RememberingModel
 from fairseq_flash.models.flash_lm import normalized_probs
@@ -66,6 +67,9 @@ class FlashMaskedLM(RememberingModel, FairseqEncoderModel):
 
     Source: Hua et al. 2022, section 4 (masked language modeling); Liu et al. 2019 (RoBERTa) for the heads.
     """
+
+    #: Of fairseq's, those that train it.
+    allowed_criterions = ("masked_lm", "sentence_prediction")
 
     def __init__(self, cfg: FlashMaskedLMConfig, encoder: FlashEncoder) -> None:
         super().__init__(encoder)
@@ -211,17 +215,15 @@ class FlashMaskedLM(RememberingModel, FairseqEncoderModel):
 
         Raises:
             ValueError: no sentencepiece model is given or found; or as :meth:`upgrade_state_dict_named`.
+            FileNotFoundError: a folder or file does not exist.
         """
-        # A folder, or an archive that is unpacked.
-        model_name_or_path = file_utils.load_archive_file(model_name_or_path)
-        if not data_name_or_path.startswith("."):
-            data_name_or_path = file_utils.load_archive_file(data_name_or_path)
+        folder, checkpoint_file, data = find_places(model_name_or_path, checkpoint_file, data_name_or_path)
         if bpe == "sentencepiece" and "sentencepiece_model" not in kwargs:
-            kwargs["sentencepiece_model"] = find_sentencepiece(model_name_or_path, data_name_or_path)
+            kwargs["sentencepiece_model"] = find_sentencepiece(folder, data)
         loaded = hub_utils.from_pretrained(
-            model_name_or_path,
+            folder,
             checkpoint_file,
-            data_name_or_path,
+            data,
             archive_map=cls.hub_models(),
             bpe=bpe,
             load_checkpoint_heads=True,

@@ -148,7 +148,8 @@ def test_a_choice_of_words_that_cannot_be_is_refused_by_name(trained, data_bin, 
     own = f"--{option.replace('_', '-')} {value} is not allowed; allowed: {allowed}"
     with pytest.raises(ValueError, match=own):
         interface.sample("the", **{"beam": 1, "sampling": True, option: value})
-    interface.sample("the", beam=1, sampling=True, sampling_topk=3, sampling_topp=1.0, max_len_b=3)
+    for some in ({"sampling_topk": 3}, {"sampling_topp": 1.0}):
+        interface.sample("the", beam=1, sampling=True, max_len_b=3, **some)
 
 
 @pytest.mark.parametrize(
