@@ -1,11 +1,11 @@
 """What is chosen by name: a task, a criterion, subwords; names that are unknown, or go with another model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 from fairseq_flash._compat.healing import wrap
 
-__all__ = ["prepare"]
+__all__ = ["known_name", "prepare"]
 
 
 def prepare() -> None:
@@ -56,13 +56,7 @@ def _refuse_another_task() -> None:
             given = arg_overrides or {}
             # Only validation names the task, and then needs the criterion.
             for part, known in registered.items() if isinstance(given.get("task"), str) else ():
-                options = state["cfg"].get(part)
-                name = getattr(options, "_name", None) or getattr(options, part, None)
-                if not isinstance(name, str) or name not in known:
-                    raise ValueError(
-                        f"checkpoint {path!r} is refused: its {part} is {str(name)[:100]!r}, which is unknown; "
-                        "allowed: those of fairseq, of this package and of --user-dir"
-                    )
+                name = known_name(path, part, state["cfg"], known)
                 if given.get(part, name) != name:
                     raise ValueError(
                         f"--{part} {given[part]} is not allowed with fairseq-validate and {path!r}, a "
@@ -73,6 +67,29 @@ def _refuse_another_task() -> None:
         return healed
 
     wrap(checkpoint_utils, "load_checkpoint_to_cpu", heal)
+
+
+def known_name(path: Any, part: str, cfg: Any, known: Container[str]) -> str:
+    """What a checkpoint's configuration chooses; else fairseq 0.12 ends in a KeyError without a file.
+
+    Args:
+        path: Of the checkpoint.
+        part: Of the configuration.
+        cfg: All of it.
+        known: The names that are registered.
+
+    Raises:
+        ValueError: it names none of them.
+    """
+    options = cfg.get(part)
+    older = "arch" if part == "model" else part
+    name = getattr(options, "_name", None) or getattr(options, older, None)
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(
+            f"checkpoint {str(path)!r} is refused: its {part} is {str(name)[:100]!r}, which is unknown; "
+            "allowed: those of fairseq, of this package and of --user-dir"
+        )
+    return name
 
 
 def _refuse_other_criterions() -> None:

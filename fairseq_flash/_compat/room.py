@@ -13,6 +13,7 @@ import torch
 from fairseq import checkpoint_utils, models, tasks
 from fairseq.models import BaseFairseqModel
 
+from fairseq_flash._compat.choices import known_name
 from fairseq_flash._compat.healing import wrap
 
 __all__ = ["count_before_building"]
@@ -59,27 +60,13 @@ def _counting(config_of: Callable, load: Callable) -> Callable:
         state = load(path, *args, **kwargs)
         if _read is not None:
             weights = [weight for weight in state["model"].values() if isinstance(weight, torch.Tensor)]
-            _check_names(path, state["cfg"])
+            known_name(path, "task", state["cfg"], tasks.TASK_REGISTRY)
+            known_name(path, "model", state["cfg"], {*models.MODEL_REGISTRY, *models.ARCH_MODEL_REGISTRY})
             _check_values(path, state, config_of(state["cfg"]))
             _read[:] = [(str(path), sum(weight.numel() for weight in weights), len(weights))]
         return state
 
     return healed
-
-
-def _check_names(path: Any, cfg: Any) -> None:
-    """Refuses a task or a model that is not registered: fairseq 0.12 ends in a KeyError without a file."""
-    for part, older, known in (
-        ("task", "task", tasks.TASK_REGISTRY),
-        ("model", "arch", {**models.MODEL_REGISTRY, **models.ARCH_MODEL_REGISTRY}),
-    ):
-        options = cfg.get(part)
-        name = getattr(options, "_name", None) or getattr(options, older, None)
-        if not isinstance(name, str) or name not in known:
-            raise ValueError(
-                f"checkpoint {str(path)!r} is refused: its {part} is {str(name)[:100]!r}, which is unknown; "
-                "allowed: those of fairseq, of this package and of --user-dir"
-            )
 
 
 def _check_values(path: Any, state: dict[str, Any], config: Optional[type]) -> None:

@@ -205,3 +205,15 @@ def test_sharded_weights_are_refused_by_name(words_of_training, tmp_path, model)
     with pytest.raises(ValueError, match=told):
         train(words_of_training[model], tmp_path / "save", "--ddp-backend", "fully_sharded")
     assert not (tmp_path / "save").exists()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_what_is_not_measured_is_named_and_the_work_is_kept(words_of_training, tmp_path, model):
+    words = (*words_of_training[model], "--batch-size", 40)
+    told = r"--best-checkpoint-metric bleuu is not allowed: .* measure it; allowed: .*loss.*ppl"
+    with pytest.raises(ValueError, match=told):
+        train(words, tmp_path, "--best-checkpoint-metric", "bleuu", updates=200)
+    before = updates_of(tmp_path)
+    assert before >= 1
+    train(words, tmp_path, "--best-checkpoint-metric", "ppl", updates=before + 1)
+    assert updates_of(tmp_path) == before + 1
