@@ -96,9 +96,9 @@ def _refuse_other_criterions() -> None:
     """Says before anything is built that a criterion of fairseq's cannot go with one of our models.
 
     Some fail with an AttributeError before the first update, an AssertionError without text or a RuntimeError
-    about sizes; that of alignments trains, without ``--load-alignments``, as if it were another, and
-    ``cross_entropy`` divides the loss of masked words by the number of all. Criterions and tasks of the
-    user's own are the user's.
+    about sizes. Some train what they should not: that of alignments without ``--load-alignments``, as if it
+    were another; ``cross_entropy`` divides the loss of masked words by the number of all; and a causal model
+    of ``--task masked_lm`` sees the words. Criterions and tasks of the user's own are the user's.
     """
     from fairseq.distributed import utils as distributed_utils
 
@@ -119,8 +119,14 @@ def _check_criterion(cfg: Any) -> None:
     from fairseq.tasks.sentence_prediction import SentencePredictionTask
 
     model, criterion, task = (getattr(cfg, part, None) for part in ("model", "criterion", "task"))
-    name = getattr(criterion, "_name", None)
-    allowed = getattr(ARCH_MODEL_REGISTRY.get(getattr(model, "_name", None)), "allowed_criterions", None)
+    name, built = getattr(criterion, "_name", None), ARCH_MODEL_REGISTRY.get(getattr(model, "_name", None))
+    kind = TASK_REGISTRY.get(getattr(task, "_name", None))
+    tasks = getattr(built, "allowed_tasks", None)
+    if tasks is not None and _of_fairseq(kind) and task._name not in tasks:
+        raise ValueError(
+            f"--task {task._name} is not allowed with this model; allowed: {', '.join(sorted(tasks))}"
+        )
+    allowed = getattr(built, "allowed_criterions", None)
     if allowed is None or not _of_fairseq(CRITERION_REGISTRY.get(name)):
         return
     if getattr(model, "adaptive_softmax_cutoff", None) is not None:
@@ -130,7 +136,6 @@ def _check_criterion(cfg: Any) -> None:
             f"--criterion {name} is not allowed with this model; allowed: {', '.join(allowed)} "
             "(adaptive_loss goes with --adaptive-softmax-cutoff)"
         )
-    kind = TASK_REGISTRY.get(getattr(task, "_name", None))
     # The other way round the task's options have no criterion to come from, which fairseq says.
     if name == "sentence_prediction" and _of_fairseq(kind) and not issubclass(kind, SentencePredictionTask):
         fitting = ", ".join(one for one in allowed if one != name)

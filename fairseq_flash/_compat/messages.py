@@ -64,6 +64,7 @@ def prepare() -> None:
     _shorten_config_dump()
     _explain_fp16_without_gpu()
     _explain_unfit_checkpoints()
+    _explain_unfit_schedules()
     _name_our_options()
     _refuse_alignments()
 
@@ -143,6 +144,42 @@ def _explain_unfit_checkpoints() -> None:
         return healed
 
     wrap(Trainer, "load_checkpoint", heal)
+
+
+def _explain_unfit_schedules() -> None:
+    """Names what a checkpoint's optimizer and schedule cannot go on with.
+
+    fairseq 0.12 ends in KeyError 'best' where the schedule is of another kind, and puts any name of
+    ``--optimizer-overrides`` beside the optimizer's own, where nothing looks at it.
+    """
+    from fairseq.optim import FairseqOptimizer
+    from fairseq.optim.lr_scheduler import FairseqLRScheduler
+
+    def heal_schedule(load: Callable) -> Callable:
+        def healed(self, state_dict: dict[str, Any]) -> None:
+            if "best" not in state_dict:
+                raise ValueError(
+                    f"the checkpoint's --lr-scheduler is not {type(self).__name__}; allowed: the one that it was "
+                    "trained with, or --reset-lr-scheduler"
+                )
+            load(self, state_dict)
+
+        return healed
+
+    def heal_optimizer(load: Callable) -> Callable:
+        def healed(self, state_dict: Any, optimizer_overrides: Any = None) -> None:
+            known = sorted(name for name in self.param_groups[0] if name != "params")
+            for name in optimizer_overrides or {}:
+                if name not in known:
+                    raise ValueError(
+                        f"--optimizer-overrides: the optimizer has no {name!r}; allowed: {', '.join(known)}"
+                    )
+            load(self, state_dict, optimizer_overrides)
+
+        return healed
+
+    wrap(FairseqLRScheduler, "load_state_dict", heal_schedule)
+    wrap(FairseqOptimizer, "load_state_dict", heal_optimizer)
 
 
 def _name_our_options() -> None:

@@ -49,6 +49,9 @@ def _know_before_training_that_it_is_complete() -> None:
             path = cfg.restore_file.replace(".pt", f"{trainer.checkpoint_suffix or ''}.pt")
             if cfg.restore_file != "checkpoint_last.pt" and not PathManager.isfile(path):
                 logger.warning(f"--restore-file {path} is no file: training begins anew")
+            once = cfg.continue_once
+            if once is not None and not PathManager.isfile(once):
+                logger.warning(f"--continue-once {once} is no file: it is not begun with")
             extra_state, epochs = load(cfg, trainer, **kwargs)
             goes_on = extra_state is not None and trainer.get_num_updates() > 0
             waited = extra_state.get("patience") if goes_on and not cfg.reset_meters else None

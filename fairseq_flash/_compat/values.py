@@ -190,7 +190,12 @@ def _misfits(cfg: Any) -> Misfits:
         yield "adam_betas", betas, "is not allowed; allowed: two from 0 to below 1, such as '(0.9, 0.98)'"
     overrides = of("checkpoint", "optimizer_overrides")
     if overrides is not None and not isinstance(_read(ast.literal_eval, overrides), dict):
-        yield "optimizer_overrides", overrides, "is not allowed; allowed: such as \"{'lr': [0.1]}\""
+        yield "optimizer_overrides", overrides, "is not allowed; allowed: such as \"{'weight_decay': 0.1}\""
+    if of("ema", "ema_decay") is not None and not of("ema", "store_ema"):
+        for name, default in (("ema_decay", 0.9999), ("ema_start_update", 0), ("ema_seed_model", None)):
+            if of("ema", name) != default:
+                problem = "has no effect without --store-ema; allowed: with it"
+                yield name, of("ema", name), problem
     if of("task", "_name") in ("masked_lm", "flash_masked_lm"):
         yield from _misfits_of_masking(functools.partial(of, "task"))
     if of("task", "eval_bleu"):

@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import logging
+from collections.abc import Iterable
 from typing import Any, Optional
 
 import torch
@@ -120,7 +121,23 @@ class RememberingModel(BaseFairseqModel):
             FileNotFoundError: a folder or file does not exist.
         """
         places = find_places(model_name_or_path, checkpoint_file, data_name_or_path)
-        return super().from_pretrained(*places, **kwargs)
+        interface = super().from_pretrained(*places, **kwargs)
+        cls.check_class(interface.models, places[1])
+        return interface
+
+    @classmethod
+    def check_class(cls, models: Iterable[Any], checkpoint: str) -> None:
+        """Refuses models that are not of this class.
+
+        Raises:
+            ValueError: so it is.
+        """
+        for model in models:
+            if not isinstance(model, cls):
+                other = type(model).__name__
+                raise ValueError(
+                    f"{checkpoint!r} holds a {other}, not a {cls.__name__}; allowed: {other}.from_pretrained"
+                )
 
     def prepare_for_inference_(self, cfg: Any) -> None:
         """As fairseq's.

@@ -195,6 +195,10 @@ class FlashLanguageModel(RememberingModel, FairseqLanguageModel):
 
     #: Of fairseq's, those that train it.
     allowed_criterions = NEXT_WORD
+    #: Of fairseq's and ours, those whose target is the next word.
+    allowed_tasks = frozenset(
+        {"language_modeling", "flash_language_modeling", "multilingual_language_modeling", "flash_recall"}
+    )
 
     @classmethod
     def build_model(cls, cfg: FlashLanguageModelConfig, task: Any) -> "FlashLanguageModel":

@@ -70,6 +70,10 @@ class FlashMaskedLM(RememberingModel, FairseqEncoderModel):
 
     #: Of fairseq's, those that train it.
     allowed_criterions = ("masked_lm", "sentence_prediction")
+    #: Of fairseq's and ours, those that mask words or classify rows.
+    allowed_tasks = frozenset(
+        {"masked_lm", "flash_masked_lm", "multilingual_masked_lm", "sentence_prediction"}
+    )
 
     def __init__(self, cfg: FlashMaskedLMConfig, encoder: FlashEncoder) -> None:
         super().__init__(encoder)
@@ -166,11 +170,13 @@ class FlashMaskedLM(RememberingModel, FairseqEncoderModel):
             unused: What fairseq's hub interface passes on.
 
         Raises:
-            ValueError: ``num_classes`` or ``inner_dim`` is below 1, or not given.
+            ValueError: ``name`` has a dot, or ``num_classes`` or ``inner_dim`` is below 1, or not given.
         """
+        if not isinstance(name, str) or not name or "." in name:
+            raise ValueError(f"name={name!r} is not allowed; allowed: a text without dots")
         inner_dim = self.cfg.embed_dim if inner_dim is None else inner_dim
         for argument, value in dict(num_classes=num_classes, inner_dim=inner_dim).items():
-            if value is None or value < 1:
+            if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{argument}={value} is not allowed; allowed: 1 or more")
         head = RobertaClassificationHead(
             self.cfg.embed_dim, inner_dim, num_classes, "tanh", self.cfg.pooler_dropout
@@ -229,6 +235,7 @@ class FlashMaskedLM(RememberingModel, FairseqEncoderModel):
             load_checkpoint_heads=True,
             **kwargs,
         )
+        cls.check_class(loaded["models"], checkpoint_file)
         return FlashHubInterface(loaded["args"], loaded["task"], loaded["models"][0]).eval()
 
     @classmethod

@@ -35,6 +35,17 @@ def test_each_criterion_of_fairseq_trains_or_is_refused_by_name(
     assert not (tmp_path / "save").exists()
 
 
+@pytest.mark.parametrize(
+    ("model", "task"),
+    [("flash_lm", "masked_lm"), ("flash_lm", "denoising"), ("flash_masked_lm", "language_modeling")],
+)
+def test_a_task_of_another_model_is_refused_by_name(words_of_training, tmp_path, model, task):
+    words = (*words_of_training[model], "--save-dir", tmp_path / "save", "--max-update", 1, "--task", task)
+    with pytest.raises(ValueError, match=f"--task {task} is not allowed with this model; allowed: .*"):
+        tools.call("train", *words)
+    assert not (tmp_path / "save").exists()
+
+
 def validate(data, path, model, *arguments):
     words = ("--user-dir", tools.USER_DIR, "--cpu", "--path", path, "--task", TASKS[model])
     languages = LANGUAGES if model == "flash_seq2seq" else ()
@@ -130,3 +141,51 @@ def test_dropout_cannot_be_retained(parallel, trained):
     words = (parallel, "--user-dir", tools.USER_DIR, "--cpu", "--path", trained["flash_seq2seq"], *LANGUAGES)
     with pytest.raises(ValueError, match=r"--retain-dropout is not allowed: .*; allowed: without"):
         tools.call("generate", *words, "--retain-dropout")
+
+
+@pytest.mark.parametrize(
+    ("model", "held"), [(FlashMaskedLM, "flash_lm"), (FlashLanguageModel, "flash_seq2seq")]
+)
+def test_a_checkpoint_of_another_class_is_refused_by_name(data_bin, parallel, trained, model, held):
+    path, data = trained[held], data_bin if held == "flash_lm" else parallel
+    told = rf"{path.name}.* holds a Flash\w+, not a {model.__name__}; allowed: Flash\w+\.from_pretrained"
+    with pytest.raises(ValueError, match=told):
+        model.from_pretrained(str(path.parent), path.name, str(data), bpe=None)
+
+
+@pytest.mark.parametrize("sentences", [None, 5, [], [None], ["the", 3], b"the"])
+@pytest.mark.parametrize("use", ["sample", "score"])
+def test_what_is_no_text_is_refused_by_the_hub(data_bin, trained, use, sentences):
+    path = trained["flash_lm"]
+    interface = FlashLanguageModel.from_pretrained(str(path.parent), path.name, str(data_bin))
+    with pytest.raises(ValueError, match=r"sentences=.* is not allowed; allowed: a text, or a list of texts"):
+        getattr(interface, use)(sentences)
+    for text in ("the", ["the"], ("the", "a")):
+        getattr(interface, use)(text)
+
+
+def test_an_option_of_generation_that_is_unknown_is_refused_by_the_hub(data_bin, trained):
+    path = trained["flash_lm"]
+    interface = FlashLanguageModel.from_pretrained(str(path.parent), path.name, str(data_bin))
+    with pytest.raises(ValueError, match=r"samplng=True is unknown; allowed: sampling"):
+        interface.sample("the", samplng=True)
+    assert interface.sample("the", sampling=True, max_len_b=2, temperature=0.5)
+
+
+def test_arguments_of_the_masked_interface_are_refused_by_name(data_bin, trained):
+    path = trained["flash_masked_lm"]
+    interface = FlashMaskedLM.from_pretrained(str(path.parent), path.name, str(data_bin), bpe=None)
+    for told, call in {
+        "sentence=None": lambda: interface.encode(None),
+        "sentence=3": lambda: interface.encode("the", 3),
+        "masked_input=None": lambda: interface.fill_mask(None),
+        "topk=3": lambda: interface.fill_mask("a <mask>", topk="3"),
+        "topk=True": lambda: interface.fill_mask("a <mask>", topk=True),
+        "tokens is a list": lambda: interface.extract_features([1, 2]),
+        "tokens is a tuple": lambda: interface.decode((1, 2)),
+        "name='a.b'": lambda: interface.register_classification_head("a.b", num_classes=2),
+        "name=''": lambda: interface.register_classification_head("", num_classes=2),
+        "num_classes=2.5": lambda: interface.register_classification_head("x", num_classes=2.5),
+    }.items():
+        with pytest.raises(ValueError, match=f"{told}.*; allowed: "):
+            call()
