@@ -13,6 +13,7 @@ def prepare() -> None:
     _name_what_is_unknown()
     _refuse_another_task()
     _refuse_other_criterions()
+    _refuse_other_models()
 
 
 def _name_what_is_unknown() -> None:
@@ -146,6 +147,30 @@ def _check_criterion(cfg: Any) -> None:
             f"--vocabulary-loss {loss} has no effect with --criterion {name}; "
             "allowed: --criterion cross_entropy"
         )
+
+
+def _refuse_other_models() -> None:
+    """Says that a model, such as that of a checkpoint, predicts no next word; any version.
+
+    fairseq 0.12 asks for its targets, which an encoder-decoder has not: an AttributeError.
+    """
+    from fairseq.tasks.language_modeling import LanguageModelingTask
+
+    def heal(build: Callable) -> Callable:
+        def healed(self, args: Any, *others: Any, **kwargs: Any) -> Any:
+            try:
+                return build(self, args, *others, **kwargs)
+            except (AttributeError, ValueError) as error:
+                if not any(said in str(error) for said in ("supported_targets", "language modeling target")):
+                    raise
+                raise ValueError(
+                    f"--task language_modeling is not allowed with a model of {getattr(args, '_name', args)} "
+                    f"({error}); allowed: models of the next word, such as flash_lm"
+                ) from None
+
+        return healed
+
+    wrap(LanguageModelingTask, "build_model", heal)
 
 
 def _of_fairseq(kind: Any) -> bool:

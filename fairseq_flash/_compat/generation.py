@@ -1,6 +1,7 @@
 """Generation and evaluation: options that fail for some models or are ignored, and text not meant."""
 
 import re
+import sys
 from collections.abc import Callable
 from typing import Any, Optional
 
@@ -18,6 +19,7 @@ def prepare() -> None:
     _diversify_every_batch()
     _refuse_constraints_by_name()
     _refuse_what_generation_ignores()
+    _refuse_an_empty_evaluation()
     _join_byte_pieces()
 
 
@@ -142,6 +144,34 @@ def _refuse_what_generation_ignores() -> None:
         return healed
 
     wrap(FairseqTask, "build_generator", heal)
+
+
+def _refuse_an_empty_evaluation() -> None:
+    """Says that no token was evaluated; fairseq 0.12 reports a perplexity of 1, with status 0."""
+    from fairseq.distributed import utils as distributed_utils
+
+    def heal_evaluation(evaluate: Callable) -> Callable:
+        def healed(models: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
+            found = evaluate(models, *args, **kwargs)
+            if found["loss"] == 0:
+                raise ValueError(
+                    "no token was evaluated; allowed: a split with words, and a --shard-id below the number "
+                    "of its batches"
+                )
+            return found
+
+        return healed
+
+    def heal_call(call: Callable) -> Callable:
+        def healed(*args: Any, **kwargs: Any) -> Any:
+            for module in map(sys.modules.get, ("fairseq_cli.eval_lm", "__main__")):
+                if hasattr(module, "eval_lm"):
+                    wrap(module, "eval_lm", heal_evaluation)
+            return call(*args, **kwargs)
+
+        return healed
+
+    wrap(distributed_utils, "call_main", heal_call)
 
 
 def _join_byte_pieces() -> None:

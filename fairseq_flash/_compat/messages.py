@@ -159,8 +159,8 @@ def _explain_unfit_schedules() -> None:
         def healed(self, state_dict: dict[str, Any]) -> None:
             if "best" not in state_dict:
                 raise ValueError(
-                    f"the checkpoint's --lr-scheduler is not {type(self).__name__}; allowed: the one that it was "
-                    "trained with, or --reset-lr-scheduler"
+                    f"the checkpoint's --lr-scheduler is not {type(self).__name__}; allowed: the one that it "
+                    "was trained with, or --reset-lr-scheduler"
                 )
             load(self, state_dict)
 

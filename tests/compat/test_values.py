@@ -206,7 +206,7 @@ def test_the_hub_refuses_what_cannot_be(data_bin, trained, option):
 
 def test_values_at_the_edge_of_what_is_allowed_train(words_of_training, tmp_path):
     edges = "--max-valid-steps 1 --clip-norm inf --lr 0 --weight-decay 0 --adam-eps 1e-30"
-    edges += " --ema-decay 1 --store-ema --seed 2147483647 --warmup-updates 0 --data-buffer-size 0 --optimizer-overrides {}"
+    edges += " --ema-decay 1 --store-ema --seed 2147483647 --warmup-updates 0 --optimizer-overrides {}"
     words = (*words_of_training["flash_lm"], *SMOOTHED, "--label-smoothing", 0, *edges.split())
     assert len(tools.losses(tools.call("train", *words, "--save-dir", tmp_path, "--max-update", 2))) >= 2
 
