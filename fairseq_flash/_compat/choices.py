@@ -102,6 +102,7 @@ def _refuse_other_criterions() -> None:
     of ``--task masked_lm`` sees the words. Criterions and tasks of the user's own are the user's.
     """
     from fairseq.distributed import utils as distributed_utils
+    from fairseq.trainer import Trainer
 
     def heal(call: Callable) -> Callable:
         def healed(cfg: Any, *args: Any, **kwargs: Any) -> Any:
@@ -110,28 +111,37 @@ def _refuse_other_criterions() -> None:
 
         return healed
 
+    def heal_init(init: Callable) -> Callable:
+        def healed(self, cfg: Any, *args: Any, **kwargs: Any) -> None:
+            # The model has refused what its options cannot be, an adaptive softmax among them.
+            _check_criterion(cfg, built=True)
+            init(self, cfg, *args, **kwargs)
+
+        return healed
+
     wrap(distributed_utils, "call_main", heal)
+    wrap(Trainer, "__init__", heal_init)
 
 
-def _check_criterion(cfg: Any) -> None:
+def _check_criterion(cfg: Any, built: bool = False) -> None:
     from fairseq.criterions import CRITERION_REGISTRY
     from fairseq.models import ARCH_MODEL_REGISTRY
     from fairseq.tasks import TASK_REGISTRY
     from fairseq.tasks.sentence_prediction import SentencePredictionTask
 
     model, criterion, task = (getattr(cfg, part, None) for part in ("model", "criterion", "task"))
-    name, built = getattr(criterion, "_name", None), ARCH_MODEL_REGISTRY.get(getattr(model, "_name", None))
+    name, chosen = getattr(criterion, "_name", None), ARCH_MODEL_REGISTRY.get(getattr(model, "_name", None))
     kind = TASK_REGISTRY.get(getattr(task, "_name", None))
-    tasks = getattr(built, "allowed_tasks", None)
+    tasks = getattr(chosen, "allowed_tasks", None)
     if tasks is not None and _of_fairseq(kind) and task._name not in tasks:
         raise ValueError(
             f"--task {task._name} is not allowed with this model; allowed: {', '.join(sorted(tasks))}"
         )
-    allowed = getattr(built, "allowed_criterions", None)
+    allowed = getattr(chosen, "allowed_criterions", None)
     if allowed is None or not _of_fairseq(CRITERION_REGISTRY.get(name)):
         return
     if getattr(model, "adaptive_softmax_cutoff", None) is not None:
-        allowed = ("adaptive_loss",)
+        allowed = ("adaptive_loss",) if built else ("adaptive_loss", *allowed)
     if name not in allowed:
         raise ValueError(
             f"--criterion {name} is not allowed with this model; allowed: {', '.join(allowed)} "
