@@ -153,18 +153,23 @@ OF_EVALUATION = [
 ]
 
 
-def refused(tool, *words, named):
-    option = AS.get(named, named.partition(" --")[0])
-    with pytest.raises(ValueError, match=r"allowed") as caught:
-        tools.call(tool, *words, *named.split())
-    said = str(caught.value)
-    assert option in said, said
-    assert "\n" not in said
-    assert len(said) < 600
+@pytest.fixture
+def refused(robustness):
+    def check(tool, *words, named):
+        option = AS.get(named, named.partition(" --")[0])
+        with robustness.attempt("values that options of fairseq cannot have"):
+            with pytest.raises(ValueError, match=r"allowed") as caught:
+                tools.call(tool, *words, *named.split())
+            said = str(caught.value)
+            assert option in said, said
+            assert "\n" not in said
+            assert len(said) < 600
+
+    return check
 
 
 @pytest.mark.parametrize("named", OF_TRAINING)
-def test_training_refuses_what_cannot_be(words_of_training, tmp_path, named):
+def test_training_refuses_what_cannot_be(refused, words_of_training, tmp_path, named):
     words = (*words_of_training["flash_lm"], "--save-dir", tmp_path / "save", "--max-update", 2)
     refused("train", *words, named=named)
     assert not (tmp_path / "save").exists()
@@ -173,25 +178,25 @@ def test_training_refuses_what_cannot_be(words_of_training, tmp_path, named):
 @pytest.mark.parametrize(
     ("model", "named"), [(model, named) for model, options in OF_MODELS.items() for named in options]
 )
-def test_training_of_each_model_refuses_what_cannot_be(words_of_training, tmp_path, model, named):
+def test_training_of_each_model_refuses_what_cannot_be(refused, words_of_training, tmp_path, model, named):
     refused("train", *words_of_training[model], "--save-dir", tmp_path, "--max-update", 2, named=named)
 
 
 @pytest.mark.parametrize("tool", ["generate", "interactive"])
 @pytest.mark.parametrize("named", OF_GENERATION)
-def test_generation_refuses_what_cannot_be(parallel, trained, tool, named):
+def test_generation_refuses_what_cannot_be(refused, parallel, trained, tool, named):
     words = (parallel, "--user-dir", tools.USER_DIR, "--cpu", "--path", trained["flash_seq2seq"], *LANGUAGES)
     refused(tool, *words, named=named)
 
 
 @pytest.mark.parametrize("named", OF_EVALUATION)
-def test_evaluation_refuses_what_cannot_be(data_bin, trained, named):
+def test_evaluation_refuses_what_cannot_be(refused, data_bin, trained, named):
     words = (data_bin, "--user-dir", tools.USER_DIR, "--cpu", "--path", trained["flash_lm"], *LM)
     refused("eval-lm", *words, named=named)
 
 
 @pytest.mark.parametrize("named", [*OF_ANY_TOOL, "--tokens-per-sample 0"])
-def test_validation_refuses_what_cannot_be(data_bin, trained, named):
+def test_validation_refuses_what_cannot_be(refused, data_bin, trained, named):
     words = (data_bin, "--user-dir", tools.USER_DIR, "--cpu", "--path", trained["flash_lm"], *LM)
     refused("validate", *words, *(() if "batch" in named else ("--batch-size", 2)), named=named)
 
