@@ -22,7 +22,7 @@ from torch import nn
 
 from bench.models import build
 from fairseq_flash.modules import GatedAttentionUnit, GatedCrossAttention, Stack, TransformerBlock
-from runs.command_line import command_line
+from runs.command_line import command_line, require
 
 #: Lowest and highest ratio of a healthy start.
 BANDS = {"branch/residual": (0.01, 1.0), "linear/quadratic": (0.1, 10.0), "gradient/median": (1e-3, 1e3)}
@@ -182,6 +182,10 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024, help="tokens a row, of two rows")
     parser.add_argument("--seed", type=int, default=1)
     own, model_options = parser.parse_known_args()
+    require(parser, own, 5, "vocabulary")
+    require(parser, own, 1, "length")
+    if not any(word.partition("=")[0] in ("--arch", "-a") for word in model_options):
+        parser.error("--arch is missing; allowed: an architecture of this package, such as flash_lm_tiny")
     logging.getLogger("hydra").setLevel(logging.INFO)
     torch.manual_seed(own.seed)
     model = build(model_options, own.vocabulary)

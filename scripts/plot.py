@@ -51,6 +51,8 @@ def main(arguments: list[str]) -> None:
         parser.error(f"figure {', '.join(unknown)} is unknown; allowed: {', '.join(FIGURES)}")
     if options.csv and not options.figures:
         parser.error(f"--csv {options.csv} needs the name of a figure; allowed: {', '.join(FIGURES)}")
+    if not options.csv and not options.results.is_dir():
+        parser.error(f"--results {options.results} does not exist; allowed: a folder of CSVs")
     there = [name for name in FIGURES if (options.results / FIGURES[name].csv).exists()]
     for name in options.figures or there:
         path = options.csv or options.results / FIGURES[name].csv

@@ -18,6 +18,10 @@
     weights of 16 bits are copied all at once;
 ``data``
     rows that fairseq would drop, garble or refuse;
+``choices``
+    names of tasks and criterions that are unknown, or go with another model;
+``values``
+    values of options that cannot be;
 ``generation``
     options that fail for some models or batches;
 ``messages``
@@ -33,6 +37,7 @@ tensorboardX" (hence tensorboardX is a dependency of this package) and warnings 
 
 from fairseq_flash._compat import (
     checkpoints,
+    choices,
     data,
     ending,
     generation,
@@ -41,6 +46,7 @@ from fairseq_flash._compat import (
     messages,
     saving,
     training,
+    values,
     versions,
 )
 
@@ -54,16 +60,6 @@ def prepare_host() -> None:
     registered.
     """
     # Messages first: the others import the modules whose noise is to be hidden.
-    for kind in (
-        messages,
-        versions,
-        checkpoints,
-        hub,
-        saving,
-        training,
-        half_precision,
-        ending,
-        data,
-        generation,
-    ):
+    first = (messages, versions, checkpoints, hub, saving, training, half_precision, ending, data)
+    for kind in (*first, generation, choices, values):
         kind.prepare()

@@ -15,6 +15,7 @@ def prepare() -> None:
     _keep_every_batch()
     _name_unusable_splits()
     _look_at_indexed_data()
+    _name_unfit_dictionaries()
     _write_large_indexes()
     _keep_long_sizes()
 
@@ -95,13 +96,39 @@ def _look_at_indexed_data() -> None:
                 problem = problem_of_index(path)
                 if problem:
                     raise ValueError(f"{path}.idx is damaged, or not the index of {path}.bin: {problem}")
-            rows = make(path, impl, fix_lua_indexing, dictionary)
+            try:
+                rows = make(path, impl, fix_lua_indexing, dictionary)
+            except AssertionError:
+                raise ValueError(
+                    f"{path}.idx is damaged, or no index of fairseq-preprocess; allowed: data prepared anew"
+                ) from None
             of_ids = rows is not None and dictionary is not None and impl in ("mmap", "lazy", "cached")
             return CheckedRows(rows, path, dictionary) if of_ids else rows
 
         return healed
 
     wrap(indexed_dataset, "make_dataset", heal)
+
+
+def _name_unfit_dictionaries() -> None:
+    """Says which file holds a line that is no word with its count, or a word twice; fairseq 0.12 does not."""
+    from fairseq.data import Dictionary
+
+    def heal(add: Callable) -> Callable:
+        def healed(self, f: Any) -> None:
+            try:
+                add(self, f)
+            except (RuntimeError, ValueError) as error:
+                if not isinstance(f, str):
+                    raise
+                said = " ".join(str(error).split()).partition(". ")[0]
+                raise ValueError(
+                    f"{f} is no dictionary: {said}; allowed: a word and its count a line, each word once"
+                ) from None
+
+        return healed
+
+    wrap(Dictionary, "add_from_file", heal)
 
 
 def _write_large_indexes() -> None:

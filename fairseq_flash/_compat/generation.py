@@ -1,13 +1,14 @@
 """Generation and evaluation: options that fail for some models or are ignored, and text not meant."""
 
-import operator
 import re
+import sys
 from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
 
 from fairseq_flash._compat.healing import wrap
+from fairseq_flash._compat.values import refuse_values
 
 __all__ = ["prepare"]
 
@@ -18,7 +19,7 @@ def prepare() -> None:
     _diversify_every_batch()
     _refuse_constraints_by_name()
     _refuse_what_generation_ignores()
-    _refuse_another_task()
+    _refuse_an_empty_evaluation()
     _join_byte_pieces()
 
 
@@ -111,6 +112,14 @@ def _refuse_constraints_by_name() -> None:
     wrap(LexicallyConstrainedBeamSearch, "init_constraints", heal_init)
 
 
+#: What only models that write a sentence again and again take; others would ignore it.
+_ITERATIVE = {
+    **{"print_step": False, "retain_iter_history": False, "iter_decode_force_max_iter": False},
+    **{"iter_decode_max_iter": 10, "iter_decode_eos_penalty": 0.0, "iter_decode_with_beam": 1},
+    "iter_decode_with_external_reranker": False,
+}
+
+
 def _refuse_what_generation_ignores() -> None:
     """Says which options of generation cannot be; fairseq 0.12 ignores some, and fails late with others.
 
@@ -121,19 +130,15 @@ def _refuse_what_generation_ignores() -> None:
 
     def heal(build: Callable) -> Callable:
         def healed(self, models: Any, args: Any, *others: Any, **kwargs: Any) -> Any:
-            for name, allowed, fits in (
-                ("print_step", "with --task translation_lev, as others write each word once", operator.not_),
-                ("retain_iter_history", "with --task translation_lev", operator.not_),
-                ("beam", "1 or more", lambda beam: beam >= 1),
-                ("nbest", "1 or more", lambda nbest: nbest >= 1),
-                ("sampling_topk", "1 or more, or -1 for all words", lambda k: k >= 1 or k == -1),
-                ("sampling_topp", "above 0 to 1, or -1 for all words", lambda p: 0 < p <= 1 or p == -1),
-            ):
-                value = getattr(args, name, None)
-                if value is not None and not fits(value):
+            for name, default in _ITERATIVE.items():
+                value = getattr(args, name, default)
+                if value != default:
                     option = f"--{name.replace('_', '-')}" + (f" {value}" if value is not True else "")
-                    raise ValueError(f"{option} is not allowed; allowed: {allowed}")
-            _refuse_combinations(args)
+                    raise ValueError(
+                        f"{option} is not allowed; allowed: with --task translation_lev, as others write "
+                        "each word once"
+                    )
+            refuse_values("generation", args)
             return build(self, models, args, *others, **kwargs)
 
         return healed
@@ -141,41 +146,32 @@ def _refuse_what_generation_ignores() -> None:
     wrap(FairseqTask, "build_generator", heal)
 
 
-def _refuse_combinations(args: Any) -> None:
-    beam, nbest = getattr(args, "beam", 5), getattr(args, "nbest", 1)
-    if nbest > beam:
-        raise ValueError(f"--nbest {nbest} is not allowed with --beam {beam}; allowed: 1 to {beam}")
-    for name in ("sampling_topk", "sampling_topp"):
-        value = getattr(args, name, -1)
-        if value > 0 and not getattr(args, "sampling", False):
-            option = f"--{name.replace('_', '-')} {value}"
-            raise ValueError(f"{option} has no effect without --sampling; allowed: with --sampling")
+def _refuse_an_empty_evaluation() -> None:
+    """Says that no token was evaluated; fairseq 0.12 reports a perplexity of 1, with status 0."""
+    from fairseq.distributed import utils as distributed_utils
 
-
-def _refuse_another_task() -> None:
-    """Says that fairseq-validate takes the task from the checkpoint; it ignores another and its options.
-
-    So ``--task flash_language_modeling --carry-state`` evaluated a checkpoint of ``language_modeling`` in
-    blocks, without a word. No other tool passes a task on as an option of the checkpoint's.
-    """
-    from fairseq import checkpoint_utils
-
-    def heal(load: Callable) -> Callable:
-        def healed(path: Any, arg_overrides: Any = None, *args: Any, **kwargs: Any) -> dict[str, Any]:
-            state = load(path, arg_overrides, *args, **kwargs)
-            asked = (arg_overrides or {}).get("task")
-            task = (state.get("cfg") or {}).get("task") or {}
-            name = task.get("_name") if hasattr(task, "get") else getattr(task, "task", None)
-            if isinstance(asked, str) and name not in (None, asked):
+    def heal_evaluation(evaluate: Callable) -> Callable:
+        def healed(models: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
+            found = evaluate(models, *args, **kwargs)
+            if found["loss"] == 0:
                 raise ValueError(
-                    f"--task {asked} is not allowed with fairseq-validate and {path!r}, a checkpoint of "
-                    f"--task {name}; allowed: that one, or fairseq-eval-lm, which takes any"
+                    "no token was evaluated; allowed: a split with words, and a --shard-id below the number "
+                    "of its batches"
                 )
-            return state
+            return found
 
         return healed
 
-    wrap(checkpoint_utils, "load_checkpoint_to_cpu", heal)
+    def heal_call(call: Callable) -> Callable:
+        def healed(*args: Any, **kwargs: Any) -> Any:
+            for module in map(sys.modules.get, ("fairseq_cli.eval_lm", "__main__")):
+                if hasattr(module, "eval_lm"):
+                    wrap(module, "eval_lm", heal_evaluation)
+            return call(*args, **kwargs)
+
+        return healed
+
+    wrap(distributed_utils, "call_main", heal_call)
 
 
 def _join_byte_pieces() -> None:

@@ -1,7 +1,9 @@
 """The hub: archives are unpacked without harm, and a checkpoint opens no address of its own."""
 
 import contextlib
+import difflib
 import hashlib
+import inspect
 import lzma
 import os
 import pathlib
@@ -25,6 +27,7 @@ def prepare() -> None:
     """Applies every healing of this file."""
     _unpack_without_harm()
     _open_no_address_of_a_checkpoint()
+    _look_at_what_is_asked()
 
 
 def _unpack_without_harm() -> None:
@@ -77,7 +80,8 @@ def _unpack(path: str, folder: str) -> None:
                     raise ValueError(f"{path!r} was refused and nothing of it unpacked: {problem}")
             archive.extractall(folder, filter="data")
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-        raise ValueError(f"{path!r} is neither a folder nor a whole tar archive: {error}") from None
+        said = str(error).partition("\n")[0].rstrip(":")
+        raise ValueError(f"{path!r} is neither a folder nor a whole tar archive: {said}") from None
 
 
 def _problem_of(member: tarfile.TarInfo) -> Optional[str]:
@@ -115,6 +119,41 @@ def _open_no_address_of_a_checkpoint() -> None:
         return healed
 
     wrap(hub_utils, "from_pretrained", heal)
+
+
+def _look_at_what_is_asked() -> None:
+    """Refuses what is no text, and options of generation that fairseq 0.12 lacks and would not look at."""
+    from fairseq.dataclass.configs import GenerationConfig
+    from fairseq.hub_utils import GeneratorHubInterface
+
+    def heal_texts(use: Callable) -> Callable:
+        def healed(self, sentences: Any, *args: Any, **kwargs: Any) -> Any:
+            texts = [sentences] if isinstance(sentences, str) else sentences
+            if (
+                not isinstance(texts, (list, tuple))
+                or not texts
+                or not all(isinstance(t, str) for t in texts)
+            ):
+                raise ValueError(
+                    f"sentences={sentences!r} is not allowed; allowed: a text, or a list of texts"
+                )
+            return use(self, sentences, *args, **kwargs)
+
+        return healed
+
+    def heal_generate(generate: Callable) -> Callable:
+        def healed(self, *args: Any, **kwargs: Any) -> Any:
+            known = {*inspect.signature(generate).parameters, *GenerationConfig.__dataclass_fields__}
+            for name in kwargs.keys() - known - {*self.cfg.generation}:
+                near = ", ".join(difflib.get_close_matches(name, known)) or "options of fairseq-generate"
+                raise ValueError(f"{name}={kwargs[name]!r} is unknown; allowed: {near}")
+            return generate(self, *args, **kwargs)
+
+        return healed
+
+    for name in ("sample", "score"):
+        wrap(GeneratorHubInterface, name, heal_texts)
+    wrap(GeneratorHubInterface, "generate", heal_generate)
 
 
 def _strings(chosen: Any, kind: str) -> Iterator[str]:

@@ -64,9 +64,9 @@ def prepare() -> None:
     _shorten_config_dump()
     _explain_fp16_without_gpu()
     _explain_unfit_checkpoints()
+    _explain_unfit_schedules()
     _name_our_options()
     _refuse_alignments()
-    _refuse_other_criterions()
 
 
 def _silence_noise() -> None:
@@ -146,6 +146,42 @@ def _explain_unfit_checkpoints() -> None:
     wrap(Trainer, "load_checkpoint", heal)
 
 
+def _explain_unfit_schedules() -> None:
+    """Names what a checkpoint's optimizer and schedule cannot go on with.
+
+    fairseq 0.12 ends in KeyError 'best' where the schedule is of another kind, and puts any name of
+    ``--optimizer-overrides`` beside the optimizer's own, where nothing looks at it.
+    """
+    from fairseq.optim import FairseqOptimizer
+    from fairseq.optim.lr_scheduler import FairseqLRScheduler
+
+    def heal_schedule(load: Callable) -> Callable:
+        def healed(self, state_dict: dict[str, Any]) -> None:
+            if "best" not in state_dict:
+                raise ValueError(
+                    f"the checkpoint's --lr-scheduler is not {type(self).__name__}; allowed: the one that it "
+                    "was trained with, or --reset-lr-scheduler"
+                )
+            load(self, state_dict)
+
+        return healed
+
+    def heal_optimizer(load: Callable) -> Callable:
+        def healed(self, state_dict: Any, optimizer_overrides: Any = None) -> None:
+            known = sorted(name for name in self.param_groups[0] if name != "params")
+            for name in optimizer_overrides or {}:
+                if name not in known:
+                    raise ValueError(
+                        f"--optimizer-overrides: the optimizer has no {name!r}; allowed: {', '.join(known)}"
+                    )
+            load(self, state_dict, optimizer_overrides)
+
+        return healed
+
+    wrap(FairseqLRScheduler, "load_state_dict", heal_schedule)
+    wrap(FairseqOptimizer, "load_state_dict", heal_optimizer)
+
+
 def _name_our_options() -> None:
     """Tells who gives one of our models an option of fairseq's by the name it has there, or no task."""
     from fairseq import options
@@ -200,40 +236,3 @@ def _refuse_alignments() -> None:
         return healed
 
     wrap(SequenceGeneratorWithAlignment, "__init__", heal)
-
-
-#: Of fairseq's criterions, those that a model of the next word can be trained with.
-_CRITERIONS = ("cross_entropy", "label_smoothed_cross_entropy", "label_smoothed_cross_entropy_with_rdrop")
-
-
-def _refuse_other_criterions() -> None:
-    """Says before the first update that a criterion of fairseq's cannot go with one of our decoders.
-
-    Some fail with an AssertionError without text or a RuntimeError about sizes; that of alignments trains,
-    without ``--load-alignments``, as if it were another. Criterions of the user's own are the user's.
-    """
-    from fairseq.trainer import Trainer
-
-    def heal(init: Callable) -> Callable:
-        def healed(self, cfg: Any, task: Any, model: Any, criterion: Any, *args: Any, **kwargs: Any) -> None:
-            decoder, name = getattr(model, "decoder", None), cfg.criterion._name
-            allowed = _CRITERIONS
-            if getattr(decoder, "adaptive_softmax", None) is not None:
-                allowed = ("adaptive_loss",)
-            fairseqs = type(criterion).__module__.startswith("fairseq.criterions.")
-            if hasattr(decoder, "has_attention_weights") and fairseqs and name not in allowed:
-                raise ValueError(
-                    f"--criterion {name} is not allowed with this model; allowed: {', '.join(allowed)} "
-                    "(adaptive_loss goes with --adaptive-softmax-cutoff)"
-                )
-            loss = getattr(cfg.model, "vocabulary_loss", None)
-            if fairseqs and loss not in (None, "plain") and name != "cross_entropy":
-                raise ValueError(
-                    f"--vocabulary-loss {loss} has no effect with --criterion {name}; "
-                    "allowed: --criterion cross_entropy"
-                )
-            init(self, cfg, task, model, criterion, *args, **kwargs)
-
-        return healed
-
-    wrap(Trainer, "__init__", heal)

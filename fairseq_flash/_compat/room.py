@@ -10,9 +10,10 @@ from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
-from fairseq import checkpoint_utils
+from fairseq import checkpoint_utils, models, tasks
 from fairseq.models import BaseFairseqModel
 
+from fairseq_flash._compat.choices import known_name
 from fairseq_flash._compat.healing import wrap
 
 __all__ = ["count_before_building"]
@@ -21,6 +22,8 @@ __all__ = ["count_before_building"]
 ALLOWANCE = 2**22
 #: While fairseq builds models from checkpoints: path, numbers and tensors of the one read last.
 _read: Optional[list[tuple[str, int, int]]] = None
+#: Whether the task is built from the checkpoint as well, and not given.
+_with_task = False
 
 
 def count_before_building(
@@ -44,8 +47,9 @@ def count_before_building(
 
 def _remembering(load: Callable) -> Callable:
     def healed(*args: Any, **kwargs: Any) -> Any:
-        global _read
+        global _read, _with_task
         before, _read = _read, []
+        _with_task = kwargs.get("task", args[2] if len(args) > 2 else None) is None
         try:
             return load(*args, **kwargs)
         finally:
@@ -59,7 +63,10 @@ def _counting(config_of: Callable, load: Callable) -> Callable:
         state = load(path, *args, **kwargs)
         if _read is not None:
             weights = [weight for weight in state["model"].values() if isinstance(weight, torch.Tensor)]
-            _check_values(path, state, config_of(state.get("cfg")))
+            if _with_task:
+                known_name(path, "task", state["cfg"], tasks.TASK_REGISTRY)
+            known_name(path, "model", state["cfg"], {*models.MODEL_REGISTRY, *models.ARCH_MODEL_REGISTRY})
+            _check_values(path, state, config_of(state["cfg"]))
             _read[:] = [(str(path), sum(weight.numel() for weight in weights), len(weights))]
         return state
 

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 def prepare() -> None:
     """Applies every healing of this file."""
     _know_before_training_that_it_is_complete()
+    _save_before_the_best_is_missed()
     _begin_an_average_at_any_time()
     _stop_loading_at_the_end()
     _tell_what_is_not_finite()
@@ -48,6 +49,9 @@ def _know_before_training_that_it_is_complete() -> None:
             path = cfg.restore_file.replace(".pt", f"{trainer.checkpoint_suffix or ''}.pt")
             if cfg.restore_file != "checkpoint_last.pt" and not PathManager.isfile(path):
                 logger.warning(f"--restore-file {path} is no file: training begins anew")
+            once = cfg.continue_once
+            if once is not None and not PathManager.isfile(once):
+                logger.warning(f"--continue-once {once} is no file: it is not begun with")
             extra_state, epochs = load(cfg, trainer, **kwargs)
             goes_on = extra_state is not None and trainer.get_num_updates() > 0
             waited = extra_state.get("patience") if goes_on and not cfg.reset_meters else None
@@ -96,6 +100,57 @@ class _NoEpochs:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._epochs, name)
+
+
+class _NoSuchMetric(ValueError):
+    """Validation does not measure what the best checkpoint is chosen by."""
+
+
+def _save_before_the_best_is_missed() -> None:
+    """Names a ``--best-checkpoint-metric`` that validation lacks, once a checkpoint is saved.
+
+    fairseq 0.12 ends in a KeyError at the end of the first epoch, which is lost. What a task measures is not
+    known before.
+    """
+    from fairseq import checkpoint_utils
+
+    def heal_load(load: Callable) -> Callable:
+        def healed(*args: Any, **kwargs: Any) -> Any:
+            for module in map(sys.modules.get, ("fairseq_cli.train", "__main__")):
+                if hasattr(module, "get_valid_stats") and hasattr(module, "validate_and_save"):
+                    wrap(module, "get_valid_stats", _heal_get_valid_stats)
+                    wrap(module, "validate_and_save", _keep_the_work)
+            return load(*args, **kwargs)
+
+        return healed
+
+    wrap(checkpoint_utils, "load_checkpoint", heal_load)
+
+
+def _heal_get_valid_stats(get_valid_stats: Callable) -> Callable:
+    def healed(cfg: Any, trainer: Any, stats: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        name = cfg.checkpoint.best_checkpoint_metric
+        if name not in stats:
+            raise _NoSuchMetric(
+                f"--best-checkpoint-metric {name} is not allowed: validation does not measure it; allowed: "
+                f"{', '.join(sorted(stats)) or 'none, as no batch was validated'}"
+            )
+        return get_valid_stats(cfg, trainer, stats, *args, **kwargs)
+
+    return healed
+
+
+def _keep_the_work(validate_and_save: Callable) -> Callable:
+    from fairseq import checkpoint_utils
+
+    def healed(cfg: Any, trainer: Any, task: Any, epoch_itr: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return validate_and_save(cfg, trainer, task, epoch_itr, *args, **kwargs)
+        except _NoSuchMetric:
+            checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
+            raise
+
+    return healed
 
 
 def _begin_an_average_at_any_time() -> None:

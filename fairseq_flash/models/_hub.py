@@ -1,7 +1,7 @@
 """What ``FlashMaskedLM.from_pretrained`` gives: text in, features, masked words or classes out."""
 
 from pathlib import Path
-from typing import Union
+from typing import Any, Union
 
 import torch
 from fairseq import utils
@@ -17,12 +17,12 @@ def find_sentencepiece(checkpoints: str, data: str) -> str:
 
     Args:
         checkpoints: Folder of the checkpoint.
-        data: Folder of the data; relative to the checkpoint's if it begins with a dot.
+        data: Folder of the data.
 
     Raises:
         ValueError: neither has one.
     """
-    folders = [Path(checkpoints), Path(checkpoints, data) if data.startswith(".") else Path(data)]
+    folders = [Path(checkpoints), Path(data)]
     for folder in folders:
         if (folder / "sentencepiece.bpe.model").is_file():
             return str(folder / "sentencepiece.bpe.model")
@@ -55,6 +55,8 @@ class FlashHubInterface(RobertaHubInterface):
         Returns:
             Indices ``(n,)``.
         """
+        for text in (sentence, *addl_sentences):
+            _check_text("sentence", text)
         separator = [] if no_separator else ["</s>"]
         words = ["<s>", *self._pieces(sentence), "</s>"]
         for other in addl_sentences:
@@ -68,6 +70,7 @@ class FlashHubInterface(RobertaHubInterface):
         Raises:
             ValueError: ``tokens`` is a batch.
         """
+        _check_tokens(tokens)
         if tokens.dim() != 1:
             raise ValueError(f"tokens has shape {tuple(tokens.shape)}; allowed: (n,), one row at a time")
         dictionary = self.task.source_dictionary
@@ -155,10 +158,11 @@ class FlashHubInterface(RobertaHubInterface):
         Raises:
             ValueError: there is no ``<mask>``, or more than one; or ``topk`` is not allowed.
         """
+        _check_text("masked_input", masked_input)
         count, dictionary = masked_input.count(MASK), self.task.source_dictionary
         if count != 1:
             raise ValueError(f"masked_input has {count} times {MASK}; allowed: once, as in 'a {MASK} man'")
-        if not 1 <= topk <= len(dictionary):
+        if type(topk) is not int or not 1 <= topk <= len(dictionary):
             raise ValueError(f"topk={topk} is not allowed; allowed: 1 to {len(dictionary)}, all words")
         tokens = self._batch(self.encode(masked_input))
         with utils.model_eval(self.model), torch.no_grad():
@@ -174,6 +178,7 @@ class FlashHubInterface(RobertaHubInterface):
         return found
 
     def _batch(self, tokens: torch.Tensor) -> torch.Tensor:
+        _check_tokens(tokens)
         tokens = tokens.to(self.device)
         return tokens.unsqueeze(0) if tokens.dim() == 1 else tokens
 
@@ -185,3 +190,13 @@ class FlashHubInterface(RobertaHubInterface):
         spans = [span.strip() for span in " ".join(words).split(MASK)]
         spans = [span if self.bpe is None else self.bpe.decode(span) for span in spans]
         return f" {MASK} ".join(spans).strip()
+
+
+def _check_text(argument: str, text: Any) -> None:
+    if not isinstance(text, str):
+        raise ValueError(f"{argument}={text!r} is not allowed; allowed: a text")
+
+
+def _check_tokens(tokens: Any) -> None:
+    if not isinstance(tokens, torch.Tensor):
+        raise ValueError(f"tokens is a {type(tokens).__name__}; allowed: a tensor, as encode() gives it")

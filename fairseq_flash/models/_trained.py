@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import logging
+from collections.abc import Iterable
 from typing import Any, Optional
 
 import torch
@@ -21,6 +22,7 @@ from omegaconf import DictConfig, open_dict
 
 from fairseq_flash.models._option_checks import warn_once
 from fairseq_flash.models._options import FlashLanguageModelConfig, FlashMaskedLMConfig, FlashSeq2SeqConfig
+from fairseq_flash.models._places import find_places
 from fairseq_flash.modules.transformer_block import default_ffn_embed_dim
 
 __all__ = ["RememberingModel", "config_of", "remember_options_of_checkpoints", "trained_options"]
@@ -103,6 +105,51 @@ class RememberingModel(BaseFairseqModel):
     """A model whose state dict says what it was trained with; refuses one of other options."""
 
     _record: Optional[dict[str, Any]] = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_name_or_path: str,
+        checkpoint_file: str = "model.pt",
+        data_name_or_path: str = ".",
+        **kwargs: Any,
+    ) -> Any:
+        """As fairseq's, from paths of any kind.
+
+        Raises:
+            ValueError: an argument is no path, or the checkpoint is refused.
+            FileNotFoundError: a folder or file does not exist.
+        """
+        places = find_places(model_name_or_path, checkpoint_file, data_name_or_path)
+        interface = super().from_pretrained(*places, **kwargs)
+        cls.check_class(interface.models, places[1])
+        return interface
+
+    @classmethod
+    def check_class(cls, models: Iterable[Any], checkpoint: str) -> None:
+        """Refuses models that are not of this class.
+
+        Raises:
+            ValueError: so it is.
+        """
+        for model in models:
+            if not isinstance(model, cls):
+                other = type(model).__name__
+                raise ValueError(
+                    f"{checkpoint!r} holds a {other}, not a {cls.__name__}; allowed: {other}.from_pretrained"
+                )
+
+    def prepare_for_inference_(self, cfg: Any) -> None:
+        """As fairseq's.
+
+        Raises:
+            ValueError: ``--retain-dropout``, which only modules of fairseq's own know.
+        """
+        if getattr(cfg.generation, "retain_dropout", False):
+            raise ValueError(
+                "--retain-dropout is not allowed: these models generate without; allowed: without"
+            )
+        super().prepare_for_inference_(cfg)
 
     def remember(self, cfg: Any, config: type, *dictionaries: Dictionary) -> None:
         """Takes down the options and the words that the model is built with."""

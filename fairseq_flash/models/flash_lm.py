@@ -20,6 +20,10 @@ from fairseq_flash.modules import DecodingState, RowMemory, StepGraphs
 __all__ = ["PRESETS", "FlashDecoder", "FlashLanguageModel", "FlashLanguageModelConfig", "normalized_probs"]
 
 
+#: Of fairseq's criterions, those that a model of the next word can be trained with.
+NEXT_WORD = ("cross_entropy", "label_smoothed_cross_entropy", "label_smoothed_cross_entropy_with_rdrop")
+
+
 class FlashDecoder(FairseqIncrementalDecoder):
     """A causal FLASH stack as a fairseq decoder.
 
@@ -188,6 +192,13 @@ class FlashLanguageModel(RememberingModel, FairseqLanguageModel):
 
     Source: Hua et al. 2022, section 4.
     """
+
+    #: Of fairseq's, those that train it.
+    allowed_criterions = NEXT_WORD
+    #: Of fairseq's and ours, those whose target is the next word.
+    allowed_tasks = frozenset(
+        {"language_modeling", "flash_language_modeling", "multilingual_language_modeling", "flash_recall"}
+    )
 
     @classmethod
     def build_model(cls, cfg: FlashLanguageModelConfig, task: Any) -> "FlashLanguageModel":

@@ -4,7 +4,7 @@ import logging
 from typing import Any, Optional
 
 import torch
-from fairseq import file_utils, hub_utils
+from fairseq import hub_utils
 from fairseq.models import FairseqEncoderModel, register_model
 from fairseq.models.roberta.model import RobertaClassificationHead
 from torch import distributed, nn
@@ -16,6 +16,7 @@ from fairseq_flash.models._hub import FlashHubInterface, find_sentencepiece
 from fairseq_flash.models._layers import resolve_n_ref
 from fairseq_flash.models._option_checks import check_masked_lm, check_sizes
 from fairseq_flash.models._options import FlashMaskedLMConfig
+from fairseq_flash.models._places import find_places
 from fairseq_flash.models._presets import MASKED_LMS, register
 from fairseq_flash.models._trained import RememberingModel
 from fairseq_flash.models.flash_lm import normalized_probs
@@ -66,6 +67,13 @@ class FlashMaskedLM(RememberingModel, FairseqEncoderModel):
 
     Source: Hua et al. 2022, section 4 (masked language modeling); Liu et al. 2019 (RoBERTa) for the heads.
     """
+
+    #: Of fairseq's, those that train it.
+    allowed_criterions = ("masked_lm", "sentence_prediction")
+    #: Of fairseq's and ours, those that mask words or classify rows.
+    allowed_tasks = frozenset(
+        {"masked_lm", "flash_masked_lm", "multilingual_masked_lm", "sentence_prediction"}
+    )
 
     def __init__(self, cfg: FlashMaskedLMConfig, encoder: FlashEncoder) -> None:
         super().__init__(encoder)
@@ -162,11 +170,13 @@ class FlashMaskedLM(RememberingModel, FairseqEncoderModel):
             unused: What fairseq's hub interface passes on.
 
         Raises:
-            ValueError: ``num_classes`` or ``inner_dim`` is below 1, or not given.
+            ValueError: ``name`` has a dot, or ``num_classes`` or ``inner_dim`` is below 1, or not given.
         """
+        if not isinstance(name, str) or not name or "." in name:
+            raise ValueError(f"name={name!r} is not allowed; allowed: a text without dots")
         inner_dim = self.cfg.embed_dim if inner_dim is None else inner_dim
         for argument, value in dict(num_classes=num_classes, inner_dim=inner_dim).items():
-            if value is None or value < 1:
+            if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{argument}={value} is not allowed; allowed: 1 or more")
         head = RobertaClassificationHead(
             self.cfg.embed_dim, inner_dim, num_classes, "tanh", self.cfg.pooler_dropout
@@ -211,22 +221,21 @@ class FlashMaskedLM(RememberingModel, FairseqEncoderModel):
 
         Raises:
             ValueError: no sentencepiece model is given or found; or as :meth:`upgrade_state_dict_named`.
+            FileNotFoundError: a folder or file does not exist.
         """
-        # A folder, or an archive that is unpacked.
-        model_name_or_path = file_utils.load_archive_file(model_name_or_path)
-        if not data_name_or_path.startswith("."):
-            data_name_or_path = file_utils.load_archive_file(data_name_or_path)
+        folder, checkpoint_file, data = find_places(model_name_or_path, checkpoint_file, data_name_or_path)
         if bpe == "sentencepiece" and "sentencepiece_model" not in kwargs:
-            kwargs["sentencepiece_model"] = find_sentencepiece(model_name_or_path, data_name_or_path)
+            kwargs["sentencepiece_model"] = find_sentencepiece(folder, data)
         loaded = hub_utils.from_pretrained(
-            model_name_or_path,
+            folder,
             checkpoint_file,
-            data_name_or_path,
+            data,
             archive_map=cls.hub_models(),
             bpe=bpe,
             load_checkpoint_heads=True,
             **kwargs,
         )
+        cls.check_class(loaded["models"], checkpoint_file)
         return FlashHubInterface(loaded["args"], loaded["task"], loaded["models"][0]).eval()
 
     @classmethod

@@ -13,7 +13,7 @@ from fairseq_flash.models._options import FlashSeq2SeqConfig, stack_options
 from fairseq_flash.models._presets import SEQ2SEQ_PAIRS as PAIRS
 from fairseq_flash.models._presets import SEQ2SEQS, register
 from fairseq_flash.models._trained import RememberingModel
-from fairseq_flash.models.flash_lm import FlashDecoder
+from fairseq_flash.models.flash_lm import NEXT_WORD, FlashDecoder
 
 __all__ = ["PAIRS", "PRESETS", "FlashEncoder", "FlashSeq2Seq", "FlashSeq2SeqConfig", "FlashSeq2SeqDecoder"]
 
@@ -79,6 +79,9 @@ class FlashSeq2Seq(RememberingModel, FairseqEncoderDecoderModel):
     Source: Hua et al. 2022 for the units; the cross-attention is the unit of section 3.1, whose values and
     keys come from the source.
     """
+
+    #: Of fairseq's, those that train it.
+    allowed_criterions = NEXT_WORD
 
     @classmethod
     def build_model(cls, cfg: FlashSeq2SeqConfig, task: Any) -> "FlashSeq2Seq":

@@ -132,6 +132,9 @@ def check_reading(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     for path in options.checkpoints:
         if not path.exists():
             parser.error(f"--checkpoints {path} does not exist")
+    missing = [name for name in ("dict.txt", f"{options.split}.idx") if not (options.data / name).is_file()]
+    if missing:
+        parser.error(f"--data {options.data} has no {', '.join(missing)}; allowed: what prepare_lm.py wrote")
 
 
 def read_tokens(data: Path, split: str) -> tuple[torch.Tensor, Dictionary]:

@@ -10,6 +10,7 @@ from fairseq.data import Dictionary, TokenBlockDataset, data_utils, indexed_data
 
 from support import tools
 
+EVALUATION = ("--user-dir", tools.USER_DIR, "--cpu", "--task", "language_modeling")
 HEADER = struct.calcsize("<9sQBQ")
 
 
@@ -136,3 +137,19 @@ def test_a_block_knows_its_length_however_long_it_is(mode):
         lines, [70_000, 3], block_size=50_000, pad=1, eos=2, break_mode=mode, include_targets=False
     )
     assert [len(blocks[number]) for number in range(len(blocks))] == blocks.sizes.tolist()
+
+
+@pytest.mark.parametrize("content", [b"", b"XXXX", b"once upon a time\n" * 9])
+def test_an_index_of_another_kind_is_named(data_bin, checkpoint, tmp_path, content):
+    shutil.copytree(data_bin, tmp_path / "bin")
+    (tmp_path / "bin" / "test.idx").write_bytes(content)
+    with pytest.raises(ValueError, match=r"bin/test\.idx is damaged, or no index"):
+        tools.call("eval-lm", tmp_path / "bin", *EVALUATION, "--path", checkpoint, "--gen-subset", "test")
+
+
+@pytest.mark.parametrize("line", ["the", "the 1\nthe 2", "the one", "a b c"])
+def test_a_dictionary_that_is_none_is_named(data_bin, checkpoint, tmp_path, line):
+    shutil.copytree(data_bin, tmp_path / "bin")
+    (tmp_path / "bin" / "dict.txt").write_text(f"{line}\n")
+    with pytest.raises(ValueError, match=r"bin/dict\.txt is no dictionary: [^\n]*; allowed: a word and its"):
+        tools.call("eval-lm", tmp_path / "bin", *EVALUATION, "--path", checkpoint, "--gen-subset", "test")

@@ -1,6 +1,7 @@
 """Proves that options of fairseq's generation hold for any batch, or are refused by name."""
 
 import re
+import shutil
 
 import pytest
 import torch
@@ -148,7 +149,8 @@ def test_a_choice_of_words_that_cannot_be_is_refused_by_name(trained, data_bin, 
     own = f"--{option.replace('_', '-')} {value} is not allowed; allowed: {allowed}"
     with pytest.raises(ValueError, match=own):
         interface.sample("the", **{"beam": 1, "sampling": True, option: value})
-    interface.sample("the", beam=1, sampling=True, sampling_topk=3, sampling_topp=1.0, max_len_b=3)
+    for some in ({"sampling_topk": 3}, {"sampling_topp": 1.0}):
+        interface.sample("the", beam=1, sampling=True, max_len_b=3, **some)
 
 
 @pytest.mark.parametrize(
@@ -164,3 +166,32 @@ def test_choices_that_do_not_go_together_are_refused_by_name(trained, data_bin, 
     interface = FlashLanguageModel.from_pretrained(str(path.parent), path.name, str(data_bin))
     with pytest.raises(ValueError, match=own):
         interface.sample("the", **{"beam": 5, **options})
+
+
+@pytest.mark.parametrize("tool", ["eval-lm", "generate"])
+@pytest.mark.parametrize("model", ["flash_masked_lm", "flash_seq2seq"])
+def test_a_model_of_no_next_word_is_named(data_bin, parallel, trained, tmp_path, tool, model):
+    # With a dictionary of its own size, whatever it is.
+    data = parallel if model == "flash_seq2seq" else data_bin
+    shutil.copytree(data_bin, tmp_path / "bin")
+    if model == "flash_seq2seq":
+        shutil.copy(data / "dict.here.txt", tmp_path / "bin" / "dict.txt")
+    with pytest.raises(
+        ValueError, match=rf"--task language_modeling is not allowed with .*{model}.*allowed: "
+    ):
+        generate(tool, tmp_path / "bin", trained[model], "--task", "language_modeling")
+
+
+def test_an_evaluation_of_nothing_is_no_result(data_bin, trained):
+    words = (
+        "--task",
+        "language_modeling",
+        "--tokens-per-sample",
+        "512",
+        "--num-shards",
+        "3",
+        "--shard-id",
+        "2",
+    )
+    with pytest.raises(ValueError, match="no token was evaluated; allowed: "):
+        generate("eval-lm", data_bin, trained["flash_lm"], *words)

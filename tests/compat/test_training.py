@@ -205,3 +205,44 @@ def test_sharded_weights_are_refused_by_name(words_of_training, tmp_path, model)
     with pytest.raises(ValueError, match=told):
         train(words_of_training[model], tmp_path / "save", "--ddp-backend", "fully_sharded")
     assert not (tmp_path / "save").exists()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_what_is_not_measured_is_named_and_the_work_is_kept(words_of_training, tmp_path, model):
+    words = (*words_of_training[model], "--batch-size", 40)
+    told = r"--best-checkpoint-metric bleuu is not allowed: .* measure it; allowed: .*loss.*ppl"
+    with pytest.raises(ValueError, match=told):
+        train(words, tmp_path, "--best-checkpoint-metric", "bleuu", updates=200)
+    before = updates_of(tmp_path)
+    assert before >= 1
+    train(words, tmp_path, "--best-checkpoint-metric", "ppl", updates=before + 1)
+    assert updates_of(tmp_path) == before + 1
+
+
+def test_a_schedule_of_another_kind_is_named(words_of_training, trained, tmp_path):
+    words = (
+        *words_of_training["flash_lm"],
+        "--restore-file",
+        trained["flash_lm"],
+        "--lr-scheduler",
+        "cosine",
+    )
+    with pytest.raises(ValueError, match=r"--lr-scheduler is not Cosine\w+; allowed: .*--reset-lr-scheduler"):
+        train(words, tmp_path, updates=6)
+    train(words, tmp_path, "--reset-lr-scheduler", updates=6)
+    assert updates_of(tmp_path) == 6
+
+
+def test_an_override_that_the_optimizer_lacks_is_named(words_of_training, trained, tmp_path):
+    words = (*words_of_training["flash_lm"], "--restore-file", trained["flash_lm"])
+    with pytest.raises(
+        ValueError, match=r"--optimizer-overrides: .* no 'weight_decai'; allowed: .*weight_decay"
+    ):
+        train(words, tmp_path, "--optimizer-overrides", "{'weight_decai': 0.1}", updates=6)
+    train(words, tmp_path, "--optimizer-overrides", "{'weight_decay': 0.1}", updates=6)
+    assert updates_of(tmp_path) == 6
+
+
+def test_a_file_to_continue_once_that_is_none_is_warned_of(words_of_training, tmp_path):
+    output = train(words_of_training["flash_lm"], tmp_path, "--continue-once", "/none.pt", updates=1)
+    assert "--continue-once /none.pt is no file" in output

@@ -1,6 +1,7 @@
 """Proves that the loss by position is that of every row on its own, whatever the batch."""
 
 import csv
+import re
 
 import pytest
 import torch
@@ -79,3 +80,12 @@ def test_a_linear_branch_that_reads_otherwise_has_rows_of_its_own(data_bin, chec
     assert found["ours", "16", "all"] == found["ours, window 1", "16", "all"]
     with pytest.raises(SystemExit):
         extrapolate.main([*words, "--linear-window", "0", "--output", str(output)])
+
+
+@pytest.mark.parametrize("command", ["extrapolate", "yardsticks"])
+@pytest.mark.parametrize("words", [("--data", "/none"), ("--split", "none")])
+def test_data_that_are_none_are_named(data_bin, checkpoint, capsys, command, words):
+    main = tools.load_script(command).main
+    with pytest.raises(SystemExit):
+        main(["--data", str(data_bin), "--checkpoints", str(checkpoint), "--device", "cpu", *words])
+    assert re.search(r"error: --data \S+ has no .*\.idx; allowed: ", capsys.readouterr().err)

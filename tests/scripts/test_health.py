@@ -71,3 +71,21 @@ def test_the_command_prints_every_ratio_and_warns_outside_the_band(health, monke
         assert {line.split()[0] for line in printed.splitlines()} == set(health.BANDS)
         assert all(re.search(r" (in|outside) [\d.e+-]+ to [\d.e+-]+$", line) for line in printed.splitlines())
         assert f" of {len(printed.splitlines())} in the band" in summary
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--layers", "1"], "--arch is missing; allowed: "),
+        (["--arch", "flash_lm_tiny", "--length", "0"], "--length 0 is not allowed; allowed: 1 or more"),
+        (
+            ["--arch", "flash_lm_tiny", "--vocabulary", "3"],
+            "--vocabulary 3 is not allowed; allowed: 5 or more",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_named(health, monkeypatch, capsys, words, told):
+    monkeypatch.setattr(health.sys, "argv", ["health.py", *words])
+    with pytest.raises(SystemExit):
+        health.main()
+    assert told in capsys.readouterr().err

@@ -343,6 +343,12 @@ def test_what_cannot_be_drawn_is_named(results, words, message, monkeypatch):
         plot.main(words)
 
 
+def test_a_folder_of_results_that_is_none_is_named(capsys):
+    with pytest.raises(SystemExit):
+        plot.main(["gpu", "--results", "/none"])
+    assert "--results /none does not exist; allowed: " in capsys.readouterr().err
+
+
 def test_unknown_figures_are_named(capsys):
     with pytest.raises(SystemExit):
         plot.main(["pie"])

@@ -1,0 +1,55 @@
+"""Where a model is loaded from: what ``from_pretrained`` is given, or which argument of it is nowhere."""
+
+import os
+from typing import Any
+
+from fairseq import file_utils
+
+__all__ = ["find_places"]
+
+
+def find_places(
+    model_name_or_path: Any, checkpoint_file: Any, data_name_or_path: Any
+) -> tuple[str, str, str]:
+    """Finds the files of a model; archives are unpacked.
+
+    Args:
+        model_name_or_path: Folder of the checkpoint, or a tar archive of it.
+        checkpoint_file: Its name, or several between colons.
+        data_name_or_path: Folder of the data, or an archive; relative to the checkpoint's if it begins with
+            a dot.
+
+    Returns:
+        The folder of the checkpoint, its name, and the folder of the data.
+
+    Raises:
+        ValueError: an argument is no path.
+        FileNotFoundError: there is nothing of that name.
+    """
+    folder = _found("model_name_or_path", model_name_or_path)
+    names = _text("checkpoint_file", checkpoint_file, f"the name of a file in {folder}")
+    for name in names.split(os.pathsep):
+        if not os.path.isfile(os.path.join(folder, name)):
+            known = sorted(known for known in os.listdir(folder) if known.endswith(".pt"))
+            raise FileNotFoundError(
+                f"checkpoint_file={names!r}: there is no {name!r} in {folder}; allowed: "
+                f"{', '.join(known[:9]) or 'a folder with a checkpoint'}"
+            )
+    return folder, names, _found("data_name_or_path", data_name_or_path, folder)
+
+
+def _text(argument: str, value: Any, allowed: str) -> str:
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+        raise ValueError(f"{argument}={value!r} is not allowed; allowed: {allowed}")
+    return os.fspath(value)
+
+
+def _found(argument: str, value: Any, folder: str = "") -> str:
+    allowed = "a folder, a tar archive or its address"
+    path = _text(argument, value, allowed)
+    if folder and path.startswith("."):
+        path = os.path.abspath(os.path.join(folder, path))
+    try:
+        return file_utils.load_archive_file(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{argument}={value!r} does not exist; allowed: {allowed}") from None
