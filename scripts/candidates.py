@@ -47,7 +47,10 @@ from runs.provenance import ROOT, data_name, provenance
 from runs.schedule import environment
 from runs.table import Table
 
-KEY = ("data", "seed", "lr", "d", "layers", "s", "chunk_size", "n", "tokens", "tokens_per_update", "dtype")
+KEY = (
+    *("data", "seed", "lr", "d", "layers", "s", "chunk_size", "n", "tokens", "tokens_per_update", "dtype"),
+    "valid_tokens",
+)
 COLUMNS = (
     *("commit", "date", "device", "torch", "jobs", "name", *KEY),
     *("parameters", "updates", "seconds", "tokens_per_s", "peak_memory_gib", "train_loss"),
@@ -100,6 +103,7 @@ def plan(options: argparse.Namespace) -> list[dict]:
         n=options.tokens_per_sample,
         tokens=options.tokens,
         tokens_per_update=options.tokens_per_update,
+        valid_tokens=options.valid_tokens,
     )
     cells = itertools.product(options.seeds, options.systems)
     return [

@@ -9,6 +9,7 @@ from typing import Any, Optional
 import torch
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from fairseq_flash.models._embedding import embed_scale
 from fairseq_flash.models._option_checks import check_layers, check_sizes
@@ -32,8 +33,9 @@ __all__ = [
     "whole_rows",
 ]
 
-#: Graphs of one layer's code before PyTorch gives up: two stacks, with and without gradient and padding,
-#: batches of one row, rows of one token and rows below a chunk come to fewer.
+#: Graphs of the layers' code before PyTorch gives up: two stacks, four layers, the last ones and one, with
+#: and without gradient and padding, batches of one row, rows of one token and rows below a chunk come to
+#: fewer.
 GRAPHS = 64
 
 
@@ -152,7 +154,7 @@ def _forward(
     **source: Optional[torch.Tensor],
 ) -> tuple[torch.Tensor, Any]:
     """A layer on whole rows through its compiled code, which all layers of its kind share."""
-    if state is not None or rows is None:
+    if state is not None or rows is None or _watched(layer):
         return type(layer).forward(layer, x, padding_mask, state, rows=rows, **source)
     return _compiled([layer], x, rows, source), None
 
@@ -164,24 +166,35 @@ def _through(
     rows: Rows,
     source: dict[str, Optional[torch.Tensor]],
 ) -> tuple[torch.Tensor, Optional[DecodingState]]:
-    """All layers, as many in a graph as :func:`layers_in_a_graph` says; one by one where one is watched."""
-    blocks = list(stack.blocks)
-    size = layers_in_a_graph(x.device.type, len(blocks))
-    watched = any(block._forward_hooks or block._backward_hooks for block in blocks)
-    if state is not None or watched or size == 1:
+    """All layers, several in a graph; one by one where somebody has put something in between."""
+    blocks, size = list(stack.blocks), layers_in_a_graph(x.device.type)
+    if state is not None or size == 1 or any(_changed(block) or _watched(block) for block in blocks):
         return type(stack).through(stack, x, state, rows, source)
     for first in range(0, len(blocks), size):
         x = _compiled(blocks[first : first + size], x, rows, source)
     return x, None
 
 
-def layers_in_a_graph(device: str, layers: int) -> int:
-    """The largest divisor of ``layers`` up to 4 on a GPU, 1 on a CPU.
+def layers_in_a_graph(device: str) -> int:
+    """4 on a GPU, 1 on a CPU.
 
     From graph to graph the host takes longer than a GPU for a small layer; more layers in a graph only take
     longer to compile.
     """
-    return 1 if device == "cpu" else max(size for size in range(1, 5) if layers % size == 0)
+    return 1 if device == "cpu" else 4
+
+
+def _changed(block: nn.Module) -> bool:
+    """Whether its ``forward`` is no longer what was built here."""
+    return getattr(block.forward, "func", None) is not _forward
+
+
+def _watched(layer: nn.Module) -> bool:
+    """Whether hooks are on a layer or its parts: compiled code would run them always or never."""
+    return _has_any_global_hook() or any(
+        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+        for part in layer.modules()
+    )
 
 
 def _compiled(

@@ -196,12 +196,15 @@ class _Team:
         """One run, from its folder to its record."""
         shown = 0.0
 
-        def show(share: float) -> None:
-            """Takes in that so much of the run is done."""
+        def show(share: float, worked: bool = True) -> None:
+            """Takes in that so much of the run is done, by this call or without work of it."""
             nonlocal shown
+            part, shown = run.weight * (share - shown), share
             with self.writing:
-                self.progress.work(run.weight * (share - shown))
-            shown = share
+                if worked:
+                    self.progress.work(part)
+                else:
+                    self.progress.skip(0, part)
 
         place, slot = self.folder / run.folder_name, self.slots.get()
         try:
@@ -209,7 +212,7 @@ class _Team:
             record, curve = _Work(run, place, show, self.stop, around, self.log_interval).finish()
         finally:
             self.slots.put(slot)
-        show(1.0)
+        show(1.0, worked=record["status"] == "ok")
         with self.writing:
             for curves in self.tables[1:]:
                 curves.add([{**run.record, **point} for point in curve])
@@ -225,7 +228,7 @@ class _Work:
 
     run: TrainingRun
     folder: Path
-    show: Callable[[float], None]
+    show: Callable[..., None]
     stop: threading.Event
     environment: dict[str, str]
     log_interval: int
@@ -252,12 +255,13 @@ class _Work:
         """Runs fairseq-train to its end, unless that has been done; returns its peak memory in bytes."""
         note = self.folder / "trained.json"
         log.read()
+        self.show(self._share(log), worked=False)
         if note.exists():
             return json.loads(note.read_text())["peak_bytes"]
 
         def follow() -> None:
             log.read()
-            self.show(min(1.0, log.updates / self.run.updates))
+            self.show(self._share(log))
 
         ended = self._process(self.run.command(self.folder, self.log_interval), log.path, follow)
         log.read()
@@ -266,6 +270,9 @@ class _Work:
         # fairseq asks for --max-update after an update: a training that is done must not be started again
         process.write_whole(note, json.dumps({"peak_bytes": ended.peak_bytes}))
         return ended.peak_bytes
+
+    def _share(self, log: Log) -> float:
+        return min(1.0, log.updates / self.run.updates)
 
     def _call(self, words: list[str]) -> str:
         """Runs a command to its end; returns what it wrote."""

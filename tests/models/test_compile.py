@@ -9,6 +9,7 @@ import copy
 import pytest
 import torch
 from fairseq.data import Dictionary
+from fairseq.logging import metrics
 
 from fairseq_flash.models import _layers
 from fairseq_flash.models.flash_lm import FlashLanguageModel, FlashLanguageModelConfig
@@ -97,7 +98,7 @@ def test_two_layers_share_a_graph_with_checkpointing_and_dropout(kind, graphs):
 
 @pytest.mark.parametrize("kind", ["gau", "masked", "seq2seq"])
 def test_layers_go_through_a_graph_in_groups(kind, graphs, monkeypatch):
-    monkeypatch.setattr(_layers, "layers_in_a_graph", lambda device, layers: layers // 2)
+    monkeypatch.setattr(_layers, "layers_in_a_graph", lambda device: 2)
     layers = dict.fromkeys(("encoder_layers", "decoder_layers") if kind == "seq2seq" else ("layers",), 4)
     plain, compiled = build(kind, **layers), build(kind, compile=True, **layers)
     tokens = tokens_of(3, 9)
@@ -107,18 +108,50 @@ def test_layers_go_through_a_graph_in_groups(kind, graphs, monkeypatch):
     assert_close(run(copy.deepcopy(compiled).eval(), tokens), run(plain.eval(), tokens))
 
 
-def test_a_layer_that_is_watched_goes_through_a_graph_alone(graphs, monkeypatch):
-    monkeypatch.setattr(_layers, "layers_in_a_graph", lambda device, layers: layers)
-    model, seen = build("gau", compile=True), []
-    model.decoder.stack.blocks[1].register_forward_hook(lambda *_: seen.append(True))
-    run(model, tokens_of(3, 9))
+@pytest.mark.parametrize("part", ["", "uvz"])
+@pytest.mark.parametrize("kind", ["forward", "forward_pre"])
+def test_what_watches_a_layer_or_a_part_of_it_sees_every_pass_and_no_other(part, kind, graphs, monkeypatch):
+    monkeypatch.setattr(_layers, "layers_in_a_graph", lambda device: 4)
+    model, tokens, seen = build("gau", compile=True), tokens_of(3, 9), []
+    run(model, tokens)
+    watched = model.decoder.stack.blocks[1].get_submodule(part)
+    handle = getattr(watched, f"register_{kind}_hook")(lambda *_: seen.append(True))
+    run(model, tokens)
+    run(model, tokens)
+    handle.remove()
+    run(model, tokens)
+    assert len(seen) == 2
+
+
+def test_diagnostics_report_the_same_between_compiled_updates(graphs):
+    def reports(model):
+        found = []
+        for update in range(4):
+            model.set_num_updates(update)
+            with metrics.aggregate(new_root=True) as logged:
+                run(model.train(), tokens_of(3, 9)).sum().backward()
+            found.append(logged.get_smoothed_values())
+        return found
+
+    plain, compiled = (reports(build("gau", diagnostics_interval=2, compile=on)) for on in (False, True))
+    assert [bool(report) for report in compiled] == [True, False, True, False]
+    for found, expected in zip(compiled, plain, strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
+    assert graphs() > 0
+
+
+def test_a_forward_that_was_put_in_place_of_a_layers_own_is_called(graphs, monkeypatch):
+    monkeypatch.setattr(_layers, "layers_in_a_graph", lambda device: 4)
+    model, tokens = build("gau", compile=True), tokens_of(3, 9)
+    block, seen = model.decoder.stack.blocks[1], []
+    own = block.forward
+    block.forward = lambda *args, **kwargs: (seen.append(True), own(*args, **kwargs))[1]
+    run(model, tokens)
     assert seen == [True]
 
 
-def test_on_a_cpu_each_layer_is_a_graph_and_on_a_gpu_up_to_four_are():
-    sizes = [_layers.layers_in_a_graph("cuda", layers) for layers in (1, 2, 7, 9, 10, 24)]
-    assert sizes == [1, 2, 1, 3, 2, 4]
-    assert _layers.layers_in_a_graph("cpu", 24) == 1
+def test_on_a_cpu_each_layer_is_a_graph_and_on_a_gpu_four_are():
+    assert [_layers.layers_in_a_graph(device) for device in ("cpu", "cuda")] == [1, 4]
 
 
 def test_a_copy_such_as_emas_computes_with_its_own_weights(graphs):

@@ -143,6 +143,18 @@ def test_the_operator_is_sound_and_lives_in_a_compiled_graph(kernel):
 
 
 @run_here
+def test_a_second_gradient_is_refused_and_not_left_out(kernel):
+    options = ops.Options(64, True)
+    projected, _, _ = random_inputs(options, 1, 70, 8, 64, torch.float32)
+    narrow = [x if x is None else x.to(DEVICE, torch.float32) for x in projected[:6]]
+    narrow[0].requires_grad_()
+    out = kernel.run(ops.Projected(*narrow), options, None)
+    (grad,) = torch.autograd.grad(out.square().sum(), narrow[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@run_here
 def test_a_card_is_tried_out_while_somebody_evaluates(kernel):
     with torch.inference_mode():
         assert exact.mistakes(kernel.run, ops.Options(64, True), 64, DEVICE, torch.bfloat16) == []

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 import triton
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fairseq_flash.ops.mixed_chunk import kernel_backward as backward
 from fairseq_flash.ops.mixed_chunk import kernel_forward as forward
@@ -71,7 +72,7 @@ def _start(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
     """
     key = None
     if LOOKED_UP:
-        key = (id(kernel), args[0].get_device(), *map(_trait, args), *constants.values())
+        key = (id(kernel), args[0].get_device(), *map(_trait, args), *constants.items())
     if key in _compiled:
         found, rest = _compiled[key]
         found[programs, 1, 1](*args, *rest)
@@ -358,6 +359,7 @@ def _keep(ctx, inputs, output):
     ctx.options = inputs[9:]
 
 
+@once_differentiable
 def _differentiate(ctx, grad):
     uvz, gamma, beta, bias, kv_sum = _gated_backward(grad, *ctx.saved_tensors, *ctx.options)
     _, _, _, _, _, kept_bias, _, kept_sum, _ = ctx.saved_tensors
