@@ -173,7 +173,7 @@ def _refuse_an_empty_evaluation() -> None:
     def heal_call(call: Callable) -> Callable:
         def healed(cfg: Any, *args: Any, **kwargs: Any) -> Any:
             nonlocal shards
-            shards = cfg.dataset.num_shards
+            shards = getattr(getattr(cfg, "dataset", None), "num_shards", 1)
             for module in map(sys.modules.get, ("fairseq_cli.eval_lm", "__main__")):
                 if hasattr(module, "eval_lm"):
                     wrap(module, "eval_lm", heal_evaluation)

@@ -39,11 +39,14 @@ _ABOVE_0: Allowed = ("a number above 0", lambda value: 0 < value < math.inf)
 _NUMBER: Allowed = ("a number", lambda value: not math.isnan(value))
 _SHARE: Allowed = _between(0, 1)
 _UNSIGNED: Allowed = ("0 or more", lambda value: 0 <= value < math.inf)
+_SEED: Allowed = (
+    f"0 to {2**32 - 2**16}, as fairseq adds the epoch to it and numpy takes no more than {2**32 - 1}",
+    lambda value: 0 <= value <= 2**32 - 2**16,
+)
 
 #: By part of the configuration and option. An option of several values is one if all of them are.
 ALLOWED: dict[str, dict[str, Allowed]] = {
-    # numpy takes seeds below 2**32; fairseq adds the number of the epoch and of the shard to it.
-    "common": {"seed": _between(0, 2**32 - 2**16), "log_interval": _from(1)},
+    "common": {"seed": _SEED, "log_interval": _from(1)},
     "distributed_training": {"distributed_world_size": _from(1)},
     "dataset": {
         # Of max_tokens -1 fairseq's tools make no limit, but its training a limit that no row keeps.
