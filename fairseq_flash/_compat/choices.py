@@ -3,7 +3,7 @@
 from collections.abc import Callable, Container
 from typing import Any
 
-from fairseq_flash._compat.healing import wrap
+from fairseq_flash._compat.healing import check_first, wrap
 
 __all__ = ["known_name", "prepare"]
 
@@ -40,10 +40,10 @@ def _name_what_is_unknown() -> None:
 
 
 def _refuse_another_task() -> None:
-    """Says that fairseq-validate takes task and criterion from the checkpoint; it ignores others.
+    """Says that task and criterion are the checkpoint's, and others of the command line are ignored.
 
-    So ``--task flash_language_modeling --carry-state`` evaluated a checkpoint of ``language_modeling`` in
-    blocks, without a word. No other tool passes them on as options of the checkpoint's.
+    So ``fairseq-validate --task flash_language_modeling --carry-state`` evaluated a checkpoint of
+    ``language_modeling`` in blocks, without a word. Other tools pass them on from ``--model-overrides`` only.
     """
     from fairseq import checkpoint_utils
     from fairseq.criterions import CRITERION_REGISTRY
@@ -55,13 +55,14 @@ def _refuse_another_task() -> None:
         def healed(path: Any, arg_overrides: Any = None, *args: Any, **kwargs: Any) -> dict[str, Any]:
             state = load(path, arg_overrides, *args, **kwargs)
             given = arg_overrides or {}
-            # Only validation names the task, and then needs the criterion.
+            # Validation names the task, and then needs the criterion.
             for part, known in registered.items() if isinstance(given.get("task"), str) else ():
                 name = known_name(path, part, state["cfg"], known)
                 if given.get(part, name) != name:
                     raise ValueError(
-                        f"--{part} {given[part]} is not allowed with fairseq-validate and {path!r}, a "
-                        f"checkpoint of --{part} {name}; allowed: that one, or fairseq-eval-lm"
+                        f"--{part} {given[part]} is not allowed with {path!r}, a checkpoint of "
+                        f"--{part} {name}, which fairseq-validate and --model-overrides cannot change; "
+                        "allowed: that one, or --task with fairseq-eval-lm"
                     )
             return state
 
@@ -101,15 +102,7 @@ def _refuse_other_criterions() -> None:
     were another; ``cross_entropy`` divides the loss of masked words by the number of all; and a causal model
     of ``--task masked_lm`` sees the words. Criterions and tasks of the user's own are the user's.
     """
-    from fairseq.distributed import utils as distributed_utils
     from fairseq.trainer import Trainer
-
-    def heal(call: Callable) -> Callable:
-        def healed(cfg: Any, *args: Any, **kwargs: Any) -> Any:
-            _check_criterion(cfg)
-            return call(cfg, *args, **kwargs)
-
-        return healed
 
     def heal_init(init: Callable) -> Callable:
         def healed(self, cfg: Any, *args: Any, **kwargs: Any) -> None:
@@ -119,7 +112,7 @@ def _refuse_other_criterions() -> None:
 
         return healed
 
-    wrap(distributed_utils, "call_main", heal)
+    check_first(_check_criterion)
     wrap(Trainer, "__init__", heal_init)
 
 
@@ -128,12 +121,15 @@ def _check_criterion(cfg: Any, built: bool = False) -> None:
     from fairseq.models import ARCH_MODEL_REGISTRY
     from fairseq.tasks import TASK_REGISTRY
     from fairseq.tasks.sentence_prediction import SentencePredictionTask
+    from fairseq.tasks.sentence_ranking import SentenceRankingTask
 
     model, criterion, task = (getattr(cfg, part, None) for part in ("model", "criterion", "task"))
     name, chosen = getattr(criterion, "_name", None), ARCH_MODEL_REGISTRY.get(getattr(model, "_name", None))
     kind = TASK_REGISTRY.get(getattr(task, "_name", None))
     tasks = getattr(chosen, "allowed_tasks", None)
-    if tasks is not None and _of_fairseq(kind) and task._name not in tasks:
+    # Those of fairseq.benchmark measure speed, on rows that mean nothing.
+    made_up = getattr(kind, "__module__", "").startswith("fairseq.benchmark.")
+    if tasks is not None and _of_fairseq(kind) and not made_up and task._name not in tasks:
         raise ValueError(
             f"--task {task._name} is not allowed with this model; allowed: {', '.join(sorted(tasks))}"
         )
@@ -148,8 +144,9 @@ def _check_criterion(cfg: Any, built: bool = False) -> None:
             "(adaptive_loss goes with --adaptive-softmax-cutoff)"
         )
     # The other way round the task's options have no criterion to come from, which fairseq says.
-    if name == "sentence_prediction" and _of_fairseq(kind) and not issubclass(kind, SentencePredictionTask):
-        fitting = ", ".join(one for one in allowed if one != name)
+    own = {"sentence_prediction": SentencePredictionTask, "sentence_ranking": SentenceRankingTask}
+    if name in own and _of_fairseq(kind) and not issubclass(kind, own[name]):
+        fitting = ", ".join(one for one in allowed if one not in own or issubclass(kind, own[one]))
         raise ValueError(f"--criterion {name} is not allowed with --task {task._name}; allowed: {fitting}")
     loss = getattr(model, "vocabulary_loss", None)
     if loss not in (None, "plain") and name != "cross_entropy":

@@ -1,5 +1,6 @@
 """Generation and evaluation: options that fail for some models or are ignored, and text not meant."""
 
+import logging
 import re
 import sys
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from fairseq_flash._compat.healing import wrap
 from fairseq_flash._compat.values import refuse_values
 
 __all__ = ["prepare"]
+
+logger = logging.getLogger(__name__)
 
 
 def prepare() -> None:
@@ -147,27 +150,34 @@ def _refuse_what_generation_ignores() -> None:
 
 
 def _refuse_an_empty_evaluation() -> None:
-    """Says that no token was evaluated; fairseq 0.12 reports a perplexity of 1, with status 0."""
+    """Says that no token was evaluated; fairseq 0.12 reports a perplexity of 1, with status 0.
+
+    A shard may have none, where there are more shards than batches; the others tell.
+    """
     from fairseq.distributed import utils as distributed_utils
+
+    shards = 1
 
     def heal_evaluation(evaluate: Callable) -> Callable:
         def healed(models: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
             found = evaluate(models, *args, **kwargs)
-            if found["loss"] == 0:
-                raise ValueError(
-                    "no token was evaluated; allowed: a split with words, and a --shard-id below the number "
-                    "of its batches"
-                )
+            # Of no token the loss is Python's 0; one of 0 is a tensor's.
+            if not isinstance(found["loss"], torch.Tensor) and found["loss"] == 0:
+                if shards == 1:
+                    raise ValueError("no token was evaluated; allowed: a split with words")
+                logger.warning(f"no token was evaluated: this one of {shards} shards has none")
             return found
 
         return healed
 
     def heal_call(call: Callable) -> Callable:
-        def healed(*args: Any, **kwargs: Any) -> Any:
+        def healed(cfg: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal shards
+            shards = getattr(getattr(cfg, "dataset", None), "num_shards", 1)
             for module in map(sys.modules.get, ("fairseq_cli.eval_lm", "__main__")):
                 if hasattr(module, "eval_lm"):
                     wrap(module, "eval_lm", heal_evaluation)
-            return call(*args, **kwargs)
+            return call(cfg, *args, **kwargs)
 
         return healed
 

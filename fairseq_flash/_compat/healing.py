@@ -1,11 +1,11 @@
-"""How a function of fairseq is replaced by a healed one."""
+"""How a function of fairseq is replaced by a healed one, or has something looked at before."""
 
 import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["wrap"]
+__all__ = ["check_first", "wrap"]
 
 
 def wrap(owner: Any, name: str, heal: Callable[[Callable], Callable]) -> None:
@@ -19,3 +19,19 @@ def wrap(owner: Any, name: str, heal: Callable[[Callable], Callable]) -> None:
     healed = functools.wraps(original)(heal(original))
     healed._healed_by_fairseq_flash = (*known, heal.__qualname__)
     setattr(owner, name, kind(healed) if kind else healed)
+
+
+def check_first(check: Callable[[Any], None]) -> None:
+    """Lets ``check`` look at the configuration before the work of fairseq's tools, and raise."""
+    from fairseq.distributed import utils as distributed_utils
+
+    def heal(call: Callable) -> Callable:
+        def healed(cfg: Any, *args: Any, **kwargs: Any) -> Any:
+            check(cfg)
+            return call(cfg, *args, **kwargs)
+
+        return healed
+
+    # By this name wrap knows that it has been done.
+    heal.__qualname__ = f"{check.__module__}.{check.__qualname__}"
+    wrap(distributed_utils, "call_main", heal)

@@ -128,16 +128,12 @@ def _look_at_what_is_asked() -> None:
 
     def heal_texts(use: Callable) -> Callable:
         def healed(self, sentences: Any, *args: Any, **kwargs: Any) -> Any:
-            texts = [sentences] if isinstance(sentences, str) else sentences
-            if (
-                not isinstance(texts, (list, tuple))
-                or not texts
-                or not all(isinstance(t, str) for t in texts)
-            ):
+            texts = sentences if isinstance(sentences, str) else _listed(sentences)
+            if not isinstance(texts, str) and not (texts and all(isinstance(text, str) for text in texts)):
                 raise ValueError(
                     f"sentences={sentences!r} is not allowed; allowed: a text, or a list of texts"
                 )
-            return use(self, sentences, *args, **kwargs)
+            return use(self, texts, *args, **kwargs)
 
         return healed
 
@@ -154,6 +150,15 @@ def _look_at_what_is_asked() -> None:
     for name in ("sample", "score"):
         wrap(GeneratorHubInterface, name, heal_texts)
     wrap(GeneratorHubInterface, "generate", heal_generate)
+
+
+def _listed(several: Any) -> list[Any]:
+    """The items of a list, an array or a generator; none of what has no items."""
+    try:
+        items = iter(several)
+    except TypeError:
+        return []
+    return list(items)
 
 
 def _strings(chosen: Any, kind: str) -> Iterator[str]:

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Optional
 
-from fairseq_flash._compat.healing import wrap
+from fairseq_flash._compat.healing import check_first, wrap
 
 __all__ = ["prepare"]
 
@@ -24,7 +24,7 @@ def prepare() -> None:
     _begin_an_average_at_any_time()
     _stop_loading_at_the_end()
     _tell_what_is_not_finite()
-    _refuse_sharded_weights()
+    check_first(_refuse_sharded_weights)
 
 
 def _know_before_training_that_it_is_complete() -> None:
@@ -261,27 +261,19 @@ def _tell_what_is_not_finite() -> None:
     wrap(Trainer, "train_step", heal_step)
 
 
-def _refuse_sharded_weights() -> None:
+def _refuse_sharded_weights(cfg: Any) -> None:
     """Refuses ``--ddp-backend fully_sharded`` for models of this package, before anything is built.
 
     fairseq 0.12 takes fairscale's, which ended before the torch that is needed here: what it computes there
     has never been compared. ``--zero-sharding os``, of the same package, has.
     """
-    from fairseq.distributed import utils as distributed_utils
     from fairseq.models import ARCH_MODEL_REGISTRY
 
-    def heal(call: Callable) -> Callable:
-        def healed(cfg: Any, *args: Any, **kwargs: Any) -> Any:
-            model = ARCH_MODEL_REGISTRY.get(getattr(getattr(cfg, "model", None), "_name", None))
-            ours = getattr(model, "__module__", "").startswith("fairseq_flash.")
-            if ours and cfg.distributed_training.ddp_backend == "fully_sharded":
-                raise ValueError(
-                    "--ddp-backend fully_sharded is not allowed: fairscale's sharded weights have not been "
-                    "kept up with torch; allowed: pytorch_ddp, legacy_ddp, no_c10d, and --zero-sharding os, "
-                    "by which processes share the optimizer's state"
-                )
-            return call(cfg, *args, **kwargs)
-
-        return healed
-
-    wrap(distributed_utils, "call_main", heal)
+    model = ARCH_MODEL_REGISTRY.get(getattr(getattr(cfg, "model", None), "_name", None))
+    ours = getattr(model, "__module__", "").startswith("fairseq_flash.")
+    if ours and cfg.distributed_training.ddp_backend == "fully_sharded":
+        raise ValueError(
+            "--ddp-backend fully_sharded is not allowed: fairscale's sharded weights have not been kept up "
+            "with torch; allowed: pytorch_ddp, legacy_ddp, no_c10d, and --zero-sharding os, by which "
+            "processes share the optimizer's state"
+        )

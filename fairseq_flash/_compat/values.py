@@ -17,7 +17,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from fairseq_flash._compat.healing import wrap
+from fairseq_flash._compat.healing import check_first, wrap
 
 __all__ = ["prepare", "refuse_values"]
 
@@ -39,19 +39,25 @@ _ABOVE_0: Allowed = ("a number above 0", lambda value: 0 < value < math.inf)
 _NUMBER: Allowed = ("a number", lambda value: not math.isnan(value))
 _SHARE: Allowed = _between(0, 1)
 _UNSIGNED: Allowed = ("0 or more", lambda value: 0 <= value < math.inf)
+_SEED: Allowed = (
+    f"0 to {2**32 - 2**16}, as fairseq adds the epoch to it and numpy takes no more than {2**32 - 1}",
+    lambda value: 0 <= value <= 2**32 - 2**16,
+)
 
 #: By part of the configuration and option. An option of several values is one if all of them are.
 ALLOWED: dict[str, dict[str, Allowed]] = {
-    "common": {"seed": _between(0, 2**31 - 1), "log_interval": _from(1)},
+    "common": {"seed": _SEED, "log_interval": _from(1)},
     "distributed_training": {"distributed_world_size": _from(1)},
     "dataset": {
+        # Of max_tokens -1 fairseq's tools make no limit, but its training a limit that no row keeps.
         **dict.fromkeys(("max_tokens", "batch_size", "max_tokens_valid", "batch_size_valid"), _from(1)),
         **dict.fromkeys(("required_batch_size_multiple", "required_seq_len_multiple"), _from(1)),
         **dict.fromkeys(("max_valid_steps", "validate_interval", "num_shards"), _from(1)),
         **dict.fromkeys(("num_workers", "data_buffer_size", "shard_id"), _from(0)),
     },
     "optimization": {
-        **dict.fromkeys(("max_epoch", "max_update", "stop_time_hours", "clip_norm"), _from(0)),
+        **dict.fromkeys(("max_epoch", "max_update"), _from(0)),
+        **dict.fromkeys(("stop_time_hours", "clip_norm"), _from(0, otherwise=-1)),
         **{"update_freq": _from(1), "lr": _UNSIGNED},
     },
     "checkpoint": dict.fromkeys(("save_interval", "checkpoint_shard_count"), _from(1)),
@@ -65,9 +71,6 @@ ALLOWED: dict[str, dict[str, Allowed]] = {
     "task": {
         **dict.fromkeys(("tokens_per_sample", "max_source_positions", "max_target_positions"), _from(1)),
         **{"upsample_primary": _from(1, otherwise=-1), "num_batch_buckets": _from(0)},
-        "mask_prob": ("above 0 to below 1", lambda value: 0 < value < 1),
-        **dict.fromkeys(("leave_unmasked_prob", "random_token_prob"), _SHARE),
-        **{"mask_multiple_length": _from(1), "mask_stdev": _UNSIGNED},
     },
     "generation": {
         **{"beam": _from(1), "nbest": _from(1), "max_len_a": _UNSIGNED, "min_len": _from(0)},
@@ -78,6 +81,12 @@ ALLOWED: dict[str, dict[str, Allowed]] = {
         "sampling_topp": ("above 0 to 1, or -1 for all words", lambda p: 0 < p <= 1 or p == -1),
     },
     "eval_lm": {"context_window": _from(0), "softmax_batch": _from(0)},
+}
+#: Of tasks that mask words; models of sound have names of these for options of their own, where 0 is none.
+_MASKING: dict[str, Allowed] = {
+    "mask_prob": ("above 0 to below 1", lambda value: 0 < value < 1),
+    **dict.fromkeys(("leave_unmasked_prob", "random_token_prob"), _SHARE),
+    **{"mask_multiple_length": _from(1), "mask_stdev": _UNSIGNED},
 }
 
 
@@ -93,7 +102,6 @@ def _look_at_values_before_work() -> None:
     the work is begun.
     """
     from fairseq import options
-    from fairseq.distributed import utils as distributed_utils
 
     def heal_parse(parse: Callable) -> Callable:
         def healed(*args: Any, **kwargs: Any) -> Any:
@@ -106,15 +114,8 @@ def _look_at_values_before_work() -> None:
 
         return healed
 
-    def heal_call(call: Callable) -> Callable:
-        def healed(cfg: Any, *args: Any, **kwargs: Any) -> Any:
-            _look(cfg)
-            return call(cfg, *args, **kwargs)
-
-        return healed
-
     wrap(options, "parse_args_and_arch", heal_parse)
-    wrap(distributed_utils, "call_main", heal_call)
+    check_first(_look)
 
 
 class _Part:
@@ -140,18 +141,21 @@ def refuse_values(part: str, options: Any) -> None:
     Raises:
         ValueError: an option has such a value.
     """
-    for name, (allowed, fits) in ALLOWED[part].items():
-        value = _value(options, name)
-        values = value if isinstance(value, (list, ListConfig)) else [value]
-        if not all(fits(one) for one in values if isinstance(one, (int, float))):
-            shown = ",".join(map(str, values))
-            _refuse([(name, shown, f"is not allowed; allowed: {allowed}")])
+    _refuse(_outside(ALLOWED[part], functools.partial(_value, options)))
     if part == "generation" and options is not None:
         _refuse(_misfits_of_generation(options))
 
 
 #: Name, value and what is wrong with it.
 Misfits = Iterable[tuple[str, Any, str]]
+
+
+def _outside(allowed: dict[str, Allowed], of: Callable[[str], Any]) -> Misfits:
+    for name, (text, fits) in allowed.items():
+        value = of(name)
+        values = value if isinstance(value, (list, ListConfig)) else [value]
+        if not all(fits(one) for one in values if isinstance(one, (int, float))):
+            yield name, ",".join(map(str, values)), f"is not allowed; allowed: {text}"
 
 
 def _refuse(misfits: Misfits) -> None:
@@ -196,6 +200,8 @@ def _misfits(cfg: Any) -> Misfits:
             if of("ema", name) != default:
                 problem = "has no effect without --store-ema; allowed: with it"
                 yield name, of("ema", name), problem
+    if of("task", "_name") in ("masked_lm", "flash_masked_lm", "multilingual_masked_lm"):
+        yield from _outside(_MASKING, functools.partial(of, "task"))
     if of("task", "_name") in ("masked_lm", "flash_masked_lm"):
         yield from _misfits_of_masking(functools.partial(of, "task"))
     if of("task", "eval_bleu"):

@@ -1,5 +1,6 @@
 """What ``FlashMaskedLM.from_pretrained`` gives: text in, features, masked words or classes out."""
 
+import operator
 from pathlib import Path
 from typing import Any, Union
 
@@ -7,7 +8,7 @@ import torch
 from fairseq import utils
 from fairseq.models.roberta.hub_interface import RobertaHubInterface
 
-__all__ = ["FlashHubInterface", "find_sentencepiece"]
+__all__ = ["FlashHubInterface", "count_of", "find_sentencepiece"]
 
 MASK = "<mask>"
 
@@ -162,12 +163,12 @@ class FlashHubInterface(RobertaHubInterface):
         count, dictionary = masked_input.count(MASK), self.task.source_dictionary
         if count != 1:
             raise ValueError(f"masked_input has {count} times {MASK}; allowed: once, as in 'a {MASK} man'")
-        if type(topk) is not int or not 1 <= topk <= len(dictionary):
+        if not 1 <= count_of(topk) <= len(dictionary):
             raise ValueError(f"topk={topk} is not allowed; allowed: 1 to {len(dictionary)}, all words")
         tokens = self._batch(self.encode(masked_input))
         with utils.model_eval(self.model), torch.no_grad():
             output = self.model(tokens, masked_tokens=tokens.eq(dictionary.index(MASK)))
-        values, indices = self.model.get_normalized_probs(output, log_probs=False)[0].topk(topk)
+        values, indices = self.model.get_normalized_probs(output, log_probs=False)[0].topk(count_of(topk))
         before, after = masked_input.split(MASK)
         found = []
         for value, index in zip(values.tolist(), indices.tolist(), strict=True):
@@ -190,6 +191,14 @@ class FlashHubInterface(RobertaHubInterface):
         spans = [span.strip() for span in " ".join(words).split(MASK)]
         spans = [span if self.bpe is None else self.bpe.decode(span) for span in spans]
         return f" {MASK} ".join(spans).strip()
+
+
+def count_of(value: Any) -> int:
+    """The whole number, of numpy or torch as well; 0 in place of what is none, such as a bool."""
+    try:
+        return 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return 0
 
 
 def _check_text(argument: str, text: Any) -> None:

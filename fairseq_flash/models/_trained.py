@@ -120,8 +120,9 @@ class RememberingModel(BaseFairseqModel):
             ValueError: an argument is no path, or the checkpoint is refused.
             FileNotFoundError: a folder or file does not exist.
         """
-        places = find_places(model_name_or_path, checkpoint_file, data_name_or_path)
-        interface = super().from_pretrained(*places, **kwargs)
+        registered = cls.hub_models()
+        places, options = find_places(registered, model_name_or_path, checkpoint_file, data_name_or_path)
+        interface = super().from_pretrained(*places, **{**options, **kwargs})
         cls.check_class(interface.models, places[1])
         return interface
 

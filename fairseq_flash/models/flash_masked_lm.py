@@ -12,7 +12,7 @@ from torch import distributed, nn
 from fairseq_flash.models._diagnostics import watch_layers
 from fairseq_flash.models._embedding import build_embedding
 from fairseq_flash.models._encoder import FlashEncoder
-from fairseq_flash.models._hub import FlashHubInterface, find_sentencepiece
+from fairseq_flash.models._hub import FlashHubInterface, count_of, find_sentencepiece
 from fairseq_flash.models._layers import resolve_n_ref
 from fairseq_flash.models._option_checks import check_masked_lm, check_sizes
 from fairseq_flash.models._options import FlashMaskedLMConfig
@@ -69,10 +69,10 @@ class FlashMaskedLM(RememberingModel, FairseqEncoderModel):
     """
 
     #: Of fairseq's, those that train it.
-    allowed_criterions = ("masked_lm", "sentence_prediction")
-    #: Of fairseq's and ours, those that mask words or classify rows.
+    allowed_criterions = ("masked_lm", "sentence_prediction", "sentence_ranking")
+    #: Of fairseq's and ours, those that mask words, classify rows or rank them.
     allowed_tasks = frozenset(
-        {"masked_lm", "flash_masked_lm", "multilingual_masked_lm", "sentence_prediction"}
+        {"masked_lm", "flash_masked_lm", "multilingual_masked_lm", "sentence_prediction", "sentence_ranking"}
     )
 
     def __init__(self, cfg: FlashMaskedLMConfig, encoder: FlashEncoder) -> None:
@@ -176,11 +176,10 @@ class FlashMaskedLM(RememberingModel, FairseqEncoderModel):
             raise ValueError(f"name={name!r} is not allowed; allowed: a text without dots")
         inner_dim = self.cfg.embed_dim if inner_dim is None else inner_dim
         for argument, value in dict(num_classes=num_classes, inner_dim=inner_dim).items():
-            if not isinstance(value, int) or value < 1:
+            if count_of(value) < 1:
                 raise ValueError(f"{argument}={value} is not allowed; allowed: 1 or more")
-        head = RobertaClassificationHead(
-            self.cfg.embed_dim, inner_dim, num_classes, "tanh", self.cfg.pooler_dropout
-        )
+        sizes = count_of(inner_dim), count_of(num_classes)
+        head = RobertaClassificationHead(self.cfg.embed_dim, *sizes, "tanh", self.cfg.pooler_dropout)
         head.pooling = Pooling(str(self.cfg.pooling), self.cfg.embed_dim)
         like = self.encoder.lm_head.bias
         self.classification_heads[name] = head.to(dtype=like.dtype, device=like.device)
@@ -223,19 +222,13 @@ class FlashMaskedLM(RememberingModel, FairseqEncoderModel):
             ValueError: no sentencepiece model is given or found; or as :meth:`upgrade_state_dict_named`.
             FileNotFoundError: a folder or file does not exist.
         """
-        folder, checkpoint_file, data = find_places(model_name_or_path, checkpoint_file, data_name_or_path)
+        registered = cls.hub_models()
+        places, options = find_places(registered, model_name_or_path, checkpoint_file, data_name_or_path)
+        kwargs = {**options, **kwargs, "bpe": bpe, "load_checkpoint_heads": True}
         if bpe == "sentencepiece" and "sentencepiece_model" not in kwargs:
-            kwargs["sentencepiece_model"] = find_sentencepiece(folder, data)
-        loaded = hub_utils.from_pretrained(
-            folder,
-            checkpoint_file,
-            data,
-            archive_map=cls.hub_models(),
-            bpe=bpe,
-            load_checkpoint_heads=True,
-            **kwargs,
-        )
-        cls.check_class(loaded["models"], checkpoint_file)
+            kwargs["sentencepiece_model"] = find_sentencepiece(places[0], places[2])
+        loaded = hub_utils.from_pretrained(*places, **kwargs)
+        cls.check_class(loaded["models"], places[1])
         return FlashHubInterface(loaded["args"], loaded["task"], loaded["models"][0]).eval()
 
     @classmethod

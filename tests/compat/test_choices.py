@@ -3,6 +3,7 @@
 import argparse
 import re
 
+import numpy
 import pytest
 import torch
 from fairseq.criterions import CRITERION_REGISTRY
@@ -15,6 +16,12 @@ from support import hostile, tools
 LANGUAGES = ("--source-lang", "here", "--target-lang", "there")
 TASKS = {"flash_lm": "language_modeling", "flash_masked_lm": "masked_lm", "flash_seq2seq": "translation"}
 NEXT_WORD = {"cross_entropy", "label_smoothed_cross_entropy", "label_smoothed_cross_entropy_with_rdrop"}
+#: By model, the task by which fairseq measures speed, and its options.
+MADE_UP = {
+    **dict.fromkeys(("flash_lm", "transformer_pp_lm"), ("dummy_lm", "--tokens-per-sample", 16)),
+    "flash_masked_lm": ("dummy_masked_lm", "--tokens-per-sample", 16, "--criterion", "masked_lm"),
+    "flash_seq2seq": ("dummy_mt", "--src-len", 16, "--tgt-len", 16),
+}
 TRAIN = {"flash_lm": NEXT_WORD, "flash_masked_lm": {"masked_lm"}, "flash_seq2seq": NEXT_WORD}
 #: What the parser refuses to go on without.
 REQUIRED = {"composite_loss": ("--underlying-criterion", "cross_entropy")}
@@ -47,6 +54,15 @@ def test_a_task_of_another_model_is_refused_by_name(words_of_training, tmp_path,
     assert not (tmp_path / "save").exists()
 
 
+@pytest.mark.parametrize("model", MADE_UP)
+def test_tasks_that_measure_speed_train_each_model(model):
+    layers = ("--encoder-layers", 1, "--decoder-layers", 1) if model == "flash_seq2seq" else ("--layers", 1)
+    words = ("--user-dir", tools.USER_DIR, "--arch", model, "--embed-dim", 16, "--attention-dim", 8, *layers)
+    words = (*words, *tools.QUICK, *tools.ADAM, "--no-save", "--disable-validation", "--max-update", 2)
+    rows = ("--dict-size", 40, "--dataset-size", 20, "--task", *MADE_UP[model])
+    assert len(tools.losses(tools.call("train", *words, *rows))) == 2
+
+
 def validate(data, path, model, *arguments):
     words = ("--user-dir", tools.USER_DIR, "--cpu", "--path", path, "--task", TASKS[model])
     languages = LANGUAGES if model == "flash_seq2seq" else ()
@@ -58,12 +74,23 @@ def validate(data, path, model, *arguments):
 )
 def test_validation_with_another_criterion_is_refused_by_name(data_bin, parallel, trained, model, own):
     data = parallel if model == "flash_seq2seq" else data_bin
-    told = f"--criterion masked_lm is not allowed with fairseq-validate.*--criterion {own}; allowed: that one"
+    told = (
+        f"--criterion masked_lm is not allowed with .*--criterion {own}, which fairseq.*; allowed: that one"
+    )
     with pytest.raises(ValueError, match=told):
         validate(data, trained[model], model, "--criterion", "masked_lm")
     found = (validate(data, trained[model], model, *given) for given in ((), ("--criterion", own)))
     one, other = (re.search(r"loss [\d.]+ .*", output)[0] for output in found)
     assert one == other
+
+
+@pytest.mark.parametrize("tool", ["generate", "validate"])
+def test_a_task_in_the_overrides_is_refused_as_such(data_bin, trained, tool):
+    words = ("--user-dir", tools.USER_DIR, "--cpu", "--path", trained["flash_lm"], "--batch-size", 2)
+    words = (*words, "--task", "language_modeling", "--model-overrides", "{'task': 'masked_lm'}")
+    told = "--task masked_lm is not allowed with .*--task language_modeling.* --model-overrides.*; allowed: "
+    with pytest.raises(ValueError, match=told):
+        tools.call(tool, data_bin, *words)
 
 
 def renamed(good, target, part, name):
@@ -155,7 +182,9 @@ def test_a_checkpoint_of_another_class_is_refused_by_name(data_bin, parallel, tr
         model.from_pretrained(str(path.parent), path.name, str(data), bpe=None)
 
 
-@pytest.mark.parametrize("sentences", [None, 5, [], [None], ["the", 3], b"the"])
+@pytest.mark.parametrize(
+    "sentences", [None, 5, [], [None], ["the", 3], b"the", torch.ones(2), torch.tensor(3)]
+)
 @pytest.mark.parametrize("use", ["sample", "score"])
 def test_what_is_no_text_is_refused_by_the_hub(data_bin, trained, use, sentences):
     path = trained["flash_lm"]
@@ -164,6 +193,8 @@ def test_what_is_no_text_is_refused_by_the_hub(data_bin, trained, use, sentences
         getattr(interface, use)(sentences)
     for text in ("the", ["the"], ("the", "a")):
         getattr(interface, use)(text)
+    for texts in (numpy.array(["the", "a"]), {"the": 1, "a": 2}, (word for word in ("the", "a"))):
+        assert len(getattr(interface, use)(texts)) == 2
 
 
 def test_an_option_of_generation_that_is_unknown_is_refused_by_the_hub(data_bin, trained):
@@ -188,6 +219,31 @@ def test_arguments_of_the_masked_interface_are_refused_by_name(data_bin, trained
         "name='a.b'": lambda: interface.register_classification_head("a.b", num_classes=2),
         "name=''": lambda: interface.register_classification_head("", num_classes=2),
         "num_classes=2.5": lambda: interface.register_classification_head("x", num_classes=2.5),
+        "num_classes=True": lambda: interface.register_classification_head("x", num_classes=True),
+        "inner_dim=0": lambda: interface.register_classification_head("x", 2, inner_dim=numpy.int64(0)),
     }.items():
         with pytest.raises(ValueError, match=f"{told}.*; allowed: "):
             call()
+
+
+@pytest.mark.parametrize("kind", [numpy.int64, numpy.uint8, torch.tensor])
+def test_numbers_of_other_kinds_are_numbers_to_the_masked_interface(data_bin, trained, kind):
+    path = trained["flash_masked_lm"]
+    interface = FlashMaskedLM.from_pretrained(str(path.parent), path.name, str(data_bin), bpe=None)
+    assert len(interface.fill_mask("a <mask>", topk=kind(3))) == 3
+    interface.register_classification_head("x", num_classes=kind(2), inner_dim=kind(7))
+    assert interface.predict("x", interface.encode("the")).shape == (1, 2)
+
+
+@pytest.mark.parametrize("model", [FlashLanguageModel, FlashMaskedLM])
+@pytest.mark.parametrize("with_options", [False, True])
+def test_a_name_that_a_subclass_registers_is_found(data_bin, trained, monkeypatch, model, with_options):
+    path = trained["flash_lm" if model is FlashLanguageModel else "flash_masked_lm"]
+    held = {"path": str(path.parent), "checkpoint_file": path.name, "data_buffer_size": 7}
+    known = {"small": held if with_options else held["path"], "text": str(data_bin)}
+    monkeypatch.setattr(model, "hub_models", classmethod(lambda cls: known))
+    files = () if with_options else (path.name,)
+    interface = model.from_pretrained("small", *files, data_name_or_path="text", bpe=None)
+    assert interface.cfg.dataset.data_buffer_size == (7 if with_options else 10)
+    with pytest.raises(FileNotFoundError, match="model_name_or_path='large' does not exist; allowed: "):
+        model.from_pretrained("large", path.name, str(data_bin), bpe=None)

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from fairseq.search import DiverseBeamSearch
+from fairseq_cli import eval_lm
 
 from fairseq_flash.models.flash_lm import FlashLanguageModel
 from support import tools
@@ -94,7 +95,7 @@ def validate(data_bin, path, *arguments):
 
 @pytest.mark.parametrize("arguments", [(), ("--carry-state",)])
 def test_validation_with_another_task_is_refused_by_name(data_bin, trained, arguments):
-    told = "--task flash_language_modeling is not allowed with fairseq-validate.*--task language_modeling;"
+    told = "--task flash_language_modeling is not allowed with .*--task language_modeling, which fairseq"
     with pytest.raises(ValueError, match=told):
         validate(data_bin, trained["flash_lm"], "--task", "flash_language_modeling", *arguments)
 
@@ -182,16 +183,20 @@ def test_a_model_of_no_next_word_is_named(data_bin, parallel, trained, tmp_path,
         generate(tool, tmp_path / "bin", trained[model], "--task", "language_modeling")
 
 
-def test_an_evaluation_of_nothing_is_no_result(data_bin, trained):
-    words = (
-        "--task",
-        "language_modeling",
-        "--tokens-per-sample",
-        "512",
-        "--num-shards",
-        "3",
-        "--shard-id",
-        "2",
-    )
+def test_an_evaluation_of_nothing_is_no_result(data_bin, trained, monkeypatch):
+    monkeypatch.setattr(eval_lm, "eval_lm", lambda *models, **options: {"loss": 0, "perplexity": 1})
     with pytest.raises(ValueError, match="no token was evaluated; allowed: "):
-        generate("eval-lm", data_bin, trained["flash_lm"], *words)
+        generate("eval-lm", data_bin, trained["flash_lm"], "--task", "language_modeling")
+
+
+def test_an_empty_shard_of_an_evaluation_is_told(data_bin, trained):
+    words = ("--task", "language_modeling", "--tokens-per-sample", 512, "--num-shards", 3, "--shard-id", 2)
+    output = generate("eval-lm", data_bin, trained["flash_lm"], *words)
+    assert "no token was evaluated: this one of 3 shards has none" in output
+
+
+def test_a_loss_of_zero_is_a_result(data_bin, trained, monkeypatch):
+    found = {"loss": torch.tensor(0.0), "perplexity": torch.tensor(1.0)}
+    monkeypatch.setattr(eval_lm, "eval_lm", lambda *models, **options: found)
+    output = generate("eval-lm", data_bin, trained["flash_lm"], "--task", "language_modeling")
+    assert "Perplexity: 1.00" in output

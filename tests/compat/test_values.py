@@ -3,6 +3,8 @@
 import re
 
 import pytest
+import torch
+from fairseq import options
 
 from fairseq_flash.models.flash_lm import FlashLanguageModel
 from support import tools
@@ -26,7 +28,7 @@ OF_ANY_TOOL = [
     "--data-buffer-size -1",
     "--log-interval 0",
     "--seed -1",
-    "--seed 2147483648",
+    "--seed 4294901761",
 ]
 
 OF_TRAINING = [
@@ -43,8 +45,8 @@ OF_TRAINING = [
     "--distributed-world-size 0",
     "--max-epoch -1",
     "--max-update -1",
-    "--stop-time-hours -1",
-    "--clip-norm -1",
+    "--stop-time-hours -2",
+    "--clip-norm -0.5",
     "--clip-norm nan",
     "--update-freq 0",
     "--update-freq 2,-1",
@@ -211,9 +213,30 @@ def test_the_hub_refuses_what_cannot_be(data_bin, trained, option):
 
 def test_values_at_the_edge_of_what_is_allowed_train(words_of_training, tmp_path):
     edges = "--max-valid-steps 1 --clip-norm inf --lr 0 --weight-decay 0 --adam-eps 1e-30"
-    edges += " --ema-decay 1 --store-ema --seed 2147483647 --warmup-updates 0 --optimizer-overrides {}"
+    edges += " --ema-decay 1 --store-ema --seed 4294901760 --warmup-updates 0 --optimizer-overrides {}"
     words = (*words_of_training["flash_lm"], *SMOOTHED, "--label-smoothing", 0, *edges.split())
     assert len(tools.losses(tools.call("train", *words, "--save-dir", tmp_path, "--max-update", 2))) >= 2
+
+
+@pytest.mark.parametrize("model", OF_MODELS)
+def test_minus_one_switches_limits_off(words_of_training, tmp_path, model):
+    def weights(*limits):
+        words = (*words_of_training[model], *limits, "--save-dir", tmp_path / limits[1], "--max-update", 2)
+        tools.call("train", *words)
+        return torch.load(tmp_path / limits[1] / "checkpoint_last.pt")["model"]
+
+    zero, minus = (weights("--clip-norm", n, "--stop-time-hours", n) for n in ("0", "-1"))
+    assert all(torch.equal(weight, minus[name]) for name, weight in zero.items())
+
+
+@pytest.mark.parametrize(
+    ("task", "arch"), [("audio_finetuning", "wav2vec_ctc"), ("audio_pretraining", "wav2vec2")]
+)
+def test_a_share_of_masks_of_another_task_is_its_own(tmp_path, task, arch):
+    words = (tmp_path, "--user-dir", tools.USER_DIR, "--task", task, "--arch", arch, "--mask-prob", 0)
+    words = (*words, *(("--w2v-path", "x", "--criterion", "ctc") if arch == "wav2vec_ctc" else ()))
+    parsed = options.parse_args_and_arch(options.get_training_parser(), [str(word) for word in words])
+    assert parsed.mask_prob == 0
 
 
 def test_values_at_the_edge_of_what_is_allowed_generate(parallel, trained):

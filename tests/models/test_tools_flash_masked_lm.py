@@ -72,11 +72,29 @@ def write_labelled(folder, data_bin, splits):
     """Binarizes lines by split, each with its label."""
     labels = {split: [str("the" in line.split()) for line in lines] for split, lines in splits.items()}
     for part, texts in (("input0", splits), ("label", labels)):
-        tools.write_texts(folder / part, **texts)
-        words = [word for split in texts for word in (f"--{split}pref", folder / part / split)]
-        where = ("--destdir", folder / "bin" / part, "--workers", "1", "--only-source")
-        dictionary = ("--srcdict", data_bin / "dict.txt") if part == "input0" else ()
-        tools.call("preprocess", *words, *where, *dictionary)
+        binarize(folder, part, texts, ("--srcdict", data_bin / "dict.txt") if part == "input0" else ())
+
+
+def binarize(folder, part, texts, dictionary):
+    tools.write_texts(folder / part, **texts)
+    words = [word for split in texts for word in (f"--{split}pref", folder / part / split)]
+    where = ("--destdir", folder / "bin" / part, "--workers", "1", "--only-source")
+    tools.call("preprocess", *words, *where, *dictionary)
+
+
+@pytest.fixture(scope="module")
+def ranked(data_bin, tmp_path_factory):
+    """Data of sentence_ranking: a line, and two to choose from, of which the right one has a "the"."""
+    folder, lines = tmp_path_factory.mktemp("ranked"), tools.real_lines()
+    with_the, without = ([line for line in lines if ("the" in line.split()) is has] for has in (True, False))
+    parts = {"input0": lines, "input1": with_the, "input2": without}
+    (folder / "bin" / "label").mkdir(parents=True)
+    for part, texts in parts.items():
+        splits = {"train": texts[:200], "valid": texts[200:240]}
+        binarize(folder, part, splits, ("--srcdict", data_bin / "dict.txt"))
+    for split in splits:
+        (folder / "bin" / "label" / f"{split}.label").write_text("0\n" * len(splits[split]))
+    return folder / "bin"
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +115,18 @@ def test_training_lowers_the_loss_of_masked_words(data_bin, tmp_path):
     logged = tools.losses(train(data_bin, tmp_path, *MASKED, updates=80))
     first, last = (sum(float(loss) for _, loss in part) / 20 for part in (logged[:20], logged[-20:]))
     assert last < first - 0.4
+
+
+def test_ranking_trains_from_a_pretrained_checkpoint(ranked, pretrained, tmp_path):
+    words = ("--task", "sentence_ranking", "--criterion", "sentence_ranking", "--num-classes", 2)
+    words = (*words, "--init-token", 0, "--separator-token", 2)
+    start = ("--restore-file", pretrained, *ANEW)
+    output = train(ranked, tmp_path, *words, *start, updates=60)
+    assert float(re.findall(r'"valid_accuracy": "([\d.]+)"', output)[-1]) > 70
+    assert len(tools.losses(train(ranked, tmp_path, *words, updates=62))) == 2
+    head = "classification_heads.sentence_classification_head.out_proj.weight"
+    assert weights(tmp_path)[head].shape == (1, 32)
+    validate(ranked, tmp_path / "checkpoint_last.pt", *words)
 
 
 @pytest.mark.parametrize(
