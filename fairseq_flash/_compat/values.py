@@ -171,6 +171,16 @@ def _value(options: Any, name: str) -> Any:
     return getattr(options, name, None)
 
 
+#: By part and the switch that they need: options that have no effect without it, with their defaults.
+_BESIDE = {
+    ("ema", "store_ema"): {"ema_decay": 0.9999, "ema_start_update": 0, "ema_seed_model": None},
+    ("task", "eval_bleu"): {
+        **{"eval_bleu_args": "{}", "eval_bleu_detok": "space", "eval_bleu_detok_args": "{}"},
+        **{"eval_tokenized_bleu": False, "eval_bleu_remove_bpe": None, "eval_bleu_print_samples": False},
+    },
+}
+
+
 def _misfits(cfg: Any) -> Misfits:
     """Options that could be, but not beside the others."""
 
@@ -195,11 +205,14 @@ def _misfits(cfg: Any) -> Misfits:
     overrides = of("checkpoint", "optimizer_overrides")
     if overrides is not None and not isinstance(_read(ast.literal_eval, overrides), dict):
         yield "optimizer_overrides", overrides, "is not allowed; allowed: such as \"{'weight_decay': 0.1}\""
-    if of("ema", "ema_decay") is not None and not of("ema", "store_ema"):
-        for name, default in (("ema_decay", 0.9999), ("ema_start_update", 0), ("ema_seed_model", None)):
-            if of("ema", name) != default:
-                problem = "has no effect without --store-ema; allowed: with it"
-                yield name, of("ema", name), problem
+    for (part, needed), defaults in _BESIDE.items():
+        option = f"--{needed.replace('_', '-')}"
+        for name, default in defaults.items() if not of(part, needed) else ():
+            if of(part, name) not in (None, default):
+                yield name, of(part, name), f"has no effect without {option}; allowed: with {option}"
+    if of("dataset", "disable_validation") and (of("checkpoint", "patience") or 0) > 0:
+        problem = "has no effect with --disable-validation; allowed: without"
+        yield "patience", of("checkpoint", "patience"), problem
     if of("task", "_name") in ("masked_lm", "flash_masked_lm", "multilingual_masked_lm"):
         yield from _outside(_MASKING, functools.partial(of, "task"))
     if of("task", "_name") in ("masked_lm", "flash_masked_lm"):

@@ -73,6 +73,7 @@ OF_TRAINING = [
     "--ema-start-update -1 --store-ema",
     "--ema-decay 0.5",
     "--ema-start-update 3",
+    "--patience 3 --disable-validation",
     "--optimizer-overrides x",
     "--optimizer-overrides [1]",
 ]
@@ -106,6 +107,9 @@ OF_MODELS = {
         '--eval-bleu-args {"beem":3} --eval-bleu',
         '--eval-bleu-args {"beam":0} --eval-bleu',
         "--eval-bleu-detok x --eval-bleu",
+        "--eval-bleu-detok moses",
+        "--eval-bleu-remove-bpe sentencepiece",
+        "--eval-bleu-print-samples",
     ],
 }
 #: What is refused as another option, or as what it is a part of.
