@@ -4,7 +4,6 @@ fairseq's own ``adam`` goes through the parameters one by one, ten operations ea
 on a GPU the host then takes longer for an update's end than the device for half a forward pass.
 """
 
-import ast
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Optional
@@ -13,6 +12,8 @@ import torch
 from fairseq.dataclass import FairseqDataclass
 from fairseq.optim import FairseqOptimizer, register_optimizer
 from omegaconf import II
+
+from fairseq_flash._compat.values import betas_of
 
 __all__ = ["FusedAdam", "FusedAdamConfig"]
 
@@ -53,7 +54,12 @@ class FusedAdam(FairseqOptimizer):
         """What the command line says in place of a checkpoint."""
         cfg = self.cfg
         rates = cfg.lr if isinstance(cfg.lr, Iterable) else [cfg.lr]
-        betas = _betas(cfg.adam_betas)
+        betas = betas_of(cfg.adam_betas)
+        if betas is None:
+            raise ValueError(
+                f"--adam-betas {cfg.adam_betas}; "
+                "allowed: two numbers from 0 to below 1, such as '(0.9, 0.98)'"
+            )
         return {
             "lr": next(iter(rates)),
             "betas": betas,
@@ -75,15 +81,3 @@ class FusedAdam(FairseqOptimizer):
         if max_norm > 0:
             torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1))
         return norm
-
-
-def _betas(value: Any) -> tuple[float, float]:
-    try:
-        betas = tuple(float(x) for x in (ast.literal_eval(value) if isinstance(value, str) else value))
-    except (ValueError, SyntaxError, TypeError):
-        betas = ()
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(
-            f"--adam-betas {value}; allowed: two numbers from 0 to below 1, such as '(0.9, 0.98)'"
-        )
-    return betas[0], betas[1]

@@ -21,7 +21,7 @@
 ``choices``
     names of tasks and criterions that are unknown, or go with another model;
 ``values``
-    values of options that cannot be;
+    values of options that cannot be, by the tables of ``allowed``;
 ``generation``
     options that fail for some models or batches;
 ``messages``

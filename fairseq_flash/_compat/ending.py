@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from fairseq_flash._compat.healing import wrap
+from fairseq_flash._compat.healing import wrap, wrap_in_tool
 
 __all__ = ["prepare"]
 
@@ -73,9 +73,7 @@ def _end_with_a_checkpoint() -> None:
 
     def heal_load(load: Callable) -> Callable:
         def healed(*args: Any, **kwargs: Any) -> Any:
-            for module in map(sys.modules.get, ("fairseq_cli.train", "__main__")):
-                if hasattr(module, "validate_and_save"):
-                    wrap(module, "validate_and_save", _heal_validate_and_save)
+            wrap_in_tool("train", "validate_and_save", _heal_validate_and_save)
             _request.watch()
             return load(*args, **kwargs)
 

@@ -2,14 +2,13 @@
 
 import logging
 import re
-import sys
 from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
 
-from fairseq_flash._compat.healing import wrap
-from fairseq_flash._compat.values import refuse_values
+from fairseq_flash._compat.healing import check_first, wrap, wrap_in_tool
+from fairseq_flash._compat.values import refuse, refuse_values
 
 __all__ = ["prepare"]
 
@@ -133,14 +132,9 @@ def _refuse_what_generation_ignores() -> None:
 
     def heal(build: Callable) -> Callable:
         def healed(self, models: Any, args: Any, *others: Any, **kwargs: Any) -> Any:
-            for name, default in _ITERATIVE.items():
-                value = getattr(args, name, default)
-                if value != default:
-                    option = f"--{name.replace('_', '-')}" + (f" {value}" if value is not True else "")
-                    raise ValueError(
-                        f"{option} is not allowed; allowed: with --task translation_lev, as others write "
-                        "each word once"
-                    )
+            problem = "is not allowed; allowed: with --task translation_lev, as others write each word once"
+            given = ((name, getattr(args, name, default), default) for name, default in _ITERATIVE.items())
+            refuse((name, value, problem) for name, value, default in given if value != default)
             refuse_values("generation", args)
             return build(self, models, args, *others, **kwargs)
 
@@ -154,8 +148,6 @@ def _refuse_an_empty_evaluation() -> None:
 
     A shard may have none, where there are more shards than batches; the others tell.
     """
-    from fairseq.distributed import utils as distributed_utils
-
     shards = 1
 
     def heal_evaluation(evaluate: Callable) -> Callable:
@@ -170,18 +162,12 @@ def _refuse_an_empty_evaluation() -> None:
 
         return healed
 
-    def heal_call(call: Callable) -> Callable:
-        def healed(cfg: Any, *args: Any, **kwargs: Any) -> Any:
-            nonlocal shards
-            shards = getattr(getattr(cfg, "dataset", None), "num_shards", 1)
-            for module in map(sys.modules.get, ("fairseq_cli.eval_lm", "__main__")):
-                if hasattr(module, "eval_lm"):
-                    wrap(module, "eval_lm", heal_evaluation)
-            return call(cfg, *args, **kwargs)
+    def prepare_evaluation(cfg: Any) -> None:
+        nonlocal shards
+        shards = getattr(getattr(cfg, "dataset", None), "num_shards", 1)
+        wrap_in_tool("eval_lm", "eval_lm", heal_evaluation)
 
-        return healed
-
-    wrap(distributed_utils, "call_main", heal_call)
+    check_first(prepare_evaluation)
 
 
 def _join_byte_pieces() -> None:

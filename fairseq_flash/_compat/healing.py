@@ -2,10 +2,11 @@
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["check_first", "wrap"]
+__all__ = ["check_first", "wrap", "wrap_in_tool"]
 
 
 def wrap(owner: Any, name: str, heal: Callable[[Callable], Callable]) -> None:
@@ -19,6 +20,13 @@ def wrap(owner: Any, name: str, heal: Callable[[Callable], Callable]) -> None:
     healed = functools.wraps(original)(heal(original))
     healed._healed_by_fairseq_flash = (*known, heal.__qualname__)
     setattr(owner, name, kind(healed) if kind else healed)
+
+
+def wrap_in_tool(tool: str, name: str, heal: Callable[[Callable], Callable]) -> None:
+    """As :func:`wrap`, a function of one of fairseq's tools: a module, or the program that runs."""
+    for module in map(sys.modules.get, (f"fairseq_cli.{tool}", "__main__")):
+        if hasattr(module, name):
+            wrap(module, name, heal)
 
 
 def check_first(check: Callable[[Any], None]) -> None:

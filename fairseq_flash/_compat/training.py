@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Optional
 
-from fairseq_flash._compat.healing import check_first, wrap
+from fairseq_flash._compat.healing import check_first, wrap, wrap_in_tool
 
 __all__ = ["prepare"]
 
@@ -116,10 +116,8 @@ def _save_before_the_best_is_missed() -> None:
 
     def heal_load(load: Callable) -> Callable:
         def healed(*args: Any, **kwargs: Any) -> Any:
-            for module in map(sys.modules.get, ("fairseq_cli.train", "__main__")):
-                if hasattr(module, "get_valid_stats") and hasattr(module, "validate_and_save"):
-                    wrap(module, "get_valid_stats", _heal_get_valid_stats)
-                    wrap(module, "validate_and_save", _keep_the_work)
+            wrap_in_tool("train", "get_valid_stats", _heal_get_valid_stats)
+            wrap_in_tool("train", "validate_and_save", _keep_the_work)
             return load(*args, **kwargs)
 
         return healed

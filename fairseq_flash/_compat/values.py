@@ -10,84 +10,16 @@ import ast
 import dataclasses
 import functools
 import json
-import math
 import types
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Optional
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from fairseq_flash._compat.allowed import ALLOWED, MASKING, Allowed
 from fairseq_flash._compat.healing import check_first, wrap
 
-__all__ = ["prepare", "refuse_values"]
-
-#: What is allowed, in words, and whether a value is.
-Allowed = tuple[str, Callable[[Any], bool]]
-
-
-def _from(least: float, otherwise: float = math.nan) -> Allowed:
-    """Numbers from ``least`` on, infinity among them; or one other that switches the option off."""
-    text = f"{least} or more" + (f", or {otherwise}" if otherwise == otherwise else "")
-    return text, lambda value: value >= least or value == otherwise
-
-
-def _between(least: float, most: float) -> Allowed:
-    return f"{least} to {most}", lambda value: least <= value <= most
-
-
-_ABOVE_0: Allowed = ("a number above 0", lambda value: 0 < value < math.inf)
-_NUMBER: Allowed = ("a number", lambda value: not math.isnan(value))
-_SHARE: Allowed = _between(0, 1)
-_UNSIGNED: Allowed = ("0 or more", lambda value: 0 <= value < math.inf)
-_SEED: Allowed = (
-    f"0 to {2**32 - 2**16}, as fairseq adds the epoch to it and numpy takes no more than {2**32 - 1}",
-    lambda value: 0 <= value <= 2**32 - 2**16,
-)
-
-#: By part of the configuration and option. An option of several values is one if all of them are.
-ALLOWED: dict[str, dict[str, Allowed]] = {
-    "common": {"seed": _SEED, "log_interval": _from(1)},
-    "distributed_training": {"distributed_world_size": _from(1)},
-    "dataset": {
-        # Of max_tokens -1 fairseq's tools make no limit, but its training a limit that no row keeps.
-        **dict.fromkeys(("max_tokens", "batch_size", "max_tokens_valid", "batch_size_valid"), _from(1)),
-        **dict.fromkeys(("required_batch_size_multiple", "required_seq_len_multiple"), _from(1)),
-        **dict.fromkeys(("max_valid_steps", "validate_interval", "num_shards"), _from(1)),
-        **dict.fromkeys(("num_workers", "data_buffer_size", "shard_id"), _from(0)),
-    },
-    "optimization": {
-        **dict.fromkeys(("max_epoch", "max_update"), _from(0)),
-        **dict.fromkeys(("stop_time_hours", "clip_norm"), _from(0, otherwise=-1)),
-        **{"update_freq": _from(1), "lr": _UNSIGNED},
-    },
-    "checkpoint": dict.fromkeys(("save_interval", "checkpoint_shard_count"), _from(1)),
-    "ema": {"ema_decay": _SHARE, "ema_update_freq": _from(1), "ema_start_update": _from(0)},
-    "optimizer": {"weight_decay": _UNSIGNED, "adam_eps": _ABOVE_0, "momentum": _UNSIGNED},
-    "lr_scheduler": {
-        **{"warmup_updates": _from(0), "total_num_update": _from(1)},
-        **{"power": _UNSIGNED, "lr_shrink": _ABOVE_0},
-    },
-    "criterion": {"label_smoothing": _SHARE, "ignore_prefix_size": _from(0), "rdrop_alpha": _UNSIGNED},
-    "task": {
-        **dict.fromkeys(("tokens_per_sample", "max_source_positions", "max_target_positions"), _from(1)),
-        **{"upsample_primary": _from(1, otherwise=-1), "num_batch_buckets": _from(0)},
-    },
-    "generation": {
-        **{"beam": _from(1), "nbest": _from(1), "max_len_a": _UNSIGNED, "min_len": _from(0)},
-        **{"lenpen": _NUMBER, "unkpen": _NUMBER, "lm_weight": _NUMBER, "temperature": _ABOVE_0},
-        **dict.fromkeys(("prefix_size", "no_repeat_ngram_size"), _from(0)),
-        **{"diverse_beam_groups": _from(1, otherwise=-1), "diversity_rate": _from(0, otherwise=-1)},
-        "sampling_topk": ("1 or more, or -1 for all words", lambda k: k >= 1 or k == -1),
-        "sampling_topp": ("above 0 to 1, or -1 for all words", lambda p: 0 < p <= 1 or p == -1),
-    },
-    "eval_lm": {"context_window": _from(0), "softmax_batch": _from(0)},
-}
-#: Of tasks that mask words; models of sound have names of these for options of their own, where 0 is none.
-_MASKING: dict[str, Allowed] = {
-    "mask_prob": ("above 0 to below 1", lambda value: 0 < value < 1),
-    **dict.fromkeys(("leave_unmasked_prob", "random_token_prob"), _SHARE),
-    **{"mask_multiple_length": _from(1), "mask_stdev": _UNSIGNED},
-}
+__all__ = ["betas_of", "prepare", "refuse", "refuse_values"]
 
 
 def prepare() -> None:
@@ -128,7 +60,7 @@ class _Part:
 def _look(cfg: Any) -> None:
     for part in ALLOWED:
         refuse_values(part, getattr(cfg, part, None))
-    _refuse(_misfits(cfg))
+    refuse(_misfits(cfg))
 
 
 def refuse_values(part: str, options: Any) -> None:
@@ -141,9 +73,9 @@ def refuse_values(part: str, options: Any) -> None:
     Raises:
         ValueError: an option has such a value.
     """
-    _refuse(_outside(ALLOWED[part], functools.partial(_value, options)))
+    refuse(_outside(ALLOWED[part], functools.partial(_value, options)))
     if part == "generation" and options is not None:
-        _refuse(_misfits_of_generation(options))
+        refuse(_misfits_of_generation(options))
 
 
 #: Name, value and what is wrong with it.
@@ -158,7 +90,15 @@ def _outside(allowed: dict[str, Allowed], of: Callable[[str], Any]) -> Misfits:
             yield name, ",".join(map(str, values)), f"is not allowed; allowed: {text}"
 
 
-def _refuse(misfits: Misfits) -> None:
+def refuse(misfits: Misfits) -> None:
+    """Refuses the first of some options.
+
+    Args:
+        misfits: Name, value and what is wrong with it, of each.
+
+    Raises:
+        ValueError: there is one.
+    """
     for name, value, problem in misfits:
         shown = "" if value is True else f" {value}"
         raise ValueError(f"--{name.replace('_', '-')}{shown} {problem}")
@@ -200,21 +140,19 @@ def _misfits(cfg: Any) -> Misfits:
     if of("lr_scheduler", "_name") == "inverse_sqrt" and of("lr_scheduler", "warmup_updates") == 0:
         yield "warmup_updates", 0, "is not allowed with --lr-scheduler inverse_sqrt; allowed: 1 or more"
     betas = of("optimizer", "adam_betas")
-    if betas is not None and not _are_betas(betas):
+    if betas is not None and betas_of(betas) is None:
         yield "adam_betas", betas, "is not allowed; allowed: two from 0 to below 1, such as '(0.9, 0.98)'"
     overrides = of("checkpoint", "optimizer_overrides")
     if overrides is not None and not isinstance(_read(ast.literal_eval, overrides), dict):
         yield "optimizer_overrides", overrides, "is not allowed; allowed: such as \"{'weight_decay': 0.1}\""
     for (part, needed), defaults in _BESIDE.items():
-        option = f"--{needed.replace('_', '-')}"
-        for name, default in defaults.items() if not of(part, needed) else ():
-            if of(part, name) not in (None, default):
-                yield name, of(part, name), f"has no effect without {option}; allowed: with {option}"
+        if not of(part, needed):
+            yield from _idle(needed, defaults, functools.partial(of, part))
     if of("dataset", "disable_validation") and (of("checkpoint", "patience") or 0) > 0:
         problem = "has no effect with --disable-validation; allowed: without"
         yield "patience", of("checkpoint", "patience"), problem
     if of("task", "_name") in ("masked_lm", "flash_masked_lm", "multilingual_masked_lm"):
-        yield from _outside(_MASKING, functools.partial(of, "task"))
+        yield from _outside(MASKING, functools.partial(of, "task"))
     if of("task", "_name") in ("masked_lm", "flash_masked_lm"):
         yield from _misfits_of_masking(functools.partial(of, "task"))
     if of("task", "eval_bleu"):
@@ -254,17 +192,25 @@ def _misfits_of_generation(options: Any) -> Misfits:
         yield "diverse_beam_groups", groups, f"is not allowed with --beam {beam}; allowed: what divides it"
     if of("sampling_topk") > 0 and topp > 0:
         yield "sampling_topk", of("sampling_topk"), f"has no effect with --sampling-topp {topp}; allowed: one"
-    for name, needed in _NEEDS.items():
-        if of(name) != known[name] and of(needed) == known[needed]:
-            option = f"--{needed.replace('_', '-')}"
-            yield name, of(name), f"has no effect without {option}; allowed: with {option}"
+    for needed, names in _NEEDED.items():
+        if of(needed) == known[needed]:
+            yield from _idle(needed, {name: known[name] for name in names}, of)
 
 
-#: Options of generation that have no effect without another.
-_NEEDS = {
-    **{"sampling_topk": "sampling", "sampling_topp": "sampling", "lm_weight": "lm_path"},
-    "diverse_beam_strength": "diverse_beam_groups",
+#: What options of generation need so that they have an effect.
+_NEEDED = {
+    "sampling": ("sampling_topk", "sampling_topp"),
+    "lm_path": ("lm_weight",),
+    "diverse_beam_groups": ("diverse_beam_strength",),
 }
+
+
+def _idle(needed: str, defaults: dict[str, Any], of: Callable[[str], Any]) -> Misfits:
+    """Those that are given without ``needed``."""
+    option = f"--{needed.replace('_', '-')}"
+    for name, default in defaults.items():
+        if of(name) not in (None, default):
+            yield name, of(name), f"has no effect without {option}; allowed: with {option}"
 
 
 @functools.cache
@@ -274,14 +220,14 @@ def _defaults_of_generation() -> dict[str, Any]:
     return dataclasses.asdict(GenerationConfig())
 
 
-def _are_betas(betas: Any) -> bool:
-    """Whether it is a pair of shares, or text that spells one."""
-    pair = _read(ast.literal_eval, betas) if isinstance(betas, str) else betas
+def betas_of(given: Any) -> Optional[tuple[float, float]]:
+    """Adam's betas of a pair, or of text that spells one; None if it is none, each from 0 to below 1."""
+    pair = _read(ast.literal_eval, given) if isinstance(given, str) else given
     try:
         first, second = map(float, pair)
     except (TypeError, ValueError):
-        return False
-    return 0 <= first < 1 and 0 <= second < 1
+        return None
+    return (first, second) if 0 <= first < 1 and 0 <= second < 1 else None
 
 
 def _read(reader: Callable[[str], Any], text: str) -> Any:
