@@ -30,10 +30,8 @@ import hashlib
 import itertools
 import json
 import logging
-import queue
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -44,7 +42,7 @@ from ablation.candidate_yardsticks import YARDSTICKS, measure
 from runs.command_line import command_line, require
 from runs.process import locked, run, stoppable
 from runs.provenance import ROOT, data_name, provenance
-from runs.schedule import environment
+from runs.slots import Slot, do_at_once
 from runs.table import Table
 
 KEY = (
@@ -122,11 +120,7 @@ class Trainings:
     """
 
     def __init__(self, options: argparse.Namespace, table: Table) -> None:
-        self.options, self.table = options, table
-        self.writing, self.stop = threading.Lock(), threading.Event()
-        self.slots: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for slot in range(options.jobs):
-            self.slots.put(slot)
+        self.options, self.table, self.writing = options, table, threading.Lock()
 
     def carry_out(self, cells: list[dict]) -> None:
         """Trains all that the table does not have.
@@ -137,24 +131,18 @@ class Trainings:
         waiting = [cell for cell in cells if not self.table.has([cell["name"]], **cell)]
         if len(waiting) < len(cells):
             print(f"{len(cells) - len(waiting)} of {len(cells)} trainings are done already", flush=True)
-        with locked(self.options.folder), ThreadPoolExecutor(self.options.jobs) as pool:
-            try:
-                for future in as_completed([pool.submit(self._one, cell) for cell in waiting]):
-                    future.result()
-            except BaseException:
-                self.stop.set()
-                pool.shutdown(cancel_futures=True)
-                raise
+        with locked(self.options.folder):
+            do_at_once(self.options.jobs, waiting, self._one)
 
-    def _one(self, cell: dict) -> None:
+    def _one(self, cell: dict, slot: Slot) -> None:
         digest = hashlib.sha256(json.dumps(cell).encode()).hexdigest()[:8]
         log = self.options.folder / f"{cell['name']}-{cell['lr']}-{cell['seed']}-{digest}.log"
         log.unlink(missing_ok=True)
-        told, slot, seen = f"{cell['name']} {cell['lr']} {cell['seed']}", self.slots.get(), 0
+        told, seen = f"{cell['name']} {cell['lr']} {cell['seed']}", 0
 
         def follow() -> None:
             nonlocal seen
-            if self.stop.is_set():
+            if slot.stop.is_set():
                 raise KeyboardInterrupt
             lines = log.read_text(errors="replace").split("\n")[:-1] if log.exists() else []
             for line in lines[seen:]:
@@ -162,17 +150,8 @@ class Trainings:
                     print(f"{told}: {line}", flush=True)
             seen = len(lines)
 
-        try:
-            ended = run(
-                self._words(cell),
-                log,
-                follow=follow,
-                environment=environment(self.options.jobs, slot),
-                cwd=ROOT,
-            )
-            follow()
-        finally:
-            self.slots.put(slot)
+        ended = run(self._words(cell), log, follow=follow, environment=slot.environment, cwd=ROOT)
+        follow()
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] or [""]
         results = [json.loads(line.removeprefix(RESULT)) for line in lines if line.startswith(RESULT)]
         result = results[0] if results and not ended.status else {}

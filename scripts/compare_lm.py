@@ -41,7 +41,8 @@ from runs.lm_comparison import EVALUATED, Budget, Plan
 from runs.log import CURVE_COLUMNS, MEASURED
 from runs.progress import Progress, duration
 from runs.provenance import data_name, provenance
-from runs.schedule import TrainingRun, carry_out, environment, readable
+from runs.schedule import TrainingRun, carry_out, readable
+from runs.slots import environment
 from runs.systems import SIZES, check_systems
 from runs.table import Table, read
 

@@ -3,29 +3,25 @@
 import contextlib
 import hashlib
 import json
-import os
-import queue
 import re
 import shlex
 import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
-
-import torch
 
 from runs import process
 from runs.log import Log
 from runs.progress import Progress
 from runs.provenance import ROOT
+from runs.slots import Slot, do_at_once
 from runs.table import Table
 
 __all__ = [
-    *("Finished", "TrainingRun", "carry_out", "environment", "fairseq_command", "readable"),
+    *("Finished", "TrainingRun", "carry_out", "fairseq_command", "readable"),
 ]
 
 
@@ -105,21 +101,6 @@ def readable(words: Iterable[Any], names: dict[Path, Any]) -> str:
     return line.replace(f"{ROOT}/", "")
 
 
-def environment(jobs: int, slot: int) -> dict[str, str]:
-    """Of a process that shares the cores with ``jobs - 1`` others and has one of the GPUs, if any."""
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // jobs))
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    found = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(paths)}
-    # A log line in the middle of a buffered line of output would spoil both.
-    found["PYTHONUNBUFFERED"] = "1"
-    gpus = torch.cuda.device_count()
-    if gpus:
-        # Named by number or UUID where they were chosen, else counted.
-        visible = list(filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")))
-        found["CUDA_VISIBLE_DEVICES"] = (visible or [str(gpu) for gpu in range(gpus)])[slot % gpus]
-    return found
-
-
 def carry_out(
     runs: Iterable[TrainingRun],
     table: Table,
@@ -161,16 +142,8 @@ def carry_out(
             print(f"{len(runs) - len(waiting)} of {len(runs)} {progress.noun} are done already", flush=True)
         progress.skip(len(runs) - len(waiting), sum(r.weight for r in runs) - sum(r.weight for r in waiting))
         tables = (table, curves) if curves is not None else (table,)
-        team = _Team(tables, folder, jobs, log_interval, keep, progress)
-        pool = ends.enter_context(ThreadPoolExecutor(jobs))
-        futures = [pool.submit(team.carry_out, run) for run in waiting]
-        try:
-            for future in as_completed(futures):
-                future.result()
-        except BaseException:
-            team.stop.set()
-            pool.shutdown(cancel_futures=True)
-            raise
+        team = _Team(tables, folder, log_interval, keep, progress)
+        do_at_once(jobs, waiting, team.carry_out)
 
 
 class _Team:
@@ -180,19 +153,15 @@ class _Team:
         self,
         tables: tuple[Table, ...],
         folder: Path,
-        jobs: int,
         log_interval: int,
         keep: bool,
         progress: Progress,
     ) -> None:
-        self.tables, self.folder, self.jobs = tables, folder, jobs
+        self.tables, self.folder = tables, folder
         self.log_interval, self.keep, self.progress = log_interval, keep, progress
-        self.writing, self.stop = threading.Lock(), threading.Event()
-        self.slots: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for slot in range(jobs):
-            self.slots.put(slot)
+        self.writing = threading.Lock()
 
-    def carry_out(self, run: TrainingRun) -> None:
+    def carry_out(self, run: TrainingRun, slot: Slot) -> None:
         """One run, from its folder to its record."""
         shown = 0.0
 
@@ -206,12 +175,8 @@ class _Team:
                 else:
                     self.progress.skip(0, part)
 
-        place, slot = self.folder / run.folder_name, self.slots.get()
-        try:
-            around = environment(self.jobs, slot)
-            record, curve = _Work(run, place, show, self.stop, around, self.log_interval).finish()
-        finally:
-            self.slots.put(slot)
+        place = self.folder / run.folder_name
+        record, curve = _Work(run, place, show, slot, self.log_interval).finish()
         show(1.0, worked=record["status"] == "ok")
         with self.writing:
             for curves in self.tables[1:]:
@@ -229,8 +194,7 @@ class _Work:
     run: TrainingRun
     folder: Path
     show: Callable[..., None]
-    stop: threading.Event
-    environment: dict[str, str]
+    slot: Slot
     log_interval: int
 
     def finish(self) -> tuple[dict[str, Any], list[dict]]:
@@ -285,8 +249,8 @@ class _Work:
 
     def _process(self, words: list[str], log: Path, follow: Callable[[], None]) -> process.Ended:
         def watch() -> None:
-            if self.stop.is_set():
+            if self.slot.stop.is_set():
                 raise Interrupted
             follow()
 
-        return process.run(words, log, follow=watch, environment=self.environment, cwd=ROOT)
+        return process.run(words, log, follow=watch, environment=self.slot.environment, cwd=ROOT)

@@ -48,6 +48,12 @@ def test_the_kernels_in_the_interpreter():
     assert done.returncode == 0, done.stdout[-4000:]
 
 
+def projected_rows(options, b, n, e):
+    """Random rows in float32, all of them valid."""
+    projected, _, _ = random_inputs(options, b, n, e, 64, torch.float32)
+    return ops.Projected(*(x if x is None else x.to(DEVICE, torch.float32) for x in projected[:6]))
+
+
 def equal(kernel, options, inputs, dtype):
     ours = exact.results(kernel.run, options, inputs, dtype, DEVICE)
     want = exact.results(gated.run, options, inputs, torch.float64, torch.device("cpu"))
@@ -110,9 +116,7 @@ def test_errors_are_at_most_twice_the_reference_s(kernel, n, e, causal, dtype):
 @run_here
 def test_two_segments_are_the_whole_row_once_the_carry_goes_along(kernel):
     options = ops.Options(64, True, "mean")
-    projected, _, _ = random_inputs(options, 2, 150, 24, 64, torch.float32)
-    narrow = [x if x is None else x.to(DEVICE, torch.float32) for x in projected[:6]]
-    whole = ops.Projected(*narrow)
+    whole = projected_rows(options, 2, 150, 24)
     parts = [
         whole._replace(uvz=whole.uvz[:, part], cos=whole.cos[part], sin=whole.sin[part])
         for part in (slice(0, 128), slice(128, 150))
@@ -127,10 +131,8 @@ def test_two_segments_are_the_whole_row_once_the_carry_goes_along(kernel):
 @run_here
 def test_the_operator_is_sound_and_lives_in_a_compiled_graph(kernel):
     options = ops.Options(64, True)
-    projected, _, _ = random_inputs(options, 2, 70, 8, 64, torch.float32)
-    narrow = [x if x is None else x.to(DEVICE, torch.float32) for x in projected[:6]]
-    narrow[0].requires_grad_()
-    projected = ops.Projected(*narrow)
+    projected = projected_rows(options, 2, 70, 8)
+    projected.uvz.requires_grad_()
     torch.library.opcheck(kernel._gated, kernel._arguments(projected, options, None))
 
     def loss(projected):
@@ -138,18 +140,17 @@ def test_the_operator_is_sound_and_lives_in_a_compiled_graph(kernel):
 
     dispatch.check_backend("triton")  # as a layer does when it is built: a compiler cannot import
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    found, want = (torch.autograd.grad(f(projected), narrow[0])[0] for f in (compiled, loss))
+    found, want = (torch.autograd.grad(f(projected), projected.uvz)[0] for f in (compiled, loss))
     assert torch.equal(found, want)
 
 
 @run_here
 def test_a_second_gradient_is_refused_and_not_left_out(kernel):
     options = ops.Options(64, True)
-    projected, _, _ = random_inputs(options, 1, 70, 8, 64, torch.float32)
-    narrow = [x if x is None else x.to(DEVICE, torch.float32) for x in projected[:6]]
-    narrow[0].requires_grad_()
-    out = kernel.run(ops.Projected(*narrow), options, None)
-    (grad,) = torch.autograd.grad(out.square().sum(), narrow[0], create_graph=True)
+    projected = projected_rows(options, 1, 70, 8)
+    projected.uvz.requires_grad_()
+    out = kernel.run(projected, options, None)
+    (grad,) = torch.autograd.grad(out.square().sum(), projected.uvz, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
@@ -163,9 +164,7 @@ def test_a_card_is_tried_out_while_somebody_evaluates(kernel):
 @run_here
 def test_auto_takes_the_kernels_where_they_can_run(kernel):
     options = ops.Options(64, True)
-    projected, _, _ = random_inputs(options, 2, 70, 8, 64, torch.float32)
-    narrow = ops.Projected(*(x if x is None else x.to(DEVICE, torch.float32) for x in projected[:6]))
-    assert dispatch.choose("auto", narrow, options) is kernel.run
+    assert dispatch.choose("auto", projected_rows(options, 2, 70, 8), options) is kernel.run
 
 
 @run_here

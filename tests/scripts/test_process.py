@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from runs import process, schedule
+from runs import process, slots
 from support import tools
 
 #: Runs itself so many times below itself, by the supervisor; the last one sleeps.
@@ -115,5 +115,5 @@ def test_each_process_sees_one_of_the_gpus_that_may_be_used(visible, gpus, expec
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    found = [schedule.environment(3, slot)["CUDA_VISIBLE_DEVICES"] for slot in range(3)]
+    found = [slots.environment(3, slot)["CUDA_VISIBLE_DEVICES"] for slot in range(3)]
     assert found == expected.split()
