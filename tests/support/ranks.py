@@ -1,5 +1,6 @@
 """Several processes on this machine that share rows, as torchrun starts them."""
 
+import os
 import pickle
 import tempfile
 from collections.abc import Callable
@@ -26,3 +27,5 @@ def _run(rank: int, function: Callable[..., Any], ranks: int, arguments: tuple, 
     (folder / f"{rank}.pickle").write_bytes(pickle.dumps(found))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    # What is to be told is told: gloo's threads have ended a process that was about to end by SIGABRT.
+    os._exit(0)
