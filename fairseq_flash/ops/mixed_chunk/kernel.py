@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from fairseq_flash.ops.mixed_chunk import kernel_backward as backward
 from fairseq_flash.ops.mixed_chunk import kernel_forward as forward
+from fairseq_flash.ops.mixed_chunk import kernel_rows as whole
 from fairseq_flash.ops.mixed_chunk.exact import mistakes
 from fairseq_flash.ops.mixed_chunk.gated import Projected
 from fairseq_flash.ops.mixed_chunk.inputs import Carry, Options
@@ -53,10 +54,14 @@ TILINGS = {
     "output_backward": Tiling(64, 64, 64, 4, 4),
     "pairs": Tiling(128, 128, 64, 4, 3),
     "values": Tiling(64, 64, 64, 4, 3),
+    "rows": Tiling(128, 64, 64, 8, 2),
+    "rows_backward": Tiling(128, 64, 64, 8, 2),
 }
 BASE = (16, 4, 8)
 #: From so many programs on, each goes through a whole row.
 SERIAL_PROGRAMS = 128
+#: Whether that is so for all of a causal pass (``kernel_rows``). Exact, but no card has timed it yet.
+WHOLE_ROWS = False
 FLOAT32_TILING = Tiling(64, 64, 32, 4, 2)
 
 
@@ -120,6 +125,8 @@ class _Launch:
         tf32 = uvz.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
         self.norm = dict(MEAN=mean, CAUSAL=causal, HAS_LENGTHS=lengths is not None, CARRIED=count is not None)
         self.product = dict(PRECISION="tf32" if tf32 else "ieee")
+        programs = b * triton.cdiv(self.sizes.e, self.tiling("rows")[1])
+        self.whole_rows = WHOLE_ROWS and quad and lin and causal and programs >= SERIAL_PROGRAMS
 
     def empty(self, *shape, dtype=None):
         return self.uvz.new_empty(shape, dtype=dtype)
@@ -206,6 +213,37 @@ class _Launch:
         )  # fmt: skip
         return result
 
+    def rows(self, copies, scores, initial, grad=None, out=None):
+        """As :meth:`output`, from pre-activations; with ``grad`` also the values and the states."""
+        b, n, e, s, h, chunks, rows = self.sizes
+        backward = grad is not None
+        result = self.empty(b, n, e)
+        values, states = (torch.empty_like(result), self.empty(self.grid, s, e)) if backward else (None, None)
+        tile, columns, tiling = self.tiling("rows")
+        _start(
+            whole.rows_kernel, b * triton.cdiv(e, columns),
+            self.uvz, copies, scores, values, states, initial, grad, out if backward else result, result,
+            self.lengths, self.count, n, chunks, rows, self.copy_stride,
+            E=e, S=s, H=h, C=self.chunk_size, TILE=tile, COLUMNS=columns, BACKWARD=backward,
+            **self.norm, **tiling, **self.product,
+        )  # fmt: skip
+        return result, values, states
+
+    def rows_backward(self, grad_branch, copies, turned, grad_uvz, *, final):
+        """Fills the values' part of ``grad_uvz``; returns the states' gradients, and the carry's if asked."""
+        b, n, e, s, h, chunks, rows = self.sizes
+        grad_states = self.empty(self.grid, s, e)
+        carried = self.empty(b, s, e, dtype=torch.float32) if final else None
+        tile, columns, tiling = self.tiling("rows_backward")
+        _start(
+            whole.rows_backward_kernel, b * triton.cdiv(e, columns),
+            self.uvz, copies, turned, grad_branch, grad_states, carried, grad_uvz, self.lengths, self.count,
+            n, chunks, rows, self.copy_stride,
+            E=e, S=s, H=h, C=self.chunk_size, TILE=tile, COLUMNS=columns, FINAL=final,
+            **self.norm, **tiling, **self.product,
+        )  # fmt: skip
+        return grad_states, carried
+
     def core(self):
         """Constants of the kernels whose products run over keys or columns."""
         _b, _n, e, s, h, _chunks, _rows = self.sizes
@@ -263,12 +301,35 @@ def _angle_stride(cos: Tensor) -> int:
     return cos[0].numel() if cos.dim() == 3 else 0
 
 
-def _prepare(launch, gamma, beta, cos, sin, bias, kv_sum, values, *, turned=False):
-    """What both passes begin with: copies, scores (also turned, if asked) and states; fills ``values``."""
+def _prepare(launch, gamma, beta, cos, sin, bias, *, turned=False):
+    """What both passes begin with: copies, and scores (also turned, if asked)."""
     copies = launch.copies(gamma, beta, cos, sin)
-    scores = launch.scores(copies, bias, turned=turned) if launch.quad else (copies, copies)
-    states, _ = launch.states(copies[-1], launch.uvz[..., launch.sizes.e :], values, kv_sum)
-    return copies, *scores, states
+    return copies, *(launch.scores(copies, bias, turned=turned) if launch.quad else (copies, copies))
+
+
+def _backward_by_chunks(launch, copies, scores, turned, kv_sum, grad, grad_uvz):
+    """Fills ``grad_uvz`` but for z'; returns gradients of scores, copies and carry."""
+    # The values lie where their gradient will, which needs them no more.
+    source = launch.sizes.e
+    values = grad_uvz[..., source:]
+    states, _ = launch.states(copies[-1], launch.uvz[..., source:], values, kv_sum)
+    grad_branch = launch.output(copies, values, scores, states, grad, grad_uvz)
+    grad_states = carried = states
+    if launch.lin:
+        grad_states, carried = launch.states(copies[-2], grad_branch, final=kv_sum is not None)
+    pairs = launch.pairs_backward(grad_branch, copies, values, scores, states, grad_states)
+    launch.values_backward(grad_branch, copies, turned, grad_states, grad_uvz)
+    return *pairs, carried
+
+
+def _backward_by_rows(launch, copies, scores, turned, kv_sum, grad, grad_uvz):
+    """The same by the kernels of whole rows."""
+    grad_branch, values, states = launch.rows(copies, scores, kv_sum, grad, grad_uvz)
+    grad_states, carried = launch.rows_backward(
+        grad_branch, copies, turned, grad_uvz, final=kv_sum is not None
+    )
+    pairs = launch.pairs_backward(grad_branch, copies, values, scores, states, grad_states)
+    return *pairs, carried
 
 
 def _operator(name: str) -> Callable[[Callable], Any]:
@@ -295,9 +356,11 @@ def _gated(
 ) -> Tensor:  # fmt: skip
     with torch.cuda.device_of(uvz):
         launch = _Launch(uvz, gamma, lengths, count, chunk_size, causal, mean, quad, lin)
-        b, n, e, *_ = launch.sizes
-        values = launch.empty(b, n, e)
-        copies, scores, _, states = _prepare(launch, gamma, beta, cos, sin, bias, kv_sum, values)
+        copies, scores, _ = _prepare(launch, gamma, beta, cos, sin, bias)
+        if launch.whole_rows:
+            return launch.rows(copies, scores, kv_sum)[0]
+        values = launch.empty(*uvz.shape[:2], launch.sizes.e)
+        states, _ = launch.states(copies[-1], uvz[..., launch.sizes.e :], values, kv_sum)
         return launch.output(copies, values, scores, states)
 
 
@@ -316,19 +379,11 @@ def _gated_backward(
     with torch.cuda.device_of(uvz):
         launch = _Launch(uvz, gamma, lengths, count, chunk_size, causal, mean, quad, lin)
         grad_uvz = torch.empty_like(uvz)
-        # The values lie where their gradient will, which needs them no more.
-        values = grad_uvz[..., launch.sizes.e :]
-        copies, scores, turned, states = _prepare(
-            launch, gamma, beta, cos, sin, bias, kv_sum, values, turned=True
+        copies, scores, turned = _prepare(launch, gamma, beta, cos, sin, bias, turned=True)
+        core = _backward_by_rows if launch.whole_rows else _backward_by_chunks
+        grad_scores, grad_copies, carried = core(
+            launch, copies, scores, turned, kv_sum, grad.contiguous(), grad_uvz
         )
-        grad_branch = launch.output(copies, values, scores, states, grad.contiguous(), grad_uvz)
-        grad_states = states
-        if lin:
-            grad_states, whole = launch.states(copies[-2], grad_branch, final=kv_sum is not None)
-        grad_scores, grad_copies = launch.pairs_backward(
-            grad_branch, copies, values, scores, states, grad_states
-        )
-        launch.values_backward(grad_branch, copies, turned, grad_states, grad_uvz)
         grad_gamma, grad_beta = launch.base_backward(gamma, cos, sin, grad_copies, grad_uvz)
     grad_bias = uvz.new_empty(0)
     if quad:
@@ -339,7 +394,7 @@ def _gated_backward(
         grad_gamma.to(gamma.dtype, copy=True),
         grad_beta.to(beta.dtype, copy=True),
         grad_bias,
-        uvz.new_empty(0) if kv_sum is None else whole.to(kv_sum.dtype),
+        uvz.new_empty(0) if kv_sum is None else carried.to(kv_sum.dtype),
     )
 
 

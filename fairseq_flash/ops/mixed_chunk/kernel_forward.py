@@ -97,6 +97,24 @@ def denominator(
         return C * 1.0
 
 
+@triton.jit
+def gate_output(
+    y, gate, dout, out, grad_branch, b, token, column, n,
+    E: tl.constexpr, S: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """Writes ``silu(u') y``; backward the gradients of ``u'``, into ``out``, and of ``y``."""
+    inside = (token < n)[:, None] & (column < E)[None, :]
+    wide = (b * n + token)[:, None] * (2 * E + S) + column[None, :]
+    narrow = (b * n + token)[:, None] * E + column[None, :]
+    u = gate.to(tl.float32)
+    if BACKWARD:
+        do = dout.to(tl.float32)
+        tl.store(out + wide, (do * y * silu_slope(u)).to(out.dtype.element_ty), mask=inside)
+        tl.store(grad_branch + narrow, (do * silu(u)).to(grad_branch.dtype.element_ty), mask=inside)
+    else:
+        tl.store(out + narrow, (silu(u) * y).to(out.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["n", "chunks", "angle_stride"])
 def copies_kernel(
     uvz, gamma, beta, cos, sin, copies, n, chunks, rows, copy_stride, angle_stride,
@@ -292,6 +310,7 @@ def output_kernel(
     token = g * rows + row
     # What the end needs is asked for before the products, so that it is there when they are done.
     gate = read(uvz, b, token, column, n, E, 2 * E + S)
+    dout = gate
     if BACKWARD:
         dout = read(grad, b, token, column, n, E, E)
     near, far = 0, 0
@@ -310,13 +329,4 @@ def output_kernel(
         queries_at, states_at, E, far, (column < E)[None, :],
         TILE, COLUMNS, DEPTH, PRECISION,
     )  # fmt: skip
-    inside = (token < n)[:, None] & (column < E)[None, :]
-    wide = (b * n + token)[:, None] * (2 * E + S) + column[None, :]
-    narrow = (b * n + token)[:, None] * E + column[None, :]
-    u = gate.to(tl.float32)
-    if BACKWARD:
-        do = dout.to(tl.float32)
-        tl.store(out + wide, (do * y * silu_slope(u)).to(out.dtype.element_ty), mask=inside)
-        tl.store(grad_branch + narrow, (do * silu(u)).to(grad_branch.dtype.element_ty), mask=inside)
-    else:
-        tl.store(out + narrow, (silu(u) * y).to(out.dtype.element_ty), mask=inside)
+    gate_output(y, gate, dout, out, grad_branch, b, token, column, n, E, S, BACKWARD)
