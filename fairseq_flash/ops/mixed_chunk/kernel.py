@@ -36,20 +36,24 @@ LOOKED_UP = not INTERPRETED and tuple(map(int, triton.__version__.split(".")[:2]
 
 
 class Tiling(NamedTuple):
-    """How a kernel cuts its work: rows and columns of a result, depth of a step, warps and stages."""
+    """How a kernel cuts its work: rows and columns of a result, depth of a step, warps and stages.
+
+    ``registers``, if not None, are a thread's at most, where two programs would not fit a processor else.
+    """
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
+    registers: Optional[int] = None
 
 
 #: Of 16-bit numbers, as measured on an H100; the same for every length.
 TILINGS = {
     "scores": Tiling(128, 128, 128, 8, 1),
-    "states": Tiling(128, 64, 64, 8, 3),
-    "serial": Tiling(128, 64, 64, 8, 3),
+    "states": Tiling(128, 64, 64, 8, 3, 128),
+    "serial": Tiling(128, 64, 64, 8, 3, 128),
     "output": Tiling(64, 64, 64, 4, 3),
     "output_backward": Tiling(64, 64, 64, 4, 4),
     "pairs": Tiling(128, 128, 64, 4, 3),
@@ -57,7 +61,7 @@ TILINGS = {
     "rows": Tiling(128, 64, 64, 8, 2),
     "rows_backward": Tiling(128, 64, 64, 8, 2),
 }
-BASE = (16, 4, 8)
+BASE = (8, 4, 4)
 #: From so many programs on, each goes through a whole row.
 SERIAL_PROGRAMS = 128
 #: Whether that is so for all of a causal pass (``kernel_rows``). Exact, but no card has timed it yet.
@@ -126,7 +130,9 @@ class _Launch:
         self.norm = dict(MEAN=mean, CAUSAL=causal, HAS_LENGTHS=lengths is not None, CARRIED=count is not None)
         self.product = dict(PRECISION="tf32" if tf32 else "ieee")
         programs = b * triton.cdiv(self.sizes.e, self.tiling("rows")[1])
-        self.whole_rows = WHOLE_ROWS and quad and lin and causal and programs >= SERIAL_PROGRAMS
+        # Sums of float32 want a partial sum for each chunk.
+        fit = quad and lin and causal and uvz.dtype != torch.float32 and programs >= SERIAL_PROGRAMS
+        self.whole_rows = WHOLE_ROWS and fit
 
     def empty(self, *shape, dtype=None):
         return self.uvz.new_empty(shape, dtype=dtype)
@@ -136,7 +142,10 @@ class _Launch:
         tiling = FLOAT32_TILING if self.uvz.dtype == torch.float32 else TILINGS[kernel]
         tile = 64 if self.sizes.rows % tiling.rows else tiling.rows
         compiled = dict(
-            DEPTH=min(tiling.depth, self.sizes.s), num_warps=tiling.warps, num_stages=tiling.stages
+            DEPTH=min(tiling.depth, self.sizes.s),
+            num_warps=tiling.warps,
+            num_stages=tiling.stages,
+            maxnreg=tiling.registers,
         )
         return tile, tiling.columns, compiled
 

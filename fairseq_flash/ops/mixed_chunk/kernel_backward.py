@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fairseq_flash.ops.mixed_chunk.kernel_forward import dot, product, read, row_length, silu, silu_slope
+from fairseq_flash.ops.mixed_chunk.kernel_forward import dot, product, read, row_length, silu_and_slope
 
 __all__ = ["base_backward_kernel", "pairs_backward_kernel", "values_backward_kernel"]
 
@@ -40,8 +40,8 @@ def pairs_backward_kernel(
             tl.store(grad_scores + at, tl.zeros([TILE, TILE], grad_scores.dtype.element_ty))
         else:
             for start in range(0, E, DEPTH):
-                do = read(grad_branch, b, g * rows + i, start + k, n, E, E)
-                v = read(values, b, g * rows + j, start + k, n, E, STRIDE)
+                do = read(grad_branch, b, g * rows, i, start + k, n, E, E)
+                v = read(values, b, g * rows, j, start + k, n, E, STRIDE)
                 total = dot(do, tl.trans(v), total, PRECISION)
             weights = tl.load(scores + at).to(tl.float32)
             tl.store(grad_scores + at, (2 * tl.sqrt(weights) * total).to(grad_scores.dtype.element_ty))
@@ -56,7 +56,7 @@ def pairs_backward_kernel(
                 stop = tl.where(g == chunks - 1, 0, E)
             for start in range(0, stop, DEPTH):
                 column = start + k
-                v = read(values, b, g * rows + row, column, n, E, STRIDE)
+                v = read(values, b, g * rows, row, column, n, E, STRIDE)
                 kv = tl.load(grad_states + state + column[None, :], mask=(column < E)[None, :], other=0.0)
                 total = dot(v, tl.trans(kv), total, PRECISION)
             tl.store(at + (H - 1) * copy_stride, total.to(grad_copies.dtype.element_ty))
@@ -66,7 +66,7 @@ def pairs_backward_kernel(
                 stop = tl.where(g == 0, 0, E)
             for start in range(0, stop, DEPTH):
                 column = start + k
-                do = read(grad_branch, b, g * rows + row, column, n, E, E)
+                do = read(grad_branch, b, g * rows, row, column, n, E, E)
                 kv = tl.load(states + state + column[None, :], mask=(column < E)[None, :], other=0.0)
                 total = dot(do, tl.trans(kv), total, PRECISION)
             tl.store(at + (H - 2) * copy_stride, total.to(grad_copies.dtype.element_ty))
@@ -86,9 +86,8 @@ def values_backward_kernel(
     tile = tl.program_id(0) // slices % tiles
     row = tile * TILE + tl.arange(0, TILE)
     column = tl.program_id(0) % slices * COLUMNS + tl.arange(0, COLUMNS)
-    k = tl.arange(0, DEPTH)
     token = g * rows + row
-    raw = read(uvz + E, b, token, column, n, E, 2 * E + S)
+    raw = read(uvz + E, b, g * rows, row, column, n, E, 2 * E + S)
     first, near, far = 0, 0, 0
     if QUAD:
         first = tile * TILE if CAUSAL else 0
@@ -97,18 +96,17 @@ def values_backward_kernel(
         far = S
         if CAUSAL:
             far = tl.where(g == chunks - 1, 0, S)
-    weights_at = turned + (chunk * rows + row)[:, None] * rows + first + k[None, :]
-    keys_at = copies + (H - 1) * copy_stride + (chunk * rows + row)[:, None] * S + k[None, :]
-    branch_at = grad_branch + (b * n + g * rows + first + k)[:, None] * E + column[None, :]
-    states_at = grad_states + ((chunk if CAUSAL else b) * S + k)[:, None] * E + column[None, :]
+    first_row, first_column = chunk * rows + tile * TILE, tl.program_id(0) % slices * COLUMNS
     total = product(
-        weights_at, branch_at, E, near, n - g * rows - first,
-        keys_at, states_at, E, far, (column < E)[None, :],
+        turned + first_row * rows + first, rows, grad_branch + (b * n + g * rows + first) * E + first_column,
+        E, near, n - g * rows - first, copies + (H - 1) * copy_stride + first_row * S, S,
+        grad_states + (chunk if CAUSAL else b) * (S * E) + first_column, E, far, (column < E)[None, :],
         TILE, COLUMNS, DEPTH, PRECISION,
     )  # fmt: skip
     at = (b * n + token)[:, None] * (2 * E + S) + E + column[None, :]
     grad = tl.where((token < row_length(lengths, b, n, HAS_LENGTHS))[:, None], total, 0.0)
-    grad *= silu_slope(raw.to(tl.float32))
+    _, slope = silu_and_slope(raw.to(tl.float32))
+    grad *= slope
     tl.store(
         grad_uvz + at, grad.to(grad_uvz.dtype.element_ty), mask=(token < n)[:, None] & (column < E)[None, :]
     )
@@ -146,39 +144,32 @@ def base_backward_kernel(
     ``partial`` (programs, 2, H, S)."""
     start = tl.program_id(0).to(tl.int64) * (BLOCK * BLOCKS) + tl.arange(0, BLOCK)
     half = tl.arange(0, S // 2)
-    for h in tl.static_range(H):
-        # Threads sum up their own rows first: sums across threads are dear.
-        gamma_first = tl.zeros([BLOCK, S // 2], tl.float32)
-        gamma_second, beta_first, beta_second = gamma_first, gamma_first, gamma_first
-        for block in tl.static_range(BLOCKS):
-            row = start + block * BLOCK
-            _, _, first, second, cosine, sine = _base(
-                uvz, cos, sin, row, n, chunks, rows, angle_stride, half, E, S
-            )
-            grad = grad_copies + h * copy_stride + row[:, None] * S + half[None, :]
-            x, y = _rotate_back(grad, cosine, sine, S)
-            gamma_first += x * silu(first)
-            gamma_second += y * silu(second)
-            beta_first += x
-            beta_second += y
-        out = partial + tl.program_id(0).to(tl.int64) * (2 * H * S) + h * S + half
-        tl.store(out, tl.sum(gamma_first, 0))
-        tl.store(out + S // 2, tl.sum(gamma_second, 0))
-        tl.store(out + H * S, tl.sum(beta_first, 0))
-        tl.store(out + H * S + S // 2, tl.sum(beta_second, 0))
+    zero = tl.zeros([BLOCK, S // 2], tl.float32)
+    # Threads sum up their own rows first: sums across threads are dear.
+    sums = (zero,) * (4 * H)
     for block in tl.static_range(BLOCKS):
         row = start + block * BLOCK
         at, inside, first, second, cosine, sine = _base(
             uvz, cos, sin, row, n, chunks, rows, angle_stride, half, E, S
         )
-        grad_first = tl.zeros([BLOCK, S // 2], tl.float32)
-        grad_second = grad_first
+        first, slope_first = silu_and_slope(first)
+        second, slope_second = silu_and_slope(second)
+        grad_first, grad_second, added = zero, zero, ()
         for h in tl.static_range(H):
             grad = grad_copies + h * copy_stride + row[:, None] * S + half[None, :]
             x, y = _rotate_back(grad, cosine, sine, S)
             grad_first += x * tl.load(gamma + h * S + half).to(tl.float32)[None, :]
             grad_second += y * tl.load(gamma + h * S + S // 2 + half).to(tl.float32)[None, :]
-        grad_first *= silu_slope(first)
-        grad_second *= silu_slope(second)
+            added += (sums[4 * h] + x * first, sums[4 * h + 1] + y * second)
+            added += (sums[4 * h + 2] + x, sums[4 * h + 3] + y)
+        sums = added
+        grad_first *= slope_first
+        grad_second *= slope_second
         tl.store(grad_uvz + at, grad_first.to(grad_uvz.dtype.element_ty), mask=inside)
         tl.store(grad_uvz + at + S // 2, grad_second.to(grad_uvz.dtype.element_ty), mask=inside)
+    for h in tl.static_range(H):
+        out = partial + tl.program_id(0).to(tl.int64) * (2 * H * S) + h * S + half
+        tl.store(out, tl.sum(sums[4 * h], 0))
+        tl.store(out + S // 2, tl.sum(sums[4 * h + 1], 0))
+        tl.store(out + H * S, tl.sum(sums[4 * h + 2], 0))
+        tl.store(out + H * S + S // 2, tl.sum(sums[4 * h + 3], 0))

@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 __all__ = ["copies_kernel", "output_kernel", "scan_kernel", "scores_kernel", "states_kernel"]
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -23,15 +26,26 @@ def dot(left, right, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def silu(x):
-    return x / (1 + tl.exp(-x))
+def over_sigmoid(x, of):
+    """``x sigmoid(of)`` in float32, without a division's care for tiny and huge numbers, which is dear."""
+    below = 1 + tl.exp2(of * -1.4426950408889634)
+    if INTERPRETED:
+        return x / below
+    else:
+        return libdevice.fast_dividef(x, below)
 
 
 @triton.jit
-def silu_slope(x):
-    """Derivative of SiLU."""
-    gate = tl.sigmoid(x)
-    return gate * (1 + x * (1 - gate))
+def silu(x):
+    return over_sigmoid(x, x)
+
+
+@triton.jit
+def silu_and_slope(x):
+    """SiLU and its derivative."""
+    gate = over_sigmoid(tl.full(x.shape, 1, tl.float32), x)
+    y = x * gate
+    return y, gate + y * (1 - gate)
 
 
 @triton.jit
@@ -44,36 +58,44 @@ def row_length(lengths, b, n, HAS_LENGTHS: tl.constexpr):
 
 
 @triton.jit
-def read(pointer, b, token, column, n, E: tl.constexpr, STRIDE: tl.constexpr):
-    """(tokens, columns) of a tensor (b, n, E) whose rows lie ``STRIDE`` apart, zero beyond the row."""
-    offsets = (b * n + token)[:, None] * STRIDE + column[None, :]
-    return tl.load(pointer + offsets, mask=(token < n)[:, None] & (column < E)[None, :], other=0.0)
+def read(pointer, b, first, row, column, n, E: tl.constexpr, STRIDE: tl.constexpr):
+    """Tokens ``first + row`` by columns of a tensor (b, n, E), rows ``STRIDE`` apart; zero beyond."""
+    # 64 bits for a program, 32 for each element.
+    offsets = row[:, None] * STRIDE + column[None, :]
+    inside = (first + row < n)[:, None] & (column < E)[None, :]
+    return tl.load(pointer + (b * n + first) * STRIDE + offsets, mask=inside, other=0.0)
 
 
 @triton.jit
 def product(
-    left, right, stride, near, length, far_left, far_right, far_stride, far, known,
+    left, left_stride, right, right_stride, near, length,
+    far_left, far_left_stride, far_right, far_right_stride, far, known,
     TILE: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``left @ right + far_left @ far_right`` over ``near`` and ``far`` terms, in one loop: one pipeline.
 
-    All four are pointers to the first ``DEPTH`` columns or rows; rows of ``right`` end at ``length``.
+    All four are pointers to a corner, rows a stride apart; rows of ``right`` end at ``length``.
     """
-    k = tl.arange(0, DEPTH)
+    row, k, column = tl.arange(0, TILE), tl.arange(0, DEPTH), tl.arange(0, COLUMNS)
     total = tl.zeros([TILE, COLUMNS], tl.float32)
     for step in range(0, near + far, DEPTH):
         start = step - near
         inside = start < 0
-        x = tl.load(tl.where(inside, left + step, far_left + start))
+        # One address a program, 32 bits an element.
+        x_at = tl.where(inside, left + step, far_left + start)
+        y_at = tl.where(inside, right + step * right_stride, far_right + start * far_right_stride)
+        x_stride = tl.where(inside, left_stride, far_left_stride)
+        y_stride = tl.where(inside, right_stride, far_right_stride)
         limit = tl.where(inside, length - step, DEPTH)
-        mask = (k < limit)[:, None] & known
-        y_at = tl.where(inside, right + step * stride, far_right + start * far_stride)
-        total = dot(x, tl.load(y_at, mask=mask, other=0.0), total, PRECISION)
+        x = tl.load(x_at + (row[:, None] * x_stride + k[None, :]))
+        y_at += k[:, None] * y_stride + column[None, :]
+        y = tl.load(y_at, mask=(k < limit)[:, None] & known, other=0.0)
+        total = dot(x, y, total, PRECISION)
     return total
 
 
 @triton.jit
-def denominator(
+def scale_of(
     counts,
     b,
     g,
@@ -84,7 +106,7 @@ def denominator(
     CAUSAL: tl.constexpr,
     CARRIED: tl.constexpr,
 ):
-    """What chunk ``g``'s linear branch is divided by."""
+    """What chunk ``g``'s linear branch is multiplied by: one over what it is divided by."""
     if MEAN:
         count = length
         if CAUSAL:
@@ -92,9 +114,20 @@ def denominator(
         count = count.to(tl.float32)
         if CARRIED:
             count += tl.load(counts + b).to(tl.float32)
-        return tl.maximum(count, 1.0)
+        return 1.0 / tl.maximum(count, 1.0)
     else:
-        return C * 1.0
+        return 1.0 / C
+
+
+@triton.jit
+def beside(x, y):
+    """``x``, held by the threads that hold ``y``: a compiler would compute what both need once for each."""
+    if INTERPRETED:
+        return x
+    else:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1
+        )
 
 
 @triton.jit
@@ -108,9 +141,11 @@ def gate_output(
     narrow = (b * n + token)[:, None] * E + column[None, :]
     u = gate.to(tl.float32)
     if BACKWARD:
+        u = beside(u, y)
         do = dout.to(tl.float32)
-        tl.store(out + wide, (do * y * silu_slope(u)).to(out.dtype.element_ty), mask=inside)
-        tl.store(grad_branch + narrow, (do * silu(u)).to(grad_branch.dtype.element_ty), mask=inside)
+        gated, slope = silu_and_slope(u)
+        tl.store(out + wide, (do * y * slope).to(out.dtype.element_ty), mask=inside)
+        tl.store(grad_branch + narrow, (do * gated).to(grad_branch.dtype.element_ty), mask=inside)
     else:
         tl.store(out + narrow, (silu(u) * y).to(out.dtype.element_ty), mask=inside)
 
@@ -208,31 +243,31 @@ def states_kernel(
         if SERIAL:
             g = chunks - 1 - step if BACKWARD else step
         chunk = b * chunks + g
-        divisor = denominator(counts, b, g, rows, length, C, MEAN, CAUSAL, CARRIED)
+        scale = scale_of(counts, b, g, rows, length, C, MEAN, CAUSAL, CARRIED)
         if SERIAL and CAUSAL:
-            state = total if BACKWARD else total / divisor
+            state = total if BACKWARD else total * scale
             tl.store(sums + chunk * (S * E) + place, state.to(sums.dtype.element_ty), mask=known)
         summary = tl.zeros([S, COLUMNS], tl.float32)
         for start in range(0, rows, DEPTH):
             row = start + tl.arange(0, DEPTH)
             token = g * rows + row
-            v = read(source, b, token, column, n, E, E if BACKWARD else 2 * E + S)
+            v = read(source, b, g * rows, row, column, n, E, E if BACKWARD else 2 * E + S)
             if not BACKWARD:
                 v = silu(v.to(tl.float32))
                 v = tl.where((token < length)[:, None], v, 0.0).to(values.dtype.element_ty)
-                at = values + (b * n + token)[:, None] * STRIDE + column[None, :]
+                at = values + (b * n + g * rows) * STRIDE + row[:, None] * STRIDE + column[None, :]
                 tl.store(at, v, mask=(token < n)[:, None] & known)
             if LIN:
                 keys = tl.load(copies + (chunk * rows + row)[:, None] * S + k[None, :])
                 summary = dot(tl.trans(keys), v, summary, PRECISION)
         if BACKWARD and CAUSAL:
-            summary /= divisor
+            summary *= scale
         total += summary
         if LIN and not SERIAL:
             needed = known & (g >= first) & (g < last)
             tl.store(sums + chunk * (S * E) + place, summary.to(sums.dtype.element_ty), mask=needed)
     if SERIAL and LIN and not CAUSAL:
-        state = total / denominator(counts, b, 0, rows, length, C, MEAN, CAUSAL, CARRIED)
+        state = total * scale_of(counts, b, 0, rows, length, C, MEAN, CAUSAL, CARRIED)
         tl.store(sums + b * (S * E) + place, state.to(sums.dtype.element_ty), mask=known)
         total = state if BACKWARD else total
     if SERIAL and FINAL:
@@ -275,12 +310,12 @@ def scan_kernel(
             if CAUSAL:
                 state = total
                 if not BACKWARD:
-                    state = total / denominator(counts, b, g, rows, length, C, MEAN, CAUSAL, CARRIED)
+                    state = total * scale_of(counts, b, g, rows, length, C, MEAN, CAUSAL, CARRIED)
                 out = states + (b * chunks + g) * (S * E) + place
                 tl.store(out, state.to(states.dtype.element_ty), mask=inside & (g >= 0) & (g < chunks))
             total += x.to(tl.float32)
     if not CAUSAL:
-        state = total / denominator(counts, b, 0, rows, length, C, MEAN, CAUSAL, CARRIED)
+        state = total * scale_of(counts, b, 0, rows, length, C, MEAN, CAUSAL, CARRIED)
         tl.store(states + b * (S * E) + place, state.to(states.dtype.element_ty), mask=inside)
         total = state if BACKWARD else total
     if FINAL:
@@ -306,13 +341,12 @@ def output_kernel(
     tile = tl.program_id(0) // slices % tiles
     row = tile * TILE + tl.arange(0, TILE)
     column = tl.program_id(0) % slices * COLUMNS + tl.arange(0, COLUMNS)
-    k = tl.arange(0, DEPTH)
     token = g * rows + row
     # What the end needs is asked for before the products, so that it is there when they are done.
-    gate = read(uvz, b, token, column, n, E, 2 * E + S)
+    gate = read(uvz, b, g * rows, row, column, n, E, 2 * E + S)
     dout = gate
     if BACKWARD:
-        dout = read(grad, b, token, column, n, E, E)
+        dout = read(grad, b, g * rows, row, column, n, E, E)
     near, far = 0, 0
     if QUAD:
         near = tile * TILE + TILE if CAUSAL else rows
@@ -320,13 +354,11 @@ def output_kernel(
         far = S
         if CAUSAL and not CARRIED:
             far = tl.where(g == 0, 0, S)
-    weights_at = scores + (chunk * rows + row)[:, None] * rows + k[None, :]
-    queries_at = copies + (H - 2) * copy_stride + (chunk * rows + row)[:, None] * S + k[None, :]
-    values_at = values + (b * n + g * rows + k)[:, None] * STRIDE + column[None, :]
-    states_at = states + ((chunk if CAUSAL else b) * S + k)[:, None] * E + column[None, :]
+    first_row, first_column = chunk * rows + tile * TILE, tl.program_id(0) % slices * COLUMNS
     y = product(
-        weights_at, values_at, STRIDE, near, n - g * rows,
-        queries_at, states_at, E, far, (column < E)[None, :],
+        scores + first_row * rows, rows, values + (b * n + g * rows) * STRIDE + first_column, STRIDE, near,
+        n - g * rows, copies + (H - 2) * copy_stride + first_row * S, S,
+        states + (chunk if CAUSAL else b) * (S * E) + first_column, E, far, (column < E)[None, :],
         TILE, COLUMNS, DEPTH, PRECISION,
     )  # fmt: skip
     gate_output(y, gate, dout, out, grad_branch, b, token, column, n, E, S, BACKWARD)

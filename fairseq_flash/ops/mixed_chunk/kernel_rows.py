@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 
 from fairseq_flash.ops.mixed_chunk.kernel_forward import (
-    denominator,
     dot,
     gate_output,
     read,
     row_length,
+    scale_of,
     silu,
-    silu_slope,
+    silu_and_slope,
 )
 
 __all__ = ["rows_backward_kernel", "rows_kernel"]
@@ -36,15 +36,15 @@ def _outputs(
     k, d = tl.arange(0, DEPTH), tl.arange(0, S)
     row = tile * TILE + tl.arange(0, TILE)
     token = g * rows + row
-    gate = read(uvz, b, token, column, n, E, 2 * E + S)
+    gate = read(uvz, b, g * rows, row, column, n, E, 2 * E + S)
     dout = gate
     if BACKWARD:
-        dout = read(grad, b, token, column, n, E, E)
+        dout = read(grad, b, g * rows, row, column, n, E, E)
     queries = tl.load(copies + (H - 2) * copy_stride + (chunk * rows + row)[:, None] * S + d[None, :])
     y = dot(queries, state, tl.zeros([TILE, column.shape[0]], tl.float32), PRECISION)
     for start in range(0, tile * TILE + TILE, DEPTH):
         source = g * rows + start + k
-        v = silu(read(uvz + E, b, source, column, n, E, 2 * E + S).to(tl.float32))
+        v = silu(read(uvz + E, b, g * rows, start + k, column, n, E, 2 * E + S).to(tl.float32))
         v = tl.where((source < length)[:, None], v, 0.0).to(uvz.dtype.element_ty)
         weights = tl.load(scores + (chunk * rows + row)[:, None] * rows + (start + k)[None, :])
         y = dot(weights, v, y, PRECISION)
@@ -82,7 +82,7 @@ def rows_kernel(
         total += tl.load(initial + b * (S * E) + place, mask=known, other=0.0).to(tl.float32)
     for g in range(0, chunks):
         chunk = b * chunks + g
-        state = (total / denominator(counts, b, g, rows, length, C, MEAN, CAUSAL, CARRIED)).to(
+        state = (total * scale_of(counts, b, g, rows, length, C, MEAN, CAUSAL, CARRIED)).to(
             uvz.dtype.element_ty
         )
         last = rows // TILE - 1
@@ -115,17 +115,18 @@ def _value_gradients(
     k, d = tl.arange(0, DEPTH), tl.arange(0, S)
     row = tile * TILE + tl.arange(0, TILE)
     token = g * rows + row
-    raw = read(uvz + E, b, token, column, n, E, 2 * E + S)
+    raw = read(uvz + E, b, g * rows, row, column, n, E, 2 * E + S)
     keys = tl.load(copies + (H - 1) * copy_stride + (chunk * rows + row)[:, None] * S + d[None, :])
     dv = dot(keys, state, tl.zeros([TILE, column.shape[0]], tl.float32), PRECISION)
     for start in range(tile * TILE, rows, DEPTH):
-        do = read(grad_branch, b, g * rows + start + k, column, n, E, E)
+        do = read(grad_branch, b, g * rows, start + k, column, n, E, E)
         weights = tl.load(turned + (chunk * rows + row)[:, None] * rows + (start + k)[None, :])
         dv = dot(weights, do, dv, PRECISION)
         if UPDATE:
             queries = copies + (H - 2) * copy_stride + (chunk * rows + start + k)[:, None] * S + d[None, :]
             summary = dot(tl.trans(tl.load(queries)), do, summary, PRECISION)
-    dv = tl.where((token < length)[:, None], dv, 0.0) * silu_slope(raw.to(tl.float32))
+    _, slope = silu_and_slope(raw.to(tl.float32))
+    dv = tl.where((token < length)[:, None], dv, 0.0) * slope
     at = (b * n + token)[:, None] * (2 * E + S) + E + column[None, :]
     inside = (token < n)[:, None] & (column < E)[None, :]
     tl.store(grad_uvz + at, dv.to(grad_uvz.dtype.element_ty), mask=inside)
@@ -166,6 +167,6 @@ def rows_backward_kernel(
             0, state, tl.zeros([S, COLUMNS], tl.float32), uvz, copies, turned, grad_branch, grad_uvz, b, g,
             chunk, length, column, n, rows, copy_stride, E, S, H, TILE, DEPTH, True, PRECISION,
         )  # fmt: skip
-        total += summary / denominator(counts, b, g, rows, length, C, MEAN, CAUSAL, CARRIED)
+        total += summary * scale_of(counts, b, g, rows, length, C, MEAN, CAUSAL, CARRIED)
     if FINAL:
         tl.store(final + b * (S * E) + place, total, mask=known)
