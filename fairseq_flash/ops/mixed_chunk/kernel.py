@@ -66,7 +66,8 @@ BASE = (8, 4, 4)
 SERIAL_PROGRAMS = 128
 #: Whether that is so for all of a causal pass (``kernel_rows``). Exact, but no card has timed it yet.
 WHOLE_ROWS = False
-FLOAT32_TILING = Tiling(64, 64, 32, 4, 2)
+#: Without tensor cores: four warps or two stages would not fit the registers.
+FLOAT32_TILING = Tiling(64, 64, 32, 8, 1)
 
 
 #: Compiled kernels by what Triton compiles anew for, with their constants.
