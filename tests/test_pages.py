@@ -214,7 +214,7 @@ CUTS = {
     "fairseq-hydra-train": "optimization.max_update=2 task.tokens_per_sample=32 dataset.max_tokens=256 "
     "model.embed_dim=32 model.layers=2 model.attention_dim=16 model.chunk_size=8 common.cpu=true",
     "scripts/prepare_lm.py": "--vocab-size 400",
-    "scripts/prepare_corpus.py": "--vocab-size 300 --held-out-groups 3 --workers 1",
+    "scripts/prepare_corpus.py": "--vocab-size 400 --held-out-groups 2 --workers 1",
     "scripts/prepare_translation.py": "--vocab-size 400",
     "scripts/prepare_classification.py": "",
     "scripts/generate.py": "--cpu",
