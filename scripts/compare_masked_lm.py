@@ -11,6 +11,8 @@ the best checkpoint of FLASH and of RoBERTa is fine-tuned with each rate on the 
 passages, and cut to the 512 tokens of pretraining. RoBERTa has a table of positions, which for whole passages
 is repeated (as Longformer does). "seeds": each again with other seeds at the rate that was best on valid. The
 accuracy to compare is the one on test, with which nothing is chosen. Each --pooling has its own records.
+At the end stand, for the pretraining and for each length of the fine-tuning, a table and the answer in one
+sentence.
 """
 
 import argparse
@@ -20,16 +22,16 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import mean
 from typing import NamedTuple
 
 import torch
 
 from fairseq_flash.modules import POOLINGS
-from report import markdown
+from report.answer import LOSS, Measure
+from report.comparison import Comparison, summary
 from runs.command_line import command_line, require
 from runs.log import MEASURED
-from runs.plan import Earlier, as_words, lowest, recipe
+from runs.plan import Earlier, as_words, recipe
 from runs.process import stoppable
 from runs.provenance import ROOT, data_name, provenance
 from runs.roberta_positions import with_more_positions
@@ -42,6 +44,8 @@ COLUMNS = ("commit", "date", "device", "python", "torch", "jobs", "name", *KEY, 
 SHOWN = ("stage", "name", "n", "lr", "seed", *SCORES, "seconds", "status")
 
 OUTPUT = Path("comparison") / "masked_lm.csv"
+MASKED = LOSS._replace(unit="nats a masked token")
+ACCURACY = Measure("test_accuracy", "accuracy on test", "points of accuracy", 1, True)
 
 _ROBERTA = (
     *("--encoder-layers", "4", "--encoder-embed-dim", "256", "--encoder-ffn-embed-dim", "1152"),
@@ -78,6 +82,7 @@ class Plan:
         self.checkpoints = options.folder / "pretrained"
         shared = {"pretraining": options.tokens}
         own = {"stage": "pretraining", "data": data_name(options.data)}
+        own |= {"n": options.row, "seed": options.seeds[0]}
         self.pretrained = self.fine_tuned = Earlier(options.output, {**shared, **own})
         if options.classes:
             own = {"stage": "fine-tuning", "data": data_name(options.classes)}
@@ -89,8 +94,7 @@ class Plan:
         updates = max(1, math.ceil(self.options.tokens / self.options.max_tokens))
         for name in self.options.systems:
             for rate in self.options.pretraining_rates or SYSTEMS[name].rates:
-                told = dict(name=name, n=self.options.row, lr=rate, seed=self.options.seeds[0])
-                record = {**told, "epochs": "", "pooling": "", **self.pretrained.shared}
+                record = {"name": name, "lr": rate, "epochs": "", "pooling": "", **self.pretrained.shared}
                 options = {
                     **{"--task": "masked_lm", "--criterion": "masked_lm"},
                     **{"--tokens-per-sample": self.options.row, "--max-tokens": self.options.max_tokens},
@@ -112,17 +116,22 @@ class Plan:
     def seeds(self) -> Iterator[TrainingRun]:
         """The other seeds, at the rate that was best on valid."""
         for kind in FINE_TUNED:
-            name, _ = self.best_pretrained(kind)
             for n in (self.options.passage, self.options.row):
-                records = self.fine_tuned.finite(name=name, n=n, seed=self.options.seeds[0])
-                if not records:
-                    raise ValueError(f"no fine-tuning of {name} at {n} tokens succeeded; see its records")
-                best = max(
-                    records,
-                    key=lambda record: (float(record["valid_accuracy"]), -float(record["valid_loss"])),
-                )
+                rate = float(self.best_tuned(kind, n)["lr"])
                 for seed in self.options.seeds[1:]:
-                    yield self._fine_tuning(kind, n, float(best["lr"]), seed)
+                    yield self._fine_tuning(kind, n, rate, seed)
+
+    def best_tuned(self, kind: str, n: int) -> dict:
+        """The record of the first seed with the best accuracy on valid.
+
+        Raises:
+            ValueError: no fine-tuning succeeded.
+        """
+        name, _ = self.best_pretrained(kind)
+        records = self.fine_tuned.finite(name=name, n=n, seed=self.options.seeds[0])
+        if not records:
+            raise ValueError(f"no fine-tuning of {name} at {n} tokens succeeded; see its records")
+        return max(records, key=lambda each: (float(each["valid_accuracy"]), -float(each["valid_loss"])))
 
     def best_pretrained(self, kind: str) -> tuple[str, Path]:
         """Name and checkpoint of the pretrained system of a kind that has the lowest loss.
@@ -143,12 +152,12 @@ class Plan:
         name, path = self.best_pretrained(kind)
         if kind == "roberta" and n > self.options.row:
             path = with_more_positions(path, self.options.row, n)
-        examples, batch = count_examples(self.options.classes), self.options.batch_size
+        classes, batch = self.options.classes, self.options.batch_size
+        labels, examples = count(classes)
         updates = self.options.epochs * math.ceil(examples / batch)
-        classes = self.options.classes
         options = {
             **{"--task": "sentence_prediction", "--criterion": "sentence_prediction"},
-            **{"--num-classes": count_classes(classes), "--init-token": 0, "--separator-token": 2},
+            **{"--num-classes": labels, "--init-token": 0, "--separator-token": 2},
             **{"--max-positions": n, "--shorten-method": "truncate", "--batch-size": batch},
             **{"--valid-subset": "valid,test", "--validate-interval": self.options.epochs + 1},
             **{"--restore-file": path, "--reset-optimizer": "", "--reset-dataloader": ""},
@@ -205,35 +214,28 @@ def last_test_accuracy(log: Path) -> float:
     return float(json.loads(re.findall(r"\| test \| (\{.*\})", log.read_text())[-1])["test_accuracy"])
 
 
-def count_classes(data: Path) -> int:
-    """Labels of a folder from prepare_classification.py."""
-    return len((data / "label" / "dict.txt").read_text(encoding="utf-8").splitlines())
-
-
-def count_examples(data: Path) -> int:
-    """Training examples of a folder from prepare_classification.py."""
-    return json.loads((data / "prepare.json").read_text())["splits"]["train"]["examples"]
+def count(data: Path) -> tuple[int, int]:
+    """Labels and training examples of a folder from prepare_classification.py."""
+    labels = (data / "label" / "dict.txt").read_text(encoding="utf-8").splitlines()
+    return len(labels), json.loads((data / "prepare.json").read_text())["splits"]["train"]["examples"]
 
 
 def report(plan: Plan) -> str:
-    """The result in Markdown: each system at its best rate, and the accuracies over the seeds."""
-    records, lines = plan.pretrained.finite(), []
-    for name in dict.fromkeys(record["name"] for record in records):
-        best = lowest([record for record in records if record["name"] == name])
-        columns = ("lr", "parameters", "valid_perplexity", "tokens_per_second")
-        lines.append([f"`{name}`", *(best[column] for column in columns)])
-    header = ["system", "learning rate", "parameters", "masked perplexity on valid", "tokens/s"]
-    pretrained, lines = markdown.table(header, lines), []
-    records = plan.fine_tuned.finite()
-    for key in dict.fromkeys((record["name"], record["n"], record["lr"]) for record in records):
-        own = [record for record in records if (record["name"], record["n"], record["lr"]) == key]
-        if len(own) == len(plan.options.seeds):
-            test, valid = ([float(record[f"{s}_accuracy"]) for record in own] for s in ("test", "valid"))
-            each = f"{mean(test):.1f} ({', '.join(f'{value:g}' for value in test)})"
-            lines.append([f"`{key[0]}`", *key[1:], each, f"{mean(valid):.1f}"])
-    header = [f"fine-tuned, pooling {plan.options.pooling}", "tokens", "learning rate"]
-    header += ["accuracy on test, mean (each seed)", "on valid"]
-    return f"\n{pretrained}\n\n{markdown.table(header, lines)}"
+    """Table and answer of the pretraining, each system at its best rate, and of each length of the rest."""
+    options, tuned = plan.options, plan.fine_tuned
+    batches = options.valid_batches
+    part = f"the first {batches} batches of the split" if batches else "the whole split"
+    tried = plan.pretrained.finite()
+    best = [plan.pretrained.best(name=name) for name in dict.fromkeys(each["name"] for each in tried)]
+    told = [Comparison({"evaluated": f"{part} valid"}, best, tried, [], [], measure=MASKED)]
+    for n in (options.passage, options.row) if options.classes else ():
+        best = [plan.best_tuned(kind, n) for kind in FINE_TUNED]
+        cells = [{"name": each["name"], "n": n, "lr": each["lr"]} for each in best]
+        final = [record for cell in cells for record in tuned.finite(**cell, seed=set(options.seeds))]
+        rates = tuned.finite(name={each["name"] for each in best}, n=n, seed=options.seeds[0])
+        told.append(Comparison({"evaluated": f"{part} test"}, final, rates, [], [], measure=ACCURACY))
+    titles = ("Pretraining", *("Fine-tuning",) * 2)
+    return "\n\n".join(f"{title}: {summary(each)}" for title, each in zip(titles, told, strict=False))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -288,7 +290,7 @@ def main(arguments: list[str] | None = None) -> None:
             runs = list(stage())
             print(f"{stage.__name__}: {len(runs)} runs, {options.jobs} at a time", flush=True)
             carry_out(runs, table, options.folder, jobs=options.jobs)
-    print(report(plan))
+    print(f"\n{report(plan)}")
 
 
 if __name__ == "__main__":

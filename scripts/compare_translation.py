@@ -5,25 +5,28 @@
 Two stages, each run once, in one CSV; the same command goes on where it ended. "learning rate": every system
 with each rate, for a few epochs. "final": every system at the rate that had the lowest validation loss, for
 all epochs; then fairseq-generate translates the test split (beam 5, the last checkpoint), and sacrebleu
-compares the text with the reference. A run that fails is a record with its error. Final runs have the device
-to themselves, unless --final-jobs says otherwise: seconds of runs with more than one job cannot be compared.
+compares the text with the reference. With several --seeds the first one tries the rates, and each makes a
+final run. A run that fails is a record with its error. Final runs have the device to themselves, unless
+--final-jobs says otherwise: seconds of runs with more than one job cannot be compared. At the end stand a
+table and the answer in one sentence.
 """
 
 import argparse
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import sacrebleu
 import torch
 from sacrebleu.metrics import BLEU
-from tabulate import tabulate
 
+from report.answer import Measure
+from report.comparison import Comparison, summary
 from runs.command_line import command_line, require
 from runs.log import MEASURED
-from runs.plan import Earlier, as_words, recipe
+from runs.plan import Earlier, as_words, lowest, recipe
 from runs.process import stoppable
 from runs.provenance import ROOT, data_name, provenance
 from runs.schedule import Finished, TrainingRun, carry_out, fairseq_command, readable
@@ -37,6 +40,7 @@ COLUMNS = ("commit", "date", *VERSIONS, "device", "jobs", "name", *KEY, *MEASURE
 SHOWN = ("name", "stage", "lr", "epochs", "updates", "valid_loss", "bleu", "status")
 
 OUTPUT = Path("comparison") / "translation.csv"
+QUALITY = Measure("bleu", "BLEU", "BLEU", 2, True)
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 #: What is trained, by name: fairseq-train's options; within 5 % of each other's parameters.
 SYSTEMS = {
@@ -70,14 +74,14 @@ class Plan:
             options.data, self.source, self.target, options.max_tokens
         )
         shared = {"data": data_name(options.data), "updates_per_epoch": self.updates_per_epoch}
-        shared |= {"max_tokens": options.max_tokens, "dropout": options.dropout, "seed": options.seed}
+        shared |= {"max_tokens": options.max_tokens, "dropout": options.dropout}
         self.earlier = Earlier(options.output, shared)
 
     def tuning(self) -> Iterator[TrainingRun]:
         """Every system with each rate."""
         for rate in self.options.rates:
             for name in self.options.systems:
-                yield self._run(name, "learning rate", rate, self.options.tuning_epochs)
+                yield self._run(name, "learning rate", rate, self.options.seeds[0])
 
     def final(self) -> Iterator[TrainingRun]:
         """Every system at its best rate, scored."""
@@ -85,36 +89,39 @@ class Plan:
             rate = self.best_rate(name)
             if rate is not None:
                 print(f"{name}: best learning rate {rate}", flush=True)
-                yield self._run(name, "final", rate, self.options.epochs, self._score)
+                for seed in self.options.seeds:
+                    yield self._run(name, "final", rate, seed)
             else:
                 print(f"{name}: no learning rate succeeded; see the status in {self.options.output}")
 
     def best_rate(self, name: str) -> float | None:
         """The rate with the lowest validation loss; None if no run succeeded."""
-        best = self.earlier.best(stage="learning rate", name=name, epochs=self.options.tuning_epochs)
+        best = lowest(self.tried(name))
         return float(best["lr"]) if best else None
 
-    def _run(
-        self,
-        name: str,
-        stage: str,
-        rate: float,
-        epochs: int,
-        measure: Callable[[Finished], dict] | None = None,
-    ) -> TrainingRun:
+    def tried(self, name: str) -> list[dict]:
+        """What a system's rates came to."""
+        cells = {"name": name, "seed": self.options.seeds[0], "epochs": self.options.tuning_epochs}
+        return self.earlier.finite(stage="learning rate", **cells)
+
+    def _run(self, name: str, stage: str, rate: float, seed: int) -> TrainingRun:
+        final = stage == "final"
+        epochs = self.options.epochs if final else self.options.tuning_epochs
         updates = epochs * self.updates_per_epoch
         options = {
             **{"--task": "translation", "--source-lang": self.source, "--target-lang": self.target},
             **{"--max-tokens": self.options.max_tokens, self.sharing: "", "--dropout": self.options.dropout},
             **{"--criterion": "label_smoothed_cross_entropy", "--label-smoothing": 0.1},
-            **recipe(rate, updates, self.options.seed, weight_decay=0.0001),
+            **recipe(rate, updates, seed, weight_decay=0.0001),
             **{"--no-epoch-checkpoints": "", "--num-workers": 0, **SYSTEMS[name]},
             "--cpu": "" if self.options.device == "cpu" else None,
         }
-        record = {"name": name, **self.earlier.shared, "stage": stage, "lr": rate, "epochs": epochs}
+        record = {"name": name, **self.earlier.shared, "stage": stage, "lr": rate, "seed": seed}
+        record["epochs"] = epochs
         arguments = (str(self.options.data), "--user-dir", str(ROOT / "fairseq_flash"), *as_words(options))
         shown = ("fairseq-train", *arguments, "--max-update", updates)
         record["command"] = readable(shown, {self.options.data: self.options.data.name})
+        measure = self._score if final else None
         return TrainingRun(arguments, updates, record, weight=updates, measure=measure)
 
     def _score(self, finished: Finished) -> dict:
@@ -186,7 +193,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--updates-per-epoch", type=int, metavar="N", help="fewer than the data give, for a try")
     add("--max-tokens", type=int, default=2048, metavar="N", help="of a batch, on either side (2048)")
     add("--dropout", type=float, default=0.3, metavar="P", help="of all systems (0.3)")
-    add("--seed", type=int, default=1)
+    add("--seeds", type=int, nargs="+", default=[1], help="one final run each (1)")
     add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     add("--jobs", type=int, default=1, metavar="N", help="runs at a time in the first stage (1)")
     add("--final-jobs", type=int, default=1, metavar="N", help="final runs at a time (1)")
@@ -200,14 +207,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def report(plan: Plan) -> None:
-    """Prints the final records."""
-    names, epochs = plan.options.systems, plan.options.epochs
-    columns = {"name": "system", "parameters": "parameters", "lr": "lr", "valid_loss": "valid loss"}
-    finals = [plan.earlier.find(stage="final", name=name, epochs=epochs) for name in names]
-    records = [record for found in finals for record in found]
-    lines = [[record[column] for column in (*columns, "bleu")] for record in records]
-    print("\n" + tabulate(lines, [*columns.values(), "BLEU"], disable_numparse=True))
+def report(plan: Plan) -> str:
+    """Table and answer of the final runs, each system at its best rate."""
+    final, rates, options = [], [], plan.options
+    for name in options.systems:
+        rates += plan.tried(name)
+        cells = {"name": name, "lr": plan.best_rate(name), "epochs": options.epochs}
+        final += plan.earlier.finite(stage="final", **cells, seed=set(options.seeds))
+    part = f"the whole split test ({len(read_reference(plan.reference)):,} sentences)"
+    return summary(Comparison({"evaluated": part}, final, rates, [], [], measure=QUALITY))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -220,7 +228,7 @@ def main(arguments: list[str] | None = None) -> None:
         for stage, jobs in ((plan.tuning, options.jobs), (plan.final, options.final_jobs)):
             table = Table(options.output, COLUMNS, KEY, SHOWN, {**common, "jobs": jobs})
             carry_out(list(stage()), table, options.folder, jobs=jobs, keep=stage == plan.final)
-    report(plan)
+    print(f"\n{report(plan)}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,10 @@ import sys
 from unittest import mock
 
 import pytest
-from fairseq import options
+import torch
+from fairseq import options, tasks
+from fairseq.data import Dictionary
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from omegaconf import OmegaConf
 
 from fairseq_flash.models.flash_lm import PRESETS
@@ -151,6 +154,25 @@ def hydra(arch):
     return OmegaConf.merge(*(OmegaConf.load(tools.CONFIGS / f"{part}.yaml") for part in listed))
 
 
+def test_the_model_to_publish_is_small_enough_to_be_a_file_of_a_repository():
+    (training,) = [
+        words
+        for words in map(pages.words, pages.commands(tools.REPOSITORY / "docs" / "huggingface.md"))
+        if words[0] == "fairseq-train"
+    ]
+    rest = [str(tools.USER_DIR) if word == "fairseq_flash" else word for word in training[1:]]
+    args = options.parse_args_and_arch(options.get_training_parser(), rest)
+    cfg, dictionary = convert_namespace_to_omegaconf(args), Dictionary()
+    for index in range(8000 - len(dictionary)):
+        dictionary.add_symbol(f"word{index}")
+    with torch.device("meta"):
+        model = tasks.TASK_REGISTRY[cfg.task._name](cfg.task, dictionary, dictionary).build_model(cfg.model)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert round(parameters / 1e6, 1) == 10.6
+    assert 2 * parameters < 25e6
+    assert args.max_update * args.max_tokens == pytest.approx(459e6, rel=0.01)
+
+
 def test_the_page_of_options_is_what_the_script_writes():
     script = tools.load_script("write_options")
     assert pages.text_of(script.PAGE) == script.page()
@@ -192,10 +214,13 @@ CUTS = {
     "fairseq-hydra-train": "optimization.max_update=2 task.tokens_per_sample=32 dataset.max_tokens=256 "
     "model.embed_dim=32 model.layers=2 model.attention_dim=16 model.chunk_size=8 common.cpu=true",
     "scripts/prepare_lm.py": "--vocab-size 400",
+    "scripts/prepare_corpus.py": "--vocab-size 400 --held-out-groups 2 --workers 1",
     "scripts/prepare_translation.py": "--vocab-size 400",
     "scripts/prepare_classification.py": "",
     "scripts/generate.py": "--cpu",
     "scripts/describe.py": f"{SMALL} --tokens-per-sample 64 --batch 1",
+    "scripts/export_hf.py": "",
+    "scripts/import_hf.py": "",
     "scripts/health.py": SMALL,
     "scripts/plot.py": "",
     "scripts/compare_lm.py": "--budget 2updates --tokens-per-sample 32 --tokens-per-update 64 --device cpu "
@@ -207,6 +232,7 @@ STORIES = {
     "docs/generation.md": r"benchmark|plot",
     "docs/recipes.md": r"^srun",
     "docs/compare.md": r"prepare_lm",
+    "docs/huggingface.md": None,
     "docs/masked-models.md": r"authors|compare",
     "docs/translation.md": r"compare",
 }
@@ -227,6 +253,9 @@ def world(tmp_path_factory):
         tools.write_texts(
             folder / "corpus", **{f"{name}.en": part, f"{name}.de": [one.upper() for one in part]}
         )
+    for author in range(9):
+        part = lines[600 + 100 * author : 700 + 100 * author]
+        tools.write_texts(folder / "Gutenberg_Text" / f"author {author}", **{"book.txt": part})
     tools.write_texts(folder, **{"book.txt": lines[:20], "long-prompt.txt": lines[:1]})
     follow(folder, "README.md")
     return folder

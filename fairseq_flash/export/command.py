@@ -4,10 +4,14 @@ import argparse
 import sys
 from pathlib import Path
 
+import torch
+
 from fairseq_flash.export.read import import_folder
 from fairseq_flash.export.write import export_checkpoint
 
 __all__ = ["export_main", "import_main"]
+
+DTYPES = ("float32", "bfloat16")
 
 
 def export_main(arguments: list[str], description: str) -> int:
@@ -26,8 +30,10 @@ def export_main(arguments: list[str], description: str) -> int:
     parser.add_argument(
         "--data", type=Path, metavar="DIR", help="of dict.txt; default: the checkpoint's folder"
     )
+    parser.add_argument("--dtype", choices=DTYPES, help="to round the weights to (as they are)")
     options = parser.parse_args(arguments)
-    return _guarded(parser.prog, export_checkpoint, options.checkpoint, options.folder, options.data)
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    return _guarded(parser.prog, export_checkpoint, options.checkpoint, options.folder, options.data, dtype)
 
 
 def import_main(arguments: list[str], description: str) -> int:

@@ -9,8 +9,9 @@ import torch
 from fairseq.data import Dictionary
 from safetensors.torch import save_file
 
+from fairseq_flash.export.card import card
 from fairseq_flash.export.names import CLASSES, FILES, MODEL_TYPE, PREFIXES, TIED, settings_of
-from fairseq_flash.generation.model import load_model
+from fairseq_flash.generation.model import find_checkpoint, load_model
 from fairseq_flash.models.flash_lm import FlashLanguageModel
 
 __all__ = ["export_checkpoint"]
@@ -19,17 +20,21 @@ HERE = Path(__file__).parent
 CODE = ("modeling_flash.py", "tokenization_flash.py")
 
 
-def export_checkpoint(checkpoint: Path, folder: Path, data: Optional[Path] = None) -> None:
+def export_checkpoint(
+    checkpoint: Path, folder: Path, data: Optional[Path] = None, dtype: Optional[torch.dtype] = None
+) -> None:
     """Writes a model for ``AutoModelForCausalLM``, or ``AutoModelForMaskedLM``, and its tokenizer.
 
     The folder gets ``config.json``, ``generation_config.json``, ``model.safetensors``, the code that computes
-    the model, and the tokenizer's files; all that is needed with neither fairseq nor fairseq_flash.
+    the model, the tokenizer's files, and a card in ``README.md``; all that is needed with neither fairseq nor
+    fairseq_flash.
 
     Args:
         checkpoint: A file, or a folder with ``checkpoint_best.pt`` or ``checkpoint_last.pt``.
         folder: New, or empty.
         data: Folder of ``dict.txt`` and, if pieces are tokens, ``sentencepiece.bpe.model``; that of the
             checkpoint by default.
+        dtype: What the weights are rounded to; they stay as they are by default.
 
     Raises:
         ValueError: the checkpoint cannot be read, the model has an option that the code there does not
@@ -37,10 +42,14 @@ def export_checkpoint(checkpoint: Path, folder: Path, data: Optional[Path] = Non
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} holds files already; allowed: a new or an empty folder")
+    checkpoint = find_checkpoint(checkpoint)
     model, task, data = load_model(checkpoint, data, tuple(CLASSES))
-    settings = _config(model, task)
+    settings = _config(model, task, dtype)
+    weights = _weights(model, settings, dtype)
+    about = card(checkpoint, data, settings, sum(weight.numel() for weight in weights.values()))
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(_weights(model, settings), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "README.md").write_text(about, encoding="utf-8")
     special = {f"{name}_token_id": settings[f"{name}_token_id"] for name in ("bos", "eos", "pad")}
     _write(folder / "config.json", settings)
     # As fairseq, which never writes padding.
@@ -51,7 +60,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, data: Optional[Path] = Non
             shutil.copyfile(path, folder / path.name)
 
 
-def _config(model: torch.nn.Module, task: Any) -> dict[str, Any]:
+def _config(model: torch.nn.Module, task: Any, dtype: Optional[torch.dtype]) -> dict[str, Any]:
     dictionary, kind = task.source_dictionary, type(model)
     causal = kind is FlashLanguageModel
     if causal and len(task.target_dictionary) != len(dictionary):
@@ -78,16 +87,18 @@ def _config(model: torch.nn.Module, task: Any) -> dict[str, Any]:
         bos_token_id=dictionary.eos() if bos else dictionary.bos(),
         eos_token_id=dictionary.eos(),
         pad_token_id=dictionary.pad(),
-        dtype=str(stack.embed_tokens.weight.dtype).removeprefix("torch."),
+        dtype=str(dtype or stack.embed_tokens.weight.dtype).removeprefix("torch."),
     )
 
 
-def _weights(model: torch.nn.Module, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
+def _weights(
+    model: torch.nn.Module, settings: dict[str, Any], dtype: Optional[torch.dtype]
+) -> dict[str, torch.Tensor]:
     """The parameters by their names in transformers; a shared one once."""
     found = {}
     for name, weight in model.named_parameters(remove_duplicate=False):
         here = next(prefix for prefix in PREFIXES[type(model)] if name.startswith(prefix))
-        found[PREFIXES[type(model)][here] + name.removeprefix(here)] = weight.detach().contiguous()
+        found[PREFIXES[type(model)][here] + name.removeprefix(here)] = weight.detach().to(dtype).contiguous()
     if settings["tie_word_embeddings"]:
         del found[TIED[0]]
     return found

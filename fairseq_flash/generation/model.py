@@ -11,7 +11,7 @@ from fairseq.data import Dictionary
 from fairseq_flash.models.flash_lm import FlashLanguageModel
 from fairseq_flash.models.flash_masked_lm import FlashMaskedLM
 
-__all__ = ["fingerprint", "load_model"]
+__all__ = ["find_checkpoint", "fingerprint", "load_model"]
 
 NAMES = ("checkpoint_best.pt", "checkpoint_last.pt")
 NAMES_OF_MODELS = {FlashLanguageModel: "flash_lm", FlashMaskedLM: "flash_masked_lm"}
@@ -35,13 +35,7 @@ def load_model(
     Raises:
         ValueError: something is missing or cannot be read, or the model is none of ours.
     """
-    if checkpoint.is_dir():
-        found = [checkpoint / name for name in NAMES if (checkpoint / name).exists()]
-        if not found:
-            raise ValueError(f"{checkpoint} holds neither {NAMES[0]} nor {NAMES[1]}")
-        checkpoint = found[0]
-    if not checkpoint.exists():
-        raise ValueError(f"{checkpoint} does not exist")
+    checkpoint = find_checkpoint(checkpoint)
     data = data or checkpoint.parent
     if not (data / "dict.txt").exists():
         raise ValueError(f"{data} holds no dict.txt; --data names the folder that the model was trained on")
@@ -56,6 +50,22 @@ def load_model(
         allowed = " or ".join(NAMES_OF_MODELS[kind] for kind in kinds)
         raise ValueError(f"{checkpoint} holds a {type(model).__name__}; allowed: models such as {allowed}")
     return model.eval(), task, data
+
+
+def find_checkpoint(place: Path) -> Path:
+    """The checkpoint of a folder, or the file itself.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not place.exists():
+        raise ValueError(f"{place} does not exist")
+    if not place.is_dir():
+        return place
+    found = [place / name for name in NAMES if (place / name).exists()]
+    if not found:
+        raise ValueError(f"{place} holds neither {NAMES[0]} nor {NAMES[1]}")
+    return found[0]
 
 
 def fingerprint(model: torch.nn.Module, dictionary: Dictionary) -> str:

@@ -3,73 +3,113 @@
 import math
 import statistics
 from collections.abc import Iterator
+from typing import NamedTuple, Optional
 
-__all__ = ["answer", "best_rate", "interval"]
+__all__ = ["LOSS", "RIVALS", "Measure", "answer", "best_rate", "by_length", "interval"]
 
 #: Whom the answer is about, and with whom it is compared if they are there; all others if none is.
-OURS, RIVALS = "flash_lm", ("transformer_lm", "transformer_pp_lm")
+OURS = ("flash_lm", "flash_masked_lm", "flash_seq2seq_tiny")
+RIVALS = (
+    *("transformer_lm", "transformer_pp_lm"),
+    *("roberta", "roberta_prenorm", "transformer", "transformer pre-norm"),
+)
 #: The 97.5 % quantiles of Student's distribution by degrees of freedom, from 1 on; beyond, the last.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
-def answer(records: list[dict], rates: list[dict], part: str) -> str:
+class Measure(NamedTuple):
+    """What systems are compared by.
+
+    Attributes:
+        column: Of the records.
+        title: What it is called.
+        unit: Of a difference.
+        digits: Behind the point.
+        higher: Whether more is better.
+    """
+
+    column: str
+    title: str
+    unit: str
+    digits: int = 3
+    higher: bool = False
+
+    def gain(self, own: float, other: float) -> float:
+        """How much better the first is."""
+        return own - other if self.higher else other - own
+
+
+LOSS = Measure("valid_loss", "loss", "nats a token")
+
+
+def answer(records: list[dict], rates: list[dict], part: str, measure: Measure = LOSS) -> str:
     """One sentence.
 
     Args:
-        records: Of the final runs that succeeded.
+        records: Of the final runs that succeeded; those of one length each if they tell it as ``n``.
         rates: Of the runs that tried a learning rate.
         part: What was evaluated, in words.
+        measure: What the systems are compared by.
     """
     names = list(dict.fromkeys(record["name"] for record in records))
     if not names:
         return "No run succeeded, so nothing can be said."
-    ours = OURS if OURS in names else names[0]
+    ours = next((name for name in OURS if name in names), names[0])
     rivals = [name for name in RIVALS if name in names and name != ours]
     rivals = rivals or [name for name in names if name != ours]
     told = []
-    for n in sorted({int(record["n"]) for record in records}):
-        losses = losses_by_seed([record for record in records if int(record["n"]) == n])
+    for n, own in by_length(records).items():
+        where = f"in rows of {n} tokens {ours}" if n else ours
+        found = by_seed(own, measure)
         clauses = [
-            clause(losses[ours], losses[rival], rival)
+            clause(found[ours], found[rival], rival, measure)
             for rival in rivals
-            if losses.get(ours, {}).keys() & losses.get(rival, {}).keys()
+            if found.get(ours, {}).keys() & found.get(rival, {}).keys()
         ]
         if clauses:
-            told.append(f"in rows of {n} tokens {ours} is {' and '.join(clauses)}")
-        elif ours in losses:
-            mean = statistics.mean(losses[ours].values())
-            told.append(
-                f"in rows of {n} tokens {ours} has a loss of {mean:.3f} and nobody to compare it with"
-            )
+            told.append(f"{where} is {' and '.join(clauses)}")
+        elif ours in found:
+            mean = f"{statistics.mean(found[ours].values()):.{measure.digits}f}"
+            told.append(f"{where} has a {measure.title} of {mean} and nobody to compare it with")
         else:
-            told.append(f"in rows of {n} tokens {ours} has no finished run")
-    sentence = "; ".join([*told, f"all this on {part}", *edges(rates, [ours, *rivals])])
-    return f"{sentence[0].upper()}{sentence[1:]}."
+            told.append(f"{where} has no finished run")
+    sentence = "; ".join([*told, f"all this on {part}", *edges(records, rates, [ours, *rivals])])
+    return f"{sentence[0].upper() if sentence.startswith('in ') else sentence[0]}{sentence[1:]}."
 
 
-def losses_by_seed(records: list[dict]) -> dict[str, dict[str, float]]:
-    """The loss of each system and seed."""
-    found: dict[str, dict[str, float]] = {}
-    for record in records:
-        found.setdefault(record["name"], {})[record["seed"]] = float(record["valid_loss"])
+def by_length(records: list[dict]) -> dict[Optional[int], list[dict]]:
+    """Records of each length, the shortest first; of None if they tell none."""
+    found: dict[Optional[int], list[dict]] = {}
+    for record in sorted(records, key=lambda record: int(record.get("n", 0))):
+        found.setdefault(int(record["n"]) if "n" in record else None, []).append(record)
     return found
 
 
-def clause(own: dict[str, float], other: dict[str, float], rival: str) -> str:
-    """How losses compare with a rival's; each by its seed."""
-    differences = [other[seed] - own[seed] for seed in own if seed in other]
-    mean = statistics.mean(differences)
-    by = f"by {abs(mean):.3f} nats a token"
-    # What the rival's perplexity would be multiplied with.
-    change = 100 * abs(math.expm1(-mean)) if mean > -700 else math.inf
-    share = f"perplexity {change:.3g} % {'lower' if mean > 0 else 'higher'}"
+def by_seed(records: list[dict], measure: Measure) -> dict[str, dict[str, float]]:
+    """What was measured of each system and seed."""
+    found: dict[str, dict[str, float]] = {}
+    for record in records:
+        found.setdefault(record["name"], {})[record["seed"]] = float(record[measure.column])
+    return found
+
+
+def clause(own: dict[str, float], other: dict[str, float], rival: str, measure: Measure) -> str:
+    """How a system compares with a rival; each by its seed."""
+    differences = [measure.gain(own[seed], other[seed]) for seed in own if seed in other]
+    mean, digits = statistics.mean(differences), measure.digits
+    share = ""
+    if not measure.higher:
+        # What the rival's perplexity would be multiplied with.
+        change = 100 * abs(math.expm1(-mean)) if mean > -700 else math.inf
+        share = f"perplexity {change:.3g} % {'lower' if mean > 0 else 'higher'}; "
     if len(differences) == 1:
         worth = "one seed, which proves nothing"
     else:
         low, high = interval(differences)
         proven = "proven" if low > 0 or high < 0 else "not proven"
-        worth = f"{proven} by {len(differences)} seeds, 95 % interval {low:+.3f} to {high:+.3f}"
-    return f"{'better' if mean > 0 else 'worse'} than {rival} {by} ({share}; {worth})"
+        worth = f"{proven} by {len(differences)} seeds, 95 % interval {low:+.{digits}f} to {high:+.{digits}f}"
+    word = "better" if mean > 0 else "worse"
+    return f"{word} than {rival} by {abs(mean):.{digits}f} {measure.unit} ({share}{worth})"
 
 
 def interval(differences: list[float]) -> tuple[float, float]:
@@ -79,21 +119,28 @@ def interval(differences: list[float]) -> tuple[float, float]:
     return mean - reach, mean + reach
 
 
-def edges(rates: list[dict], names: list[str]) -> Iterator[str]:
-    """What is to be said of systems whose best rate is at the edge of those that were tried."""
+def edges(records: list[dict], rates: list[dict], names: list[str]) -> Iterator[str]:
+    """What is to be said of systems whose final rate is at the edge of those that were tried."""
     for name in names:
-        own = [record for record in rates if record["name"] == name]
-        best, edge = best_rate(own, sorted({record["lr"] for record in rates}, key=float))
-        if edge:
+        finals = {record["lr"] for record in records if record["name"] == name}
+        tried = [record for record in rates if record["name"] == name]
+        best = next((r["lr"] for r in tried if r["lr"] in finals and r["status"] == "ok"), "")
+        if at_edge(best, tried):
             yield f"the best rate of {name}, {best}, is at the edge of what was tried: another may be better"
 
 
-def best_rate(records: list[dict], tried: list[str]) -> tuple[str, bool]:
-    """The rate of the lowest loss, "" if there is none, and whether it is at an edge of what was tried."""
+def at_edge(rate: str, tried: list[dict]) -> bool:
+    """Whether a rate is the lowest or the highest of several."""
+    rates = sorted({record["lr"] for record in tried}, key=float)
+    return len(rates) > 1 and rate in (rates[0], rates[-1])
+
+
+def best_rate(records: list[dict]) -> tuple[str, bool]:
+    """The rate of a system's lowest loss, "" if there is none, and whether it is at an edge of its rates."""
     good = {
         record["lr"]: float(record["valid_loss"])
         for record in records
         if record["status"] == "ok" and record["valid_loss"] not in ("", "nan")
     }
     best = min(good, key=good.get, default="")
-    return best, len(tried) > 1 and best in (tried[0], tried[-1])
+    return best, at_edge(best, records)

@@ -9,9 +9,8 @@ from typing import NamedTuple, Optional
 
 from tabulate import tabulate
 
-from report.answer import answer, best_rate
+from report.answer import LOSS, RIVALS, Measure, answer, best_rate, by_length
 from report.markdown import escaped, folded, page, table
-from runs.systems import BASELINE
 
 __all__ = ["Comparison", "check_path", "summary", "verdict", "write"]
 
@@ -40,6 +39,7 @@ class Comparison(NamedTuple):
         curves: Loss curves of the runs, as in the CSV.
         commands: Shell commands that made all this, in order.
         valid_tokens: Of the whole split; None where that is not known.
+        measure: What the systems are compared by.
     """
 
     settings: dict[str, str]
@@ -48,6 +48,7 @@ class Comparison(NamedTuple):
     curves: list[dict[str, str]]
     commands: list[str]
     valid_tokens: Optional[int] = None
+    measure: Measure = LOSS
 
 
 def check_path(path: Optional[Path]) -> None:
@@ -60,13 +61,14 @@ def check_path(path: Optional[Path]) -> None:
         raise ValueError(f"--report {path} is not allowed; allowed: a name that ends in .html or .md")
 
 
-def verdict(own: list[float], other: list[float]) -> str:
+def verdict(own: list[float], other: list[float], measure: Measure = LOSS) -> str:
     """How losses compare with those of another system; each list holds one loss a seed."""
     difference = statistics.mean(own) - statistics.mean(other)
     if max(min(own), min(other)) <= min(max(own), max(other)):
-        return f"tie ({difference:+.3f})"
+        return f"tie ({difference:+.{measure.digits}f})"
     single = " (one seed)" if min(len(own), len(other)) == 1 else ""
-    return f"{'better' if difference < 0 else 'worse'} by {abs(difference):.3f}{single}"
+    word = "better" if (difference > 0) == measure.higher else "worse"
+    return f"{word} by {abs(difference):.{measure.digits}f}{single}"
 
 
 def write(path: Path, comparison: Comparison) -> list[Path]:
@@ -104,15 +106,13 @@ def write(path: Path, comparison: Comparison) -> list[Path]:
 
 def summary(comparison: Comparison) -> str:
     """What a terminal shows: a table for each length, and the answer."""
-    records, told = succeeded(comparison.records), []
-    for n in sorted({int(record["n"]) for record in records}):
-        header, lines = loss_table(
-            [record for record in records if int(record["n"]) == n], comparison.valid_tokens
-        )
-        shown = [0, 2, 3, 5, 6, 7, 12, 13]
+    told = []
+    for n, records in by_length(succeeded(comparison.records)).items():
+        header, lines = loss_table(records, comparison)
+        shown = [place for place in (0, 2, 3, 5, 6, 7, 12, 13) if any(line[place] for line in lines)]
         lines = [[line[place].replace("**", "") for place in shown] for line in lines]
         words = tabulate(lines, [header[place] for place in shown], disable_numparse=True)
-        told.append(f"{n} tokens a row\n{words}")
+        told.append(f"{n} tokens a row\n{words}" if n else words)
     return "\n\n".join([*told, answered(comparison)])
 
 
@@ -121,7 +121,7 @@ def answered(comparison: Comparison) -> str:
     part = comparison.settings.get("evaluated", "what was evaluated of the split valid")
     found = column(succeeded(comparison.records), "valid_tokens")
     share = f" ({min(found):,.0f} tokens)" if found else ""
-    return answer(succeeded(comparison.records), comparison.rates, f"{part}{share}")
+    return answer(succeeded(comparison.records), comparison.rates, f"{part}{share}", comparison.measure)
 
 
 def figures(comparison: Comparison) -> dict[str, list[bytes]]:
@@ -148,11 +148,9 @@ def blocks(comparison: Comparison, sources: dict[str, list[str]]) -> Iterator[st
     records = succeeded(comparison.records)
     yield f"# {TITLE}"
     yield f"**{escaped(answered(comparison))}**"
-    for n in sorted({int(record["n"]) for record in records}):
+    for n, own in by_length(records).items():
         yield f"## {n} tokens a row"
-        yield table(
-            *loss_table([record for record in records if int(record["n"]) == n], comparison.valid_tokens)
-        )
+        yield table(*loss_table(own, comparison))
     failed = [record for record in comparison.records if record["status"] != "ok"]
     if failed:
         yield "## Runs that failed"
@@ -187,20 +185,21 @@ def by_name(records: Iterable[dict]) -> dict[str, list[dict]]:
     return found
 
 
-def loss_table(records: list[dict], whole: Optional[int]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines for records of one length, of a split of ``whole`` tokens: the best system first."""
-    systems = by_name(records)
-    losses = {name: column(own, "valid_loss") for name, own in systems.items()}
-    base = BASELINE if BASELINE in systems else next(iter(systems))
-    order = sorted(systems, key=lambda name: statistics.mean(losses[name]))
+def loss_table(records: list[dict], comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Header and lines for records of one length: the best system first."""
+    systems, measure, whole = by_name(records), comparison.measure, comparison.valid_tokens
+    losses = {name: column(own, measure.column) for name, own in systems.items()}
+    base = next((name for name in RIVALS if name in systems), next(iter(systems)))
+    order = sorted(systems, key=lambda name: statistics.mean(losses[name]), reverse=measure.higher)
     header = [
-        *("system", "parameters", "rate", "seeds", "train loss", "loss", f"against {base}", "perplexity"),
+        *("system", "parameters", "rate", "seeds", "train loss", measure.title, f"against {base}"),
+        "perplexity",
         *("tokens evaluated", "bits per byte", "per byte", "per word", "tokens/s", "seconds", "peak memory"),
     ]
     lines = []
     for name in order:
         own = systems[name]
-        ties = name == order[0] or verdict(losses[name], losses[order[0]]).startswith("tie")
+        ties = name == order[0] or verdict(losses[name], losses[order[0]], measure).startswith("tie")
         line = [
             escaped(name),
             parameters(own, systems[base]),
@@ -209,8 +208,8 @@ def loss_table(records: list[dict], whole: Optional[int]) -> tuple[list[str], li
             average(own, "train_loss", 3),
         ]
         line += [
-            emphasis(spread(losses[name]), ties),
-            "" if name == base else verdict(losses[name], losses[base]),
+            emphasis(spread(losses[name], measure.digits), ties),
+            "" if name == base else verdict(losses[name], losses[base], measure),
         ]
         line += [average(own, "valid_perplexity", 2), part(own, whole), average(own, "bits_per_byte", 4)]
         line += [average(own, "byte_perplexity", 3), average(own, "word_perplexity", 1)]
@@ -227,7 +226,7 @@ def rate_table(records: list[dict]) -> tuple[list[str], list[list[str]]]:
         losses = {
             record["lr"]: record["valid_loss"] if record["status"] == "ok" else "failed" for record in own
         }
-        best, edge = best_rate(own, tried)
+        best, edge = best_rate(own)
         cells = [emphasis(losses.get(rate, ""), rate == best) for rate in tried]
         lines.append([escaped(name), *cells, "at the edge of what was tried" if edge else ""])
     return ["system", *tried, ""], lines
@@ -253,10 +252,10 @@ def part(records: list[dict], whole: Optional[int]) -> str:
     return f"{min(found):,.0f}{share}"
 
 
-def spread(losses: list[float]) -> str:
+def spread(losses: list[float], digits: int) -> str:
     """Mean and range."""
-    reach = f" ({min(losses):.3f} to {max(losses):.3f})" if len(losses) > 1 else ""
-    return f"{statistics.mean(losses):.3f}{reach}"
+    reach = f" ({min(losses):.{digits}f} to {max(losses):.{digits}f})" if len(losses) > 1 else ""
+    return f"{statistics.mean(losses):.{digits}f}{reach}"
 
 
 def parameters(records: list[dict], base: list[dict]) -> str:

@@ -4,6 +4,7 @@ Errors are relative to the largest logit. Measured: below 20 epsilon of float64,
 """
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import sys
 import pytest
 import torch
 from fairseq import tasks
+from fairseq.checkpoint_utils import load_checkpoint_to_cpu
 from fairseq.data import Dictionary
 from sentencepiece import SentencePieceProcessor
 
@@ -19,6 +21,7 @@ from fairseq_flash.export import export_checkpoint, import_folder
 from fairseq_flash.export.read import save_checkpoint
 from fairseq_flash.generation import encode
 from fairseq_flash.generation.model import load_model
+from fairseq_flash.models.flash_lm import FlashLanguageModel
 from fairseq_flash.models.flash_masked_lm import FlashMaskedLM
 from support import contract, tools
 
@@ -365,6 +368,15 @@ def pieces(tmp_path_factory):
     return folder / "hf", folder / "bin"
 
 
+@pytest.fixture(scope="module")
+def pieces_trained(pieces, tmp_path_factory):
+    """A checkpoint of fairseq-train on that data, and the folder of its data."""
+    folder, data = tmp_path_factory.mktemp("trained"), pieces[1]
+    arch = ("--arch", "flash_lm", *SIZES, "--share-decoder-input-output-embed")
+    tools.train(data, folder, *arch, "--max-tokens", "256", "--lr", "0.01", updates=4)
+    return folder / "checkpoint_best.pt", data
+
+
 def test_pieces_have_the_indices_that_they_have_here(pieces):
     written, data = pieces
     tokenizer = transformers.AutoTokenizer.from_pretrained(written, trust_remote_code=True)
@@ -402,6 +414,56 @@ def test_the_commands_export_and_import(flash, tmp_path, monkeypatch, capsys):
         console.main(["export-hf", str(tmp_path / "back"), str(tmp_path / "hf")])
     assert ended.value.code == 2
     assert "holds files already; allowed: a new or an empty folder" in capsys.readouterr().err
+
+
+def test_rounded_weights_are_half_the_size_and_load_on_both_sides(pieces_trained, tmp_path, monkeypatch):
+    """transformers in bfloat16, and ours by from_pretrained in float32: the same rounded numbers."""
+    path, data = pieces_trained
+    export_checkpoint(path, tmp_path / "whole", data)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", ["fairseq-flash"])
+    words = ["export-hf", str(path), str(tmp_path / "hf"), "--data", str(data), "--dtype", "bfloat16"]
+    with pytest.raises(SystemExit) as ended:
+        console.main(words)
+    assert not ended.value.code
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "hf")]
+    assert sizes[1] < 0.55 * sizes[0] + 1000
+    auto = transformers.AutoModelForCausalLM
+    theirs = auto.from_pretrained(tmp_path / "hf", trust_remote_code=True).eval()
+    assert theirs.dtype == torch.bfloat16
+    import_folder(tmp_path / "hf", tmp_path / "back" / "checkpoint_best.pt")
+    lm = FlashLanguageModel.from_pretrained(
+        str(tmp_path / "back"),
+        "checkpoint_best.pt",
+        str(tmp_path / "back"),
+        bpe="sentencepiece",
+        sentencepiece_model=str(tmp_path / "back" / "sentencepiece.bpe.model"),
+    )
+    whole = load_model(path, data)[0].state_dict()
+    for name, weight in lm.models[0].named_parameters():
+        assert torch.equal(weight, whole[name].bfloat16().float()), name
+    assert lm.sample("the", sampling=True, max_len_b=10)
+    tokens = lm.encode("the end of it")[None]
+    with torch.no_grad():
+        contract.assert_close(theirs.float()(tokens).logits, lm.models[0](tokens)[0], SINGLE)
+
+
+def test_the_card_tells_data_training_loss_and_limits(pieces_trained, flash, tmp_path):
+    path, data = pieces_trained
+    export_checkpoint(path, tmp_path / "hf", data, torch.bfloat16)
+    card = (tmp_path / "hf" / "README.md").read_text()
+    header = card.split("---")[1]
+    assert "library_name: transformers\npipeline_tag: text-generation\n" in header
+    counts = json.loads((data / "prepare.json").read_text())["splits"]["train"]
+    assert f"- train: {counts['documents']:,} documents, {counts['tokens']:,} tokens, " in card
+    assert "- 4 updates, each of 1 x 1 batches of at most 256 tokens and 4 rows\n" in card
+    assert "- adam, rate 0.01, fixed\n- rows of 32 tokens\n" in card
+    bits = load_checkpoint_to_cpu(str(path))["extra_state"]["val_loss"]
+    assert f"- validation loss: {bits * math.log(2):.4g} nats a token, perplexity {2**bits:.4g}, " in card
+    assert "weights in bfloat16." in card
+    imported = (flash[2] / "README.md").read_text()
+    assert "What it was trained on was not recorded" in imported
+    assert "How it was trained is not in the checkpoint" in imported
 
 
 TASK = """

@@ -4,12 +4,14 @@ import math
 
 import pytest
 
-from report.answer import answer, interval
+from report.answer import Measure, answer, interval
+
+RATES = {"flash_lm": "4e-3", "transformer_lm": "2e-3"}
 
 
 def records(losses, n=512):
     return [
-        {"name": name, "n": str(n), "seed": str(seed), "valid_loss": str(loss)}
+        {"name": name, "n": str(n), "seed": str(seed), "lr": RATES.get(name), "valid_loss": str(loss)}
         for name, found in losses.items()
         for seed, loss in enumerate(found, start=1)
     ]
@@ -72,3 +74,25 @@ def test_what_is_missing_is_said():
     assert "in rows of 1024 tokens flash_lm has no finished run" in answer(found, [], "it")
     others = answer(records({"my_lm": [4.5], "your_lm": [4.8]}), [], "it")
     assert "my_lm is better than your_lm by 0.300" in others
+
+
+def test_more_can_be_better_and_rows_need_no_length():
+    bleu = Measure("bleu", "BLEU", "BLEU", 2, higher=True)
+    scores = {"transformer": [30.0, 31.0], "flash_seq2seq_tiny": [32.0, 32.5]}
+    found = [
+        {"name": name, "seed": str(seed), "lr": "1e-3", "valid_loss": "3", "bleu": str(score)}
+        for name, own in scores.items()
+        for seed, score in enumerate(own)
+    ]
+    assert answer(found, [], "the whole split test", bleu) == (
+        "flash_seq2seq_tiny is better than transformer by 1.75 BLEU (not proven by 2 seeds, 95 % interval "
+        "-1.43 to +4.93); all this on the whole split test."
+    )
+    assert "flash_seq2seq_tiny has a BLEU of 32.25 and nobody" in answer(found[2:], [], "it", bleu)
+
+
+def test_each_system_has_its_own_edges():
+    tried = rates("flash_lm", (5, 4, 3)) + rates("transformer_lm", (5, 4, 4.5))
+    tried.append({"name": "transformer_lm", "lr": "8e-3", "status": "ok", "valid_loss": "6"})
+    said = answer(records({"flash_lm": [4.5], "transformer_lm": [4.8]}), tried, "it")
+    assert "the best rate of flash_lm, 4e-3, is at the edge" in said

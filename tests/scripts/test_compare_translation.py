@@ -56,9 +56,11 @@ def test_the_command_trains_tunes_scores_and_repeats_nothing(data, tmp_path, mon
     monkeypatch.setattr(compare_translation, "SYSTEMS", SMALL)
     words = ["--data", data, "--output", tmp_path / "rows.csv", "--folder", tmp_path / "runs"]
     words += ["--systems", *SMALL, "--rates", 0.001, "--tuning-epochs", 1, "--epochs", 2]
-    words += ["--max-tokens", 512, "--jobs", 2, "--device", "cpu"]
+    words += ["--max-tokens", 512, "--jobs", 2, "--device", "cpu", "--seeds", 1]
     rows = run(words, tmp_path)
     printed = capsys.readouterr().out
+    answer = "nobody to compare it with; all this on the whole split test (15 sentences).\n"
+    assert printed.endswith(answer)
     assert [
         (row["name"], row["stage"], row["status"][:5]) for row in sorted(rows, key=lambda r: r["name"])
     ] == [
@@ -103,7 +105,9 @@ def test_the_best_rate_is_that_of_the_lowest_finite_loss_of_the_same_plan(data, 
     words = ["--data", str(data), "--output", str(tmp_path / "rows.csv"), "--updates-per-epoch", "1"]
     plan = compare_translation.Plan(compare_translation.parse(words))
     row = dict.fromkeys(compare_translation.COLUMNS, "")
-    row |= dict(plan.earlier.shared, name="transformer", stage="learning rate", epochs="2", status="ok")
+    row |= dict(
+        plan.earlier.shared, name="transformer", stage="learning rate", epochs="2", status="ok", seed=1
+    )
     found = [
         dict(row, lr="0.001", valid_loss="3.5"),
         dict(row, lr="0.002", valid_loss="3.2"),
@@ -111,6 +115,7 @@ def test_the_best_rate_is_that_of_the_lowest_finite_loss_of_the_same_plan(data, 
         dict(row, lr="0.008", valid_loss="1.0", status="error: killed"),
         dict(row, lr="0.016", valid_loss="1.0", epochs="1"),
         dict(row, lr="0.064", valid_loss="1.0", updates_per_epoch="2"),
+        dict(row, lr="0.128", valid_loss="1.0", seed="2"),
         dict(row, lr="0.032", valid_loss="1.0", name="flash_seq2seq_tiny", data="other"),
     ]
     with (tmp_path / "rows.csv").open("w", newline="") as stream:
@@ -119,6 +124,44 @@ def test_the_best_rate_is_that_of_the_lowest_finite_loss_of_the_same_plan(data, 
         writer.writerows(found)
     assert plan.best_rate("transformer") == 0.002
     assert plan.best_rate("flash_seq2seq_tiny") is None
+
+
+def test_the_end_is_a_table_and_an_answer_over_the_seeds(data, tmp_path):
+    words = ["--data", str(data), "--output", str(tmp_path / "rows.csv"), "--updates-per-epoch", "1"]
+    plan = compare_translation.Plan(compare_translation.parse([*words, "--seeds", "1", "2"]))
+    row = dict.fromkeys(compare_translation.COLUMNS, "") | plan.earlier.shared
+    row |= dict(status="ok", valid_loss="3", parameters="7", tokens_per_second="9", seconds="5")
+    found = []
+    for name, scores in {"flash_seq2seq_tiny": (38, 39), "transformer": (30, 31.5)}.items():
+        tried = dict(row, name=name, stage="learning rate", epochs=2, seed=1)
+        found += [dict(tried, lr=0.001, valid_loss=4), dict(tried, lr=0.002)]
+        final = dict(row, name=name, stage="final", epochs=12, lr=0.002)
+        found += [dict(final, seed=seed, bleu=bleu) for seed, bleu in enumerate(scores, start=1)]
+        found.append(dict(final, seed=1, lr=0.001, bleu=99))
+    with (tmp_path / "rows.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, compare_translation.COLUMNS)
+        writer.writeheader()
+        writer.writerows(found)
+    told = compare_translation.report(plan).splitlines()
+    assert told[0].split() == [
+        "system",
+        "rate",
+        "seeds",
+        "BLEU",
+        "against",
+        "transformer",
+        "tokens/s",
+        "seconds",
+    ]
+    assert told[2].split()[:6] == ["flash_seq2seq_tiny", "0.002", "2", "38.50", "(38.00", "to"]
+    assert "better by 7.75" in told[2]
+    assert told[-1].startswith(
+        "flash_seq2seq_tiny is better than transformer by 7.75 BLEU (proven by 2 seeds, 95 % interval "
+        "+4.57 to +10.93); all this on the whole split test (15 sentences); the best rate of "
+        "flash_seq2seq_tiny, 0.002, is at the edge of what was tried"
+    )
+    finals = [(run.record["name"], run.record["lr"], run.record["seed"]) for run in plan.final()]
+    assert finals == [(name, 0.002, seed) for name in plan.options.systems for seed in (1, 2)]
 
 
 def test_all_runs_differ_in_nothing_but_system_and_rate(data, tmp_path):
