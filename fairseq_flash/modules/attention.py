@@ -113,7 +113,8 @@ class MixedChunk:
         else:
             c, n = self.options.chunk_size, inputs.v.shape[1]
             if bias is not None:
-                inputs = inputs._replace(bias=bias.matrix(c if state is not None else self.options.chunk_of(n)))
+                c = self.options.chunk_of(n) if state is None else c
+                inputs = inputs._replace(bias=bias.matrix(c))
             options = self.options if training else self.options._replace(dropout=0.0)
             out, state = mixed_chunk_attention(inputs, options, state=state, group=rows.group)
         if heads is not None:

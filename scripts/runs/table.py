@@ -14,7 +14,7 @@ from tqdm import tqdm
 __all__ = ["Table", "read"]
 
 #: What a spreadsheet would take for a formula, with the quotes that keep it from that.
-_FORMULA = re.compile(r"'*[=+@-]")
+_FORMULA = re.compile(r"'*\s*[=+@\uff1d\uff0b\uff20\uff0d-]")
 
 
 def read(path: Path) -> list[dict[str, str]]:

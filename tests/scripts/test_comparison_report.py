@@ -6,6 +6,7 @@ import re
 import pytest
 
 from report import comparison as comparison_report
+from report import markdown
 from report.comparison import Comparison, verdict
 
 COMMANDS = ["python scripts/compare_lm.py --data 'my data'", "", "python -m fairseq_cli.train my --lr 1 <&>"]
@@ -189,3 +190,9 @@ def test_a_run_that_diverged_is_left_out_and_told(comparison, tmp_path, loss):
     assert lines_of(text, "Runs that failed")["flash_lm"][1:] == ["2", f"the loss is {loss or 'nan'} |"]
     nothing = comparison._replace(records=records[1:2])
     assert comparison_report.summary(nothing) == "No run succeeded, so nothing can be said."
+
+
+@pytest.mark.parametrize("text", ["**b**", "_x_", "a*b*c", "*[x]*: y", "__init__", "a_b_c", "--x '*.txt' *"])
+def test_what_is_quoted_keeps_its_stars_and_bars(text):
+    shown = markdown.page("t", markdown.escaped(text), {}).partition("<body>")[2].partition("</body>")[0]
+    assert shown.strip() == f"<p>{text}</p>"
