@@ -128,10 +128,11 @@ class Trainings:
         Raises:
             KeyboardInterrupt: interrupted; all processes have been ended.
         """
-        waiting = [cell for cell in cells if not self.table.has([cell["name"]], **cell)]
-        if len(waiting) < len(cells):
-            print(f"{len(cells) - len(waiting)} of {len(cells)} trainings are done already", flush=True)
         with locked(self.options.folder):
+            self.table.forget_killed()
+            waiting = [cell for cell in cells if not self.table.has([cell["name"]], **cell)]
+            if len(waiting) < len(cells):
+                print(f"{len(cells) - len(waiting)} of {len(cells)} trainings are done already", flush=True)
             do_at_once(self.options.jobs, waiting, self._one)
 
     def _one(self, cell: dict, slot: Slot) -> None:

@@ -21,7 +21,7 @@ prepare_lm.py's counts turn them into bits per byte and perplexities per byte an
 between vocabularies. Each run is a record of --output, in the folder "comparison" here, and a curve of
 --curves, a failed one with its error. At the end stand a table and the answer in one sentence, as on top of
 --report. Ctrl-C and kill lose at most the updates since the last checkpoint; the same command goes on. A run
-that was killed is tried again, one that failed only with --retry.
+that was killed is tried again, one that failed only with --retry. With another --eval-shards runs are others.
 """
 
 import argparse
@@ -161,7 +161,9 @@ def check(options: argparse.Namespace, extra: list[str]) -> Plan:
             )
     origin, data = provenance(options.device, options.dtype), options.data.resolve()
     shared = {"size": options.size, "data": data_name(data), "device": origin["device"]}
-    shared |= {"dtype": origin["dtype"], "tokens_per_update": whole, "options": shlex.join(extra)}
+    # What was evaluated tells a run as well: losses of different parts of the split are never compared.
+    part_of = ["--eval-shards", str(options.eval_shards)] if options.eval_shards > 1 else []
+    shared |= {"dtype": origin["dtype"], "tokens_per_update": whole, "options": shlex.join(part_of + extra)}
     return Plan(
         data=data,
         output=options.output.resolve(),
@@ -193,11 +195,11 @@ def main(arguments: list[str]) -> None:
     common["threads"] = environment(options.jobs, 0)["OMP_NUM_THREADS"]
     beside = {name: plan.output.with_name(f"{plan.output.stem}_{name}") for name in ("curves.csv", "runs")}
     folder, curves_path = (options.folder or beside["runs"]).resolve(), options.curves or beside["curves.csv"]
-    again = "error:" if options.retry else "error: status -"
     with process.stoppable("compare_lm.py"):
         table = Table(plan.output, COLUMNS, (*SHARED, *RUN), SHOWN, common)
-        with process.locked(folder):
-            table.forget(lambda record: (record["status"] or "").startswith(again))
+        if options.retry:
+            with process.locked(folder):
+                table.forget(lambda record: (record["status"] or "").startswith("error:"))
         curves = Table(curves_path, CURVES, CURVES[1:], (), common)
         print("\n".join(plan.told()), flush=True)
         final = run_all(plan, table, folder, dict(curves=curves, jobs=options.jobs, keep=options.keep))

@@ -6,13 +6,13 @@
     python scripts/compare_masked_lm.py --data data-bin/books --classes data-bin/authors [--jobs 8]
 
 Three stages, each run once, in one CSV; a second call goes on where the first ended, and a run that fails is
-a record with its error. "pretraining": each system with each of its rates, on rows of 512 tokens. "rates":
-the best checkpoint of FLASH and of RoBERTa is fine-tuned with each rate on the first seed: with whole
-passages, and cut to the 512 tokens of pretraining. RoBERTa has a table of positions, which for whole passages
-is repeated (as Longformer does). "seeds": each again with other seeds at the rate that was best on valid. The
-accuracy to compare is the one on test, with which nothing is chosen. Each --pooling has its own records.
-At the end stand, for the pretraining and for each length of the fine-tuning, a table and the answer in one
-sentence.
+a record with its error (one that a signal has ended is tried again). "pretraining": each system with each of
+its rates, on rows of 512 tokens. "rates": the best checkpoint of FLASH and of RoBERTa is fine-tuned with each
+rate on the first seed: with whole passages, and cut to the 512 tokens of pretraining. RoBERTa has a table of
+positions, which for whole passages is repeated (as Longformer does). "seeds": each again with other seeds at
+the rate that was best on valid. The accuracy to compare is the one on test, with which nothing is chosen.
+Each --pooling has its own records. At the end stand, for the pretraining and for each length of the
+fine-tuning, a table and the answer in one sentence.
 """
 
 import argparse

@@ -6,9 +6,9 @@ Two stages, each run once, in one CSV; the same command goes on where it ended. 
 with each rate, for a few epochs. "final": every system at the rate that had the lowest validation loss, for
 all epochs; then fairseq-generate translates the test split (beam 5, the last checkpoint), and sacrebleu
 compares the text with the reference. With several --seeds the first one tries the rates, and each makes a
-final run. A run that fails is a record with its error. Final runs have the device to themselves, unless
---final-jobs says otherwise: seconds of runs with more than one job cannot be compared. At the end stand a
-table and the answer in one sentence.
+final run. A run that fails is a record with its error, one that a signal has ended is tried again. Final
+runs have the device to themselves, unless --final-jobs says otherwise: seconds of runs with more than one job
+cannot be compared. At the end stand a table and the answer in one sentence.
 """
 
 import argparse

@@ -20,6 +20,8 @@
     rows that fairseq would drop, garble or refuse;
 ``choices``
     names of tasks and criterions that are unknown, or go with another model;
+``losses``
+    what criterions log;
 ``values``
     values of options that cannot be, by the tables of ``allowed``;
 ``generation``
@@ -43,6 +45,7 @@ from fairseq_flash._compat import (
     generation,
     half_precision,
     hub,
+    losses,
     messages,
     saving,
     training,
@@ -61,5 +64,5 @@ def prepare_host() -> None:
     """
     # Messages first: the others import the modules whose noise is to be hidden.
     first = (messages, versions, checkpoints, hub, saving, training, half_precision, ending, data)
-    for kind in (*first, generation, choices, values):
+    for kind in (*first, losses, generation, choices, values):
         kind.prepare()

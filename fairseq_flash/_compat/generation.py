@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 def prepare() -> None:
     """Applies every healing of this file."""
     _accept_blank_prompts()
+    _tell_of_prompts_without_room()
     _diversify_every_batch()
     _refuse_constraints_by_name()
     _refuse_what_generation_ignores()
@@ -51,6 +52,32 @@ def _accept_blank_prompts() -> None:
         return healed
 
     wrap(LanguageModelingTask, "inference_step", heal)
+
+
+def _tell_of_prompts_without_room() -> None:
+    """Warns where a forced beginning is as long as all that may be generated; any version.
+
+    fairseq gives its first tokens back as if they had been generated.
+    """
+    from fairseq.sequence_generator import SequenceGenerator
+
+    def heal(generate: Callable) -> Callable:
+        def healed(self, models: Any, sample: Any, **kwargs: Any) -> Any:
+            prefix = kwargs.get("prefix_tokens")
+            if prefix is not None and not self.match_source_len:
+                width = sample["net_input"]["src_tokens"].shape[1]
+                most = min(int(self.max_len_a * width + self.max_len_b), self.max_len - 1)
+                full = int(prefix.ne(self.pad).sum(dim=1).ge(most).sum())
+                if full:
+                    logger.warning(
+                        f"{full} of {len(prefix)} prompts {'has' if full == 1 else 'have'} {most} tokens or "
+                        f"more, all that --max-len-b {self.max_len_b:g} and the model allow: nothing follows"
+                    )
+            return generate(self, models, sample, **kwargs)
+
+        return healed
+
+    wrap(SequenceGenerator, "generate", heal)
 
 
 def _diversify_every_batch() -> None:

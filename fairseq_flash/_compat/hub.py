@@ -1,10 +1,12 @@
 """The hub: archives are unpacked without harm, and a checkpoint opens no address of its own."""
 
 import contextlib
+import dataclasses
 import difflib
 import hashlib
 import inspect
 import lzma
+import numbers
 import os
 import pathlib
 import tarfile
@@ -14,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Optional
 
 import omegaconf
+import torch
 
 from fairseq_flash._compat.healing import wrap
 
@@ -122,9 +125,15 @@ def _open_no_address_of_a_checkpoint() -> None:
 
 
 def _look_at_what_is_asked() -> None:
-    """Refuses what is no text, and options of generation that fairseq 0.12 lacks and would not look at."""
+    """Refuses what is no text, no row of tokens or no option of generation; fairseq 0.12 does not look.
+
+    Of a text without a word fairseq's score is NaN, the mean of nothing.
+    """
     from fairseq.dataclass.configs import GenerationConfig
     from fairseq.hub_utils import GeneratorHubInterface
+    from fairseq.tasks.language_modeling import LanguageModelingTask
+
+    defaults = dataclasses.asdict(GenerationConfig())
 
     def heal_texts(use: Callable) -> Callable:
         def healed(self, sentences: Any, *args: Any, **kwargs: Any) -> Any:
@@ -137,19 +146,72 @@ def _look_at_what_is_asked() -> None:
 
         return healed
 
+    def heal_score(score: Callable) -> Callable:
+        def healed(self, sentences: Any, *args: Any, **kwargs: Any) -> Any:
+            if not isinstance(self.task, LanguageModelingTask):
+                name = getattr(self.cfg.task, "_name", type(self.task).__name__)
+                raise ValueError(f"score() is not allowed with --task {name}; allowed: with a language model")
+            if any(not text.strip() for text in ([sentences] if isinstance(sentences, str) else sentences)):
+                raise ValueError(f"sentences={sentences!r} has a text without a word, which has no score")
+            return score(self, sentences, *args, **kwargs)
+
+        return healed
+
     def heal_generate(generate: Callable) -> Callable:
+        signature = inspect.signature(generate)
+
         def healed(self, *args: Any, **kwargs: Any) -> Any:
-            known = {*inspect.signature(generate).parameters, *GenerationConfig.__dataclass_fields__}
+            known = {*signature.parameters, *defaults}
             for name in kwargs.keys() - known - {*self.cfg.generation}:
                 near = ", ".join(difflib.get_close_matches(name, known)) or "options of fairseq-generate"
                 raise ValueError(f"{name}={kwargs[name]!r} is unknown; allowed: {near}")
+            asked = signature.bind(self, *args, **kwargs).arguments
+            _check_types({"beam": asked.get("beam", 5), **kwargs}, defaults)
+            _check_rows(asked["tokenized_sentences"], self.src_dict, kwargs.get("score_reference", False))
             return generate(self, *args, **kwargs)
 
         return healed
 
+    wrap(GeneratorHubInterface, "score", heal_score)
     for name in ("sample", "score"):
         wrap(GeneratorHubInterface, name, heal_texts)
     wrap(GeneratorHubInterface, "generate", heal_generate)
+
+
+#: What an option may be, in words, by the type of its default; the first that its default is.
+_TYPES = {
+    bool: ("True or False", bool),
+    int: ("a whole number", numbers.Integral),
+    float: ("a number", numbers.Real),
+}
+
+
+def _check_types(options: dict[str, Any], defaults: dict[str, Any]) -> None:
+    for name, value in options.items():
+        text, allowed = _TYPES.get(type(defaults.get(name)), ("", object))
+        if not isinstance(value, allowed) or (isinstance(value, bool) and allowed not in (bool, object)):
+            raise ValueError(f"{name}={value!r} is not allowed; allowed: {text}")
+
+
+def _check_rows(rows: Any, dictionary: Any, scored: bool) -> None:
+    """Of tokens: a tensor of a row or of several, or a list of rows."""
+    if isinstance(rows, torch.Tensor) and rows.dim() < 2:
+        rows = [rows]
+    elif not isinstance(rows, (torch.Tensor, list, tuple)):
+        rows = []
+    for row in rows:
+        whole = isinstance(row, torch.Tensor) and row.dim() == 1 and row.dtype in (torch.int64, torch.int32)
+        if not whole or (row.numel() and not 0 <= int(row.min()) <= int(row.max()) < len(dictionary)):
+            break
+        if scored and not row.ne(dictionary.eos()).any():
+            raise ValueError("tokenized_sentences has a row without a word, which has no score")
+    else:
+        if len(rows):
+            return
+    raise ValueError(
+        f"tokenized_sentences is no row; allowed: one or more tensors (n,) of {len(dictionary)} words' "
+        "indices, as encode() gives them"
+    )
 
 
 def _listed(several: Any) -> list[Any]:

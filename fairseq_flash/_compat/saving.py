@@ -81,8 +81,9 @@ def _lock(folder: str) -> None:
         os.close(descriptor)
         return
     _locks[folder] = descriptor
-    for cut in pathlib.Path(folder).glob("checkpoint*.pt.tmp"):
-        cut.unlink(missing_ok=True)
+    for name in ("checkpoint*.pt.tmp", "crash*.pt.tmp"):
+        for cut in pathlib.Path(folder).glob(name):
+            cut.unlink(missing_ok=True)
 
 
 def _leave_no_cut_file() -> None:

@@ -142,6 +142,12 @@ def _misfits(cfg: Any) -> Misfits:
     betas = of("optimizer", "adam_betas")
     if betas is not None and betas_of(betas) is None:
         yield "adam_betas", betas, "is not allowed; allowed: two from 0 to below 1, such as '(0.9, 0.98)'"
+    alpha = of("criterion", "rdrop_alpha")
+    for part, name in (("criterion", "ignore_prefix_size"), ("task", "carry_state")) if alpha else ():
+        if given := of(part, name):
+            # fairseq 0.12 ends in sizes that do not match; of a row that is read twice there are two states.
+            beside = f"--{name.replace('_', '-')}{'' if given is True else f' {given}'}"
+            yield "rdrop_alpha", alpha, f"is not allowed with {beside}; allowed: without"
     overrides = of("checkpoint", "optimizer_overrides")
     if overrides is not None and not isinstance(_read(ast.literal_eval, overrides), dict):
         yield "optimizer_overrides", overrides, "is not allowed; allowed: such as \"{'weight_decay': 0.1}\""

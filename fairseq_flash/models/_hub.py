@@ -69,12 +69,15 @@ class FlashHubInterface(RobertaHubInterface):
         """The text of a row of tokens ``(n,)``, or a list where several texts stand in it.
 
         Raises:
-            ValueError: ``tokens`` is a batch.
+            ValueError: ``tokens`` is a batch, or holds what is no index of a word.
         """
         _check_tokens(tokens)
         if tokens.dim() != 1:
             raise ValueError(f"tokens has shape {tuple(tokens.shape)}; allowed: (n,), one row at a time")
         dictionary = self.task.source_dictionary
+        strange = tokens.lt(0) | tokens.ge(len(dictionary))
+        if tokens.dtype not in (torch.int64, torch.int32) or strange.any():
+            raise ValueError(f"tokens is no row; allowed: (n,) of {len(dictionary)} words' indices")
         silent = (dictionary.pad(), dictionary.bos())
         words = [dictionary[index] for index in tokens.tolist() if index not in silent]
         texts: list[list[str]] = [[]]

@@ -61,7 +61,7 @@ class MixedChunk:
         self, uvz: torch.Tensor, offset_scale: OffsetScale, bias: Optional[nn.Module], rows: Rows
     ) -> torch.Tensor:
         """Gated attention of rows that start here, from pre-activations ``(b, n, 2e + s)``: ``(b, n, e)``."""
-        matrix = None if bias is None else bias.matrix(min(self.options.chunk_size, uvz.shape[1]))
+        matrix = None if bias is None else bias.matrix(self.options.chunk_of(uvz.shape[1]))
         copies = offset_scale.gamma, offset_scale.beta
         projected = Projected(uvz, *copies, rows.cos, rows.sin, matrix, rows.lengths)
         return gated_mixed_chunk(projected, self.options, group=rows.group, backend=self.backend)
@@ -113,7 +113,8 @@ class MixedChunk:
         else:
             c, n = self.options.chunk_size, inputs.v.shape[1]
             if bias is not None:
-                inputs = inputs._replace(bias=bias.matrix(c if state is not None else min(c, n)))
+                c = self.options.chunk_of(n) if state is None else c
+                inputs = inputs._replace(bias=bias.matrix(c))
             options = self.options if training else self.options._replace(dropout=0.0)
             out, state = mixed_chunk_attention(inputs, options, state=state, group=rows.group)
         if heads is not None:

@@ -140,7 +140,7 @@ def best_rate(records: list[dict]) -> tuple[str, bool]:
     good = {
         record["lr"]: float(record["valid_loss"])
         for record in records
-        if record["status"] == "ok" and record["valid_loss"] not in ("", "nan")
+        if record["status"] == "ok" and math.isfinite(float(record["valid_loss"] or "nan"))
     }
     best = min(good, key=good.get, default="")
     return best, at_edge(best, records)

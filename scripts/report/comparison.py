@@ -2,6 +2,7 @@
 
 import base64
 import logging
+import math
 import statistics
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -121,6 +122,9 @@ def answered(comparison: Comparison) -> str:
     part = comparison.settings.get("evaluated", "what was evaluated of the split valid")
     found = column(succeeded(comparison.records), "valid_tokens")
     share = f" ({min(found):,.0f} tokens)" if found else ""
+    if lost := failures(comparison.records):
+        names = ", ".join(by_name(lost))
+        share += f", without {len(lost)} of {len(comparison.records)} runs, which failed ({names})"
     return answer(succeeded(comparison.records), comparison.rates, f"{part}{share}", comparison.measure)
 
 
@@ -151,11 +155,11 @@ def blocks(comparison: Comparison, sources: dict[str, list[str]]) -> Iterator[st
     for n, own in by_length(records).items():
         yield f"## {n} tokens a row"
         yield table(*loss_table(own, comparison))
-    failed = [record for record in comparison.records if record["status"] != "ok"]
-    if failed:
+    if failed := failures(comparison.records):
         yield "## Runs that failed"
         columns = ["name", "n", "seed", "status"]
-        lines = [[escaped(record[column]) for column in columns] for record in failed]
+        told = [{**record, "status": why_failed(record)} for record in failed]
+        lines = [[escaped(record[column]) for column in columns] for record in told]
         yield table(["system", *columns[1:]], lines)
     for name, (first, *more) in sources.items():
         yield f"![{FIGURES[name]}]({first})\n\n{FIGURES[name]}."
@@ -173,8 +177,21 @@ def blocks(comparison: Comparison, sources: dict[str, list[str]]) -> Iterator[st
 
 
 def succeeded(records: list[dict]) -> list[dict]:
-    """Records with a loss."""
-    return [record for record in records if record["status"] == "ok" and record["valid_loss"]]
+    """Records with a finite loss."""
+    return [record for record in records if not why_failed(record)]
+
+
+def failures(records: list[dict]) -> list[dict]:
+    """The other records."""
+    return [record for record in records if why_failed(record)]
+
+
+def why_failed(record: dict) -> str:
+    """Empty for a record with a finite loss."""
+    if record["status"] != "ok":
+        return record["status"] or "no status"
+    loss = record["valid_loss"] or "nan"
+    return "" if math.isfinite(float(loss)) else f"the loss is {loss}"
 
 
 def by_name(records: Iterable[dict]) -> dict[str, list[dict]]:

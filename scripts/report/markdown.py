@@ -18,7 +18,9 @@ pre { background: #f6f6f6; padding: 1em; overflow-x: auto; font-size: 12px }"""
 
 def escaped(text: Any) -> str:
     """Text that stays as it is in Markdown, in a table too: no tag, no link, no new cell."""
-    return re.sub(r"([|\\`\[\]])", r"\\\1", html.escape(" ".join(str(text).split()), quote=False))
+    line = html.escape(" ".join(str(text).split()), quote=False)
+    # A bar inside a word is none of Markdown's.
+    return re.sub(r"([|\\`*\[\]]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", line)
 
 
 def table(header: list[str], lines: list[list[str]]) -> str:

@@ -53,8 +53,11 @@ class Log:
             self.parameters = int(found[1].replace(",", ""))
         elif found := re.search(r"total memory = ([\d.]+)", line):
             self.total_gb = float(found[1])
-        elif found := re.search(r"\| (train_inner|train|valid) \| (\{.*\})", line):
-            numbers = json.loads(found[2]).items()
+        elif found := re.search(r".*\| (train_inner|train|valid) \| (\{.*\})", line):
+            try:
+                numbers = json.loads(found[2]).items()
+            except json.JSONDecodeError:
+                return None  # a crash tore a line, which the next process went on with
             point = {name.removeprefix(f"{found[1]}_"): _number(value) for name, value in numbers}
             self.updates = int(point["num_updates"])
             known = {"train_inner": self.intervals, "train": self.epochs, "valid": self.valid}[found[1]]

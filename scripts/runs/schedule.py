@@ -18,7 +18,7 @@ from runs.log import Log
 from runs.progress import Progress
 from runs.provenance import ROOT
 from runs.slots import Slot, do_at_once
-from runs.table import Table
+from runs.table import Table, read
 
 __all__ = [
     *("Finished", "TrainingRun", "carry_out", "fairseq_command", "readable"),
@@ -114,9 +114,9 @@ def carry_out(
 ) -> None:
     """Carries out the runs that the table does not have yet.
 
-    A run that fails is a record with its error. Killed at any point, the next call goes on: finished runs are
-    records, an unfinished one resumes from its last checkpoint, where its arguments make it save any, and one
-    whose training has ended is only measured.
+    A run that fails is a record with its error; one that a signal has ended is tried again. Killed at any
+    point, the next call goes on: finished runs are records, an unfinished one resumes from its last
+    checkpoint, where its arguments make it save any, and one whose training has ended is only measured.
 
     Args:
         runs: The plan, in order.
@@ -129,13 +129,18 @@ def carry_out(
         progress: Where these runs are a part of a longer plan.
 
     Raises:
-        ValueError: another plan is at work in the folder.
+        ValueError: another plan is at work in the folder, or the table has runs of other options.
         KeyboardInterrupt: interrupted; all processes have been ended.
     """
     runs = list(runs)
-    waiting = [run for run in runs if not table.has([run.record["name"]], **run.record)]
     with contextlib.ExitStack() as ends:
         ends.enter_context(process.locked(folder))
+        table.forget_killed()
+        waiting = [run for run in runs if not table.has([run.record["name"]], **run.record)]
+        for run in runs:
+            _check_same_options(run.record, table)
+        if len(waiting) == len(runs):
+            _tell_other_data(runs, table)
         if progress is None:
             progress = ends.enter_context(Progress(len(runs), sum(run.weight for run in runs)))
         if len(waiting) < len(runs):
@@ -144,6 +149,38 @@ def carry_out(
         tables = (table, curves) if curves is not None else (table,)
         team = _Team(tables, folder, log_interval, keep, progress)
         do_at_once(jobs, waiting, team.carry_out)
+
+
+def _tell_other_data(runs: list[TrainingRun], table: Table) -> None:
+    """Says that records are of other data, which a file more or less in their folder makes of them."""
+    known = {record.get("data") for record in read(table.path)} - {None, ""}
+    mine = {{**table.common, **run.record}.get("data") for run in runs}
+    if known and None not in mine and not known & mine:
+        told = f"{table.path} has records of {', '.join(sorted(known))}, none of {', '.join(sorted(mine))}"
+        print(f"{told}: these runs begin anew", flush=True)
+
+
+def _check_same_options(record: dict[str, Any], table: Table) -> None:
+    """Refuses a run that the table has of a command with other options than the columns tell."""
+    known = table.find(**record) if "command" in record else None
+    if known is None:
+        return
+    old, new = (_options_of(each["command"]) for each in (known, record))
+    for option in {**old, **new}:
+        if old.get(option) != new.get(option):
+            had = f"of {option} {old[option]}".rstrip() if option in old else f"without {option}"
+            now = f", not {new[option]}" if option in old and new.get(option) else ""
+            raise ValueError(
+                f"--output {table.path} has {record['name']} {had}{now}; allowed: the same options, or "
+                "another file"
+            )
+
+
+def _options_of(command: str) -> dict[str, str]:
+    """Of a command line, but for where files are and what computes."""
+    words = [word for word in shlex.split(command) if "/" not in word and word != "--cpu"]
+    pairs = zip(words, [*words[1:], "--"], strict=True)
+    return {word: "" if value.startswith("--") else value for word, value in pairs if word.startswith("--")}
 
 
 class _Team:

@@ -7,14 +7,14 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from tqdm import tqdm
 
 __all__ = ["Table", "read"]
 
 #: What a spreadsheet would take for a formula, with the quotes that keep it from that.
-_FORMULA = re.compile(r"'*[=+@-]")
+_FORMULA = re.compile(r"'*\s*[=+@\uff1d\uff0b\uff20\uff0d-]")
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -84,6 +84,20 @@ class Table:
             self._write(new, "w", kept, header=True)
             os.replace(new, self.path)
             self._known = {self._cell(record) for record in kept}
+
+    def forget_killed(self) -> None:
+        """Takes away records of processes that a signal has ended, by itself or as a status beyond 128."""
+
+        def killed(record: dict[str, str]) -> bool:
+            found = re.match(r"error: status (-?\d+)", record["status"] or "")
+            return found is not None and not 0 <= int(found[1]) <= 128
+
+        self.forget(killed)
+
+    def find(self, name: str, **cell: Any) -> Optional[dict[str, str]]:
+        """The record of a cell, the last of several; None if it has not been measured."""
+        key = self._cell({**self.common, **cell, "name": name})
+        return next((record for record in reversed(read(self.path)) if self._cell(record) == key), None)
 
     def _write(self, path: Path, mode: str, records: list[dict], *, header: bool) -> None:
         quoted = [{name: _quoted(cell) for name, cell in record.items()} for record in records]

@@ -3,9 +3,11 @@
 import argparse
 import io
 import pathlib
+import re
 import shutil
 import tarfile
 
+import numpy
 import pytest
 import sentencepiece
 import torch
@@ -301,3 +303,91 @@ def test_a_configuration_without_a_model_is_refused(model, trained, data_bin, tm
     hostile.changed(trained["flash_lm"], tmp_path / "checkpoint_last.pt", change)
     with pytest.raises(ValueError, match=r"cannot be read: its configuration holds no options"):
         load("flash_lm", tmp_path, data_name_or_path=str(data_bin))
+
+
+def interface_of(model, trained, data_bin, parallel):
+    data = parallel if model == "flash_seq2seq" else data_bin
+    return load(model, trained[model].parent, data_name_or_path=str(data))
+
+
+@pytest.mark.parametrize("texts", ["", "  ", "\n", ["the of", ""], ["the", "\u2003"]])
+@pytest.mark.parametrize("lines", [False, True])
+def test_a_text_without_a_word_has_no_score(texts, lines, trained, data_bin, parallel):
+    interface = interface_of("flash_lm", trained, data_bin, parallel)
+    with pytest.raises(ValueError, match=r"sentences=.* has a text without a word, which has no score"):
+        interface.score(texts, replace_newline_with_eos=lines)
+
+
+@pytest.mark.parametrize("rows", [[2], [2, 2], []])
+def test_a_row_without_a_word_has_no_score(rows, trained, data_bin, parallel):
+    interface = interface_of("flash_lm", trained, data_bin, parallel)
+    tokens = torch.tensor(rows, dtype=torch.long)
+    with pytest.raises(ValueError, match="has a row without a word, which has no score"):
+        interface.generate([torch.tensor([4, 2]), tokens], score_reference=True)
+
+
+def test_a_translation_has_no_score(trained, data_bin, parallel):
+    interface = interface_of("flash_seq2seq", trained, data_bin, parallel)
+    with pytest.raises(ValueError, match=r"score\(\) is not allowed with --task translation; allowed: "):
+        interface.score("the of")
+
+
+@pytest.mark.parametrize("text", ["", "  ", ["the", ""]])
+@pytest.mark.parametrize("model", ["flash_lm", "flash_seq2seq"])
+def test_a_text_without_a_word_is_continued(model, text, trained, data_bin, parallel):
+    interface = interface_of(model, trained, data_bin, parallel)
+    alone, found = interface.sample("", max_len_b=4), interface.sample(text, max_len_b=4)
+    assert (found if isinstance(text, str) else found[-1]) == alone
+
+
+ROWS = {
+    "none": [],
+    "a text": "the of",
+    "lists": [[4, 5, 2]],
+    "floats": [torch.tensor([4.0, 2.0])],
+    "truths": [torch.tensor([True, False])],
+    "a number": torch.tensor(4),
+    "two dimensions each": [torch.tensor([[4, 2]])],
+    "a stranger": [torch.tensor([4, 5000, 2])],
+    "below zero": torch.tensor([4, -5, 2]),
+}
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("model", ["flash_lm", "flash_seq2seq"])
+def test_rows_that_are_none_are_refused_by_name(model, rows, trained, data_bin, parallel):
+    interface = interface_of(model, trained, data_bin, parallel)
+    with pytest.raises(ValueError, match=r"tokenized_sentences.* allowed: .*indices, as encode"):
+        interface.generate(ROWS[rows], max_len_b=4)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *({"beam": value} for value in (1.5, "2", True, None, [2])),
+        *({"max_len_b": 4.5}, {"sampling": "yes"}, {"temperature": "hot"}, {"min_len": "1"}),
+    ],
+)
+def test_an_option_of_generation_of_another_type_is_refused_by_name(option, trained, data_bin, parallel):
+    interface = interface_of("flash_lm", trained, data_bin, parallel)
+    ((name, value),) = option.items()
+    told = rf"{name}={re.escape(repr(value))} is not allowed; allowed: "
+    with pytest.raises(ValueError, match=told):
+        interface.sample("the", **option)
+    assert interface.sample("the", beam=numpy.int64(2), max_len_b=4, lenpen=1, temperature=numpy.float32(1))
+
+
+def test_a_prompt_as_long_as_what_may_be_generated_is_told(trained, data_bin, parallel, caplog):
+    interface = interface_of("flash_lm", trained, data_bin, parallel)
+    interface.sample(["the of a to", "the"], max_len_b=5)
+    assert "prompts" not in caplog.text
+    assert len(interface.sample(["the of a to in", "the"], max_len_b=4)[0].split()) == 4
+    told = "1 of 2 prompts has 4 tokens or more, all that --max-len-b 4 and the model allow: nothing follows"
+    assert [record.message for record in caplog.records if "prompts" in record.message] == [told]
+
+
+@pytest.mark.parametrize("tokens", [[0, 5000, 2], [0, -5, 2], [0.0, 5.0, 2.0], [True, False]])
+def test_tokens_that_are_none_have_no_text(tokens, trained, data_bin, parallel):
+    interface = interface_of("flash_masked_lm", trained, data_bin, parallel)
+    with pytest.raises(ValueError, match=r"tokens is no row; allowed: .*201 words' indices"):
+        interface.decode(torch.tensor(tokens))

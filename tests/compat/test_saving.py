@@ -71,7 +71,8 @@ def test_a_folder_that_cannot_be_locked_is_used_as_before(words_of_training, tmp
 
 def test_what_a_kill_left_half_written_is_removed(words_of_training, trained, tmp_path):
     shutil.copytree(trained["flash_lm"].parent, tmp_path / "save")
-    (tmp_path / "save" / "checkpoint_1_3.pt.tmp").write_bytes(b"PK\x03\x04")
+    for name in ("checkpoint_1_3.pt.tmp", "crash.pt.tmp"):
+        (tmp_path / "save" / name).write_bytes(b"PK\x03\x04")
     (tmp_path / "save" / "notes.tmp").write_text("a user's own")
     train(words_of_training["flash_lm"], tmp_path / "save", updates=5)
     left = {path.name for path in (tmp_path / "save").iterdir()}

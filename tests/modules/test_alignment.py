@@ -121,7 +121,7 @@ class FirstOutput(torch.nn.Module):
         super().__init__()
         self.layer = layer
 
-    def forward(self, x, padding_mask):
+    def forward(self, x, padding_mask=None):
         return self.layer(x, padding_mask)[0]
 
 
@@ -138,6 +138,30 @@ def test_a_trace_made_without_padding_is_right_with_it(attention, build, traced)
         else:
             found = torch.export.export(module, example).module()(x, mask)
         assert error(found, module(x, mask)) <= TOLERANCE
+
+
+@every_kind
+@pytest.mark.parametrize("build", [unit, transformer])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("length", [1, C - 1, C, 2 * C, N])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_trace_is_right_for_rows_of_any_length(attention, build, causal, masked, length):
+    if build is transformer and not causal:
+        pytest.skip("a Transformer's block is causal")
+    module = FirstOutput(build(attention) if causal else build(attention, causal=False)).eval()
+
+    def rows(n):
+        mask = torch.arange(n) >= torch.tensor([[n], [n - n // 2]])
+        return torch.randn(2, n, D), mask if masked else None
+
+    with torch.no_grad():
+        x, mask = rows(length)
+        traced = torch.jit.trace(module, (x, mask) if masked else (x,))
+        for n in (1, C - 1, C, 2 * C, N):
+            x, mask = rows(n)
+            found = traced(x, mask) if masked else traced(x)
+            assert error(found, module(x, mask)) <= TOLERANCE
 
 
 def test_a_trace_refuses_padding_in_the_middle_as_well():

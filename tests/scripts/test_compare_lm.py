@@ -155,6 +155,28 @@ def test_finished_runs_are_not_repeated_and_other_settings_are_other_runs(compar
     assert len(compare(*lr, extra=("--dropout", "0.1"))) == 6
 
 
+def test_runs_of_which_another_part_was_evaluated_are_other_runs(compare, capsys):
+    words = ("--lr", "flash_lm=2e-3", "--systems", "flash_lm")
+    part = compare(*words, "--eval-shards", "4")
+    assert "all this on one block in 4 of the split valid" in capsys.readouterr().out
+    whole = compare(*words)
+    assert len(whole) == 2
+    assert whole[0] == part[0]
+    assert compare(*words, "--eval-shards", "4") == whole
+
+
+def test_runs_that_begin_anew_as_their_data_have_changed_are_told(compare, data, capsys):
+    words = ("--lr", "flash_lm=2e-3", "--systems", "flash_lm")
+    compare(*words)
+    assert "begin anew" not in capsys.readouterr().out
+    (data / "test.idx").write_text("a split more")
+    assert len(compare(*words)) == 2
+    told = r"out.csv has records of data-\w{8}, none of data-\w{8}: these runs begin anew$"
+    assert len(re.findall(told, capsys.readouterr().out, re.MULTILINE)) == 1
+    compare(*words)
+    assert "begin anew" not in capsys.readouterr().out
+
+
 def test_a_failed_run_is_a_row_and_no_stop(compare, tmp_path):
     (compare.folder / "fail transformer_lm").touch()
     lr = ("--lr", "flash_lm=2e-3,transformer_lm=2e-3")

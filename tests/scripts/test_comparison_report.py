@@ -6,6 +6,7 @@ import re
 import pytest
 
 from report import comparison as comparison_report
+from report import markdown
 from report.comparison import Comparison, verdict
 
 COMMANDS = ["python scripts/compare_lm.py --data 'my data'", "", "python -m fairseq_cli.train my --lr 1 <&>"]
@@ -171,3 +172,27 @@ def test_nothing_quoted_is_markup(comparison, tmp_path):
         assert "<img src=x" not in text
         assert "[x](javascript:" not in text.partition("<body>")[0], "a link in Markdown"
         assert 'href="javascript:' not in text, "a link in HTML"
+
+
+@pytest.mark.parametrize("loss", ["nan", "inf", ""])
+def test_a_run_that_diverged_is_left_out_and_told(comparison, tmp_path, loss):
+    records = [record("flash_lm", 512, 1, 4.5), record("flash_lm", 512, 2, loss)]
+    records += [record("transformer_lm", 512, seed, 4.7) for seed in (1, 2)]
+    rates = [
+        {**record("flash_lm", 512, 1, found), "lr": lr} for lr, found in (("0.1", "inf"), ("0.2", "nan"))
+    ]
+    told = comparison._replace(records=records, rates=rates)
+    comparison_report.write(tmp_path / "report.md", told)
+    text = (tmp_path / "report.md").read_text()
+    assert "flash_lm is better than transformer_lm by 0.200 nats" in text.splitlines()[2]
+    assert "without 1 of 4 runs, which failed (flash_lm)" in text.splitlines()[2]
+    assert "edge" not in text.splitlines()[2]
+    assert lines_of(text, "Runs that failed")["flash_lm"][1:] == ["2", f"the loss is {loss or 'nan'} |"]
+    nothing = comparison._replace(records=records[1:2])
+    assert comparison_report.summary(nothing) == "No run succeeded, so nothing can be said."
+
+
+@pytest.mark.parametrize("text", ["**b**", "_x_", "a*b*c", "*[x]*: y", "__init__", "a_b_c", "--x '*.txt' *"])
+def test_what_is_quoted_keeps_its_stars_and_bars(text):
+    shown = markdown.page("t", markdown.escaped(text), {}).partition("<body>")[2].partition("</body>")[0]
+    assert shown.strip() == f"<p>{text}</p>"

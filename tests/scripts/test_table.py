@@ -173,10 +173,13 @@ def test_a_row_says_from_which_commit_and_device_it_is():
 
 def test_a_cell_is_no_formula_to_a_spreadsheet_and_reads_as_it_was_written(path):
     cells = ["=1+2", "+cmd", "@x", "-x", "'=quoted", "'plain", "a=b", "-1.5", "--dropout 0.1"]
+    cells += ["\t=1", "\r=1", "\n=1", " =1", "\u3000=1", "\uff1d1", "'\t=1"]
     for cell in cells:
         table(path).add([{"name": cell, "n": 1}])
     stored = [row["name"] for row in rows_of(path)][2:]
-    assert [cell for cell in stored if cell[0] in "=+@" or (cell[0] == "-" and cell != "-1.5")] == []
+    assert [
+        cell for cell in stored if cell[0] in "=+@\t\r\n \u3000\uff1d" or (cell[0] == "-" and cell != "-1.5")
+    ] == []
     assert [row["name"] for row in read(path)][2:] == cells
     assert all(table(path).has([cell], n=1) for cell in cells)
 

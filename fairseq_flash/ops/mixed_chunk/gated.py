@@ -127,7 +127,7 @@ def _summary(
 def run(projected: Projected, options: Options, carry: Optional[Carry]) -> torch.Tensor:
     """The reference: the pieces one after the other."""
     n, s = projected.uvz.shape[1], projected.gamma.shape[1]
-    e, c = (projected.uvz.shape[2] - s) // 2, max(1, min(options.chunk_size, n))
+    e, c = (projected.uvz.shape[2] - s) // 2, options.chunk_of(n)
     u, v, z = split_silu(projected.uvz, [e, e, s])
     copies = rotated_copies(z, *projected[1:5])
     # Cut into chunks once, all copies together.

@@ -54,6 +54,13 @@ class Options(NamedTuple):
     dropout: float = 0.0
     branches: tuple[str, ...] = ("quad", "lin")
 
+    def chunk_of(self, n: int) -> int:
+        """Tokens of a chunk of rows of ``n``: the last one is no longer than they are.
+
+        A trace is for rows of any length, whatever that of its example, and so takes whole chunks.
+        """
+        return self.chunk_size if torch.jit.is_tracing() else max(1, min(self.chunk_size, n))
+
 
 class Carry(NamedTuple):
     """What lies outside of the tensors of a call, for their linear branch.

@@ -33,7 +33,7 @@ def whole(inputs: Inputs, options: Options, carry: Optional[Carry] = None) -> to
         ``(b, n, e)`` in the dtype of the values.
     """
     n = inputs.v.shape[1]
-    c = max(1, min(options.chunk_size, n))
+    c = options.chunk_of(n)
     quad, lin = (pair and Pair(*(to_chunks(x, c) for x in pair)) for pair in (inputs.quad, inputs.lin))
     v = to_chunks(blanked(inputs.v, inputs.lengths), c)
     return on_grid(inputs._replace(quad=quad, lin=lin, v=v), options, carry, n)
@@ -80,7 +80,7 @@ def to_chunks(x: torch.Tensor, c: int) -> torch.Tensor:
     """(..., n, s) to (..., g, c, s), the last chunk filled up with zeros."""
     n = x.shape[-2]
     g = -(-n // c)
-    if g * c != n:
+    if g * c != n or torch.jit.is_tracing():
         x = torch.nn.functional.pad(x, (0, 0, 0, g * c - n))
     return x.unflatten(-2, (g, c))
 
