@@ -1,7 +1,6 @@
 """Systems by name, ``flash+convzv+decay``: a base of the package, and what a candidate changes in it."""
 
 import dataclasses
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -95,13 +94,13 @@ def parse_system(name: str) -> System:
     return System(name, base, Choice(**merged))
 
 
-def build(system: System, size: Size, data: Path) -> FlashDecoder:
+def build(system: System, size: Size, dictionary: Dictionary) -> FlashDecoder:
     """The language model of a system, without dropout, with the package's start of the weights.
 
     Args:
         system: From :func:`parse_system`.
         size: Of the model.
-        data: Folder with ``dict.txt``.
+        dictionary: Of its tokens.
 
     Returns:
         The decoder; ``stack`` turns tokens into features, ``output_layer`` these into logits.
@@ -110,7 +109,6 @@ def build(system: System, size: Size, data: Path) -> FlashDecoder:
     transformer = options.get("block") == "transformer"
     if not transformer or size.embed_dim % options["attention_dim"]:
         options["attention_dim"] = size.attention_dim
-    dictionary = Dictionary.load(str(data / "dict.txt"))
     rows = SimpleNamespace(tokens_per_sample=size.tokens_per_sample)
     task = SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary, cfg=rows)
     cfg = FlashLanguageModelConfig(
