@@ -40,7 +40,7 @@ from pathlib import Path
 import torch
 
 from ablation.candidate_data import Recall, Text
-from ablation.candidate_systems import ALL_SCORES, Size, build, describe, parse_system
+from ablation.candidate_systems import ALL_SCORES, Size, build, describe, parse_system, rates, save
 from ablation.candidate_training import Recipe, compile_layers, train
 from runs.command_line import command_line, require
 from runs.process import locked, run, stoppable
@@ -63,7 +63,7 @@ RESULT = "result "
 #: What a training takes over from the command line, beside its system, rate and seed.
 SHARED = (
     *("data", "tokens", "tokens_per_sample", "tokens_per_update", "embed_dim", "layers", "attention_dim"),
-    *("chunk_size", "valid_tokens", "device", "dtype", "pairs", "recall_gap", "recall_words"),
+    *("chunk_size", "valid_tokens", "device", "dtype", "pairs", "recall_gap", "recall_words", "save_dir"),
 )
 
 
@@ -86,6 +86,9 @@ def work(options: argparse.Namespace) -> None:
     if recipe.compile:
         compile_layers(model)
     found.update(train(model, data.examples(recipe), recipe))
+    if options.save_dir:
+        name = f"{system.name}-{rate:g}-{seed}.pt"
+        save(options.save_dir / name, model, size, Path(options.data))
     if device.startswith("cuda"):
         found["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
         torch.cuda.empty_cache()
@@ -180,38 +183,13 @@ class Trainings:
         words = [sys.executable, __file__, "--worker", "--systems", cell["name"]]
         words += ["--lr", cell["lr"], "--seeds", cell["seed"]]
         words += [] if self.options.compile else ["--no-compile"]
-        for name in SHARED:
+        for name in (name for name in SHARED if getattr(self.options, name) is not None):
             words += [f"--{name.replace('_', '-')}", getattr(self.options, name)]
         return list(map(str, words))
 
 
 def _rounded(value: object) -> object:
     return f"{value:.6g}" if isinstance(value, float) else value
-
-
-def rates(text: str, systems: list[str]) -> dict[str, list[float]]:
-    """The rates of each system.
-
-    Raises:
-        ValueError: one has none, or is no number above 0, or there is no such system.
-    """
-    named: dict[str, str] = {}
-    for part in text.split(","):
-        name, _, value = part.rpartition("=")
-        named[name] = value
-    unknown = set(named) - {"", *systems}
-    if unknown:
-        raise ValueError(f"--lr {', '.join(sorted(unknown))}= is none of --systems {','.join(systems)}")
-    found = {}
-    for name in systems:
-        value = named.get(name, named.get(""))
-        try:
-            found[name] = [float(rate) for rate in (value or "").split("/")]
-        except ValueError:
-            raise ValueError(f"--lr has {value!r} for {name}; allowed: a number, or several with /") from None
-        if not all(0 < rate < float("inf") for rate in found[name]):
-            raise ValueError(f"--lr {value} of {name} is not allowed; allowed: above 0")
-    return found
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -246,6 +224,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--retry", action="store_true", help="take the records of failures away first")
     add("--output", type=Path, help="(scripts/results/candidates.csv, of recall candidates_recall.csv)")
     add("--folder", type=Path, default=ROOT / "outputs" / "candidates", help="for logs")
+    add(
+        "--save-dir",
+        type=Path,
+        help="keeps models there, of bases alone, for yardsticks.py and extrapolate.py",
+    )
     add("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     require(parser, options, 1, "tokens", "embed_dim", "layers", "chunk_size", "valid_tokens", "jobs")
@@ -259,6 +242,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.compile = on_gpu if options.compile is None else options.compile
     if options.data != RECALL:
         options.data = str(Path(options.data).resolve())
+    options.save_dir = options.save_dir and options.save_dir.resolve()
     if options.recall_gap is None:
         options.recall_gap = options.chunk_size
     named = "candidates_recall.csv" if options.data == RECALL else "candidates.csv"
@@ -266,8 +250,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.systems = list(dict.fromkeys(options.systems))
     try:
         options.lr = rates(options.lr, options.systems)
-        for name in options.systems:
-            parse_system(name)
+        changed = [name for name in options.systems if parse_system(name).choice]
+        if options.save_dir and (changed or options.data == RECALL):
+            found = ", ".join(changed) or "what recall trained"
+            raise ValueError(f"--save-dir cannot keep {found}; allowed: bases without changes, on a text")
         data_of(options)
     except ValueError as error:
         parser.error(str(error))

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import candidates
+import yardsticks
 from ablation import candidate_training, candidate_yardsticks
 from ablation.candidate_data import Recall, Text
 from ablation.candidate_layers import Choice
@@ -236,6 +237,18 @@ def test_recall_is_trained_without_a_text_and_has_a_table_of_its_own(command, ca
     assert defaults.recall_gap == defaults.chunk_size
 
 
+def test_a_kept_model_is_read_by_the_yardsticks(command, data_bin, tmp_path):
+    (row,) = command("--systems", "flash", "--lr", "1e-2", "--save-dir", tmp_path / "kept")
+    data = ("--data", data_bin, "--split", "valid", "--device", "cpu", "--row", "32")
+    kept = ("--checkpoints", tmp_path / "kept" / "flash-0.01-1.pt", "--yardsticks", "recurrence")
+    for window in ((), ("--linear-window", "1"), ("--plain-linear",)):
+        words = (*data, *kept, *window, "--output", tmp_path / "read.csv")
+        yardsticks.main([str(word) for word in words])
+    whole, *changed = (float(row["loss"]) for row in rows_in(tmp_path / "read.csv") if row["x"] == "all")
+    assert whole == pytest.approx(float(row["valid_loss"]), abs=1e-2)
+    assert len({whole, *changed}) == 3
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -250,6 +263,11 @@ def test_recall_is_trained_without_a_text_and_has_a_table_of_its_own(command, ca
         ),
         (("--systems", "flash", "--lr", "1", "--data", "."), "has no train.bin and train.idx"),
         (("--systems", "flash", "--lr", "1", "--data", "recall"), "--tokens-per-sample 32 is not allowed"),
+        (("--systems", "local,flash+l2", "--lr", "1", "--save-dir", "."), "--save-dir cannot keep flash+l2"),
+        (
+            ("--systems", "flash", "--lr", "1", "--data", "recall", "--save-dir", "x", "--pairs", "2"),
+            "--save-dir cannot keep what recall trained",
+        ),
     ],
 )
 def test_what_cannot_be_meant_is_refused(command, capsys, words, said):
