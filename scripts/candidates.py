@@ -20,6 +20,9 @@ and of the whole unit:
     randchunk   chunks of --chunk-size to an eighth of it, drawn for each update
     hybrid      every sixth layer is softmax attention over the whole row, without positions
 
+--data recall needs no text: rows of --task flash_recall, whose keys are asked for at least --recall-gap
+tokens behind the pairs; measured are loss and accuracy of the values, in a CSV of its own.
+
 --lr is a rate for all, or flash=1e-3,local=2e-3,5e-4, the last for all others; with 5e-4/1e-3, each of them.
 Each training is a process of its own and a record of the CSV, a failure too (--retry repeats it). A second
 run does what is missing.
@@ -36,12 +39,12 @@ from pathlib import Path
 
 import torch
 
-from ablation.candidate_systems import ALL_SCORES, Size, build, describe, parse_system
-from ablation.candidate_training import Recipe, compile_layers, open_stream, train
-from ablation.candidate_yardsticks import YARDSTICKS, measure
+from ablation.candidate_data import Recall, Text
+from ablation.candidate_systems import ALL_SCORES, Size, build, describe, parse_system, rates, save
+from ablation.candidate_training import Recipe, compile_layers, train
 from runs.command_line import command_line, require
 from runs.process import locked, run, stoppable
-from runs.provenance import ROOT, data_name, provenance
+from runs.provenance import ROOT, provenance
 from runs.slots import Slot, do_at_once
 from runs.table import Table
 
@@ -52,14 +55,15 @@ KEY = (
 COLUMNS = (
     *("commit", "date", "device", "torch", "jobs", "name", *KEY),
     *("parameters", "updates", "seconds", "tokens_per_s", "peak_memory_gib", "train_loss"),
-    *(*YARDSTICKS, "status"),
 )
-SHOWN = ("name", "seed", "lr", "parameters", "tokens_per_s", *YARDSTICKS, "status")
+SHOWN = ("name", "seed", "lr", "parameters", "tokens_per_s")
+#: The data that are made, not read.
+RECALL = "recall"
 RESULT = "result "
 #: What a training takes over from the command line, beside its system, rate and seed.
 SHARED = (
     *("data", "tokens", "tokens_per_sample", "tokens_per_update", "embed_dim", "layers", "attention_dim"),
-    *("chunk_size", "valid_tokens", "device", "dtype"),
+    *("chunk_size", "valid_tokens", "device", "dtype", "pairs", "recall_gap", "recall_words", "save_dir"),
 )
 
 
@@ -75,20 +79,35 @@ def work(options: argparse.Namespace) -> None:
         rate, seed, options.tokens, options.tokens_per_update, n, device, options.dtype, options.compile
     )
     torch.manual_seed(seed)
-    model = build(system, size, options.data).to(device)
+    data = data_of(options)
+    model = build(system, size, data.dictionary).to(device)
     found = {"parameters": sum(map(torch.numel, model.parameters()))}
     print(f"model {describe(system)}, {found['parameters']} parameters", flush=True)
     if recipe.compile:
         compile_layers(model)
-    valid = open_stream(options.data, "valid")
-    found.update(train(model, open_stream(options.data, "train"), recipe))
+    found.update(train(model, data.examples(recipe), recipe))
+    if options.save_dir:
+        name = f"{system.name}-{rate:g}-{seed}.pt"
+        save(options.save_dir / name, model, size, Path(options.data))
     if device.startswith("cuda"):
         found["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
         torch.cuda.empty_cache()
     longest = 4 if system.base in ALL_SCORES else 16
     limits = dict(tokens=options.valid_tokens, chunk=options.chunk_size, longest=longest)
-    found.update(measure(model, valid, recipe, **limits))
+    found.update(data.measure(model, recipe, **limits))
     print(RESULT + json.dumps(found), flush=True)
+
+
+def data_of(options: argparse.Namespace) -> Text | Recall:
+    """What is trained on.
+
+    Raises:
+        ValueError: it is not there, or there are no such rows.
+    """
+    if options.data != RECALL:
+        return Text(Path(options.data))
+    n = options.tokens_per_sample
+    return Recall(options.pairs, options.recall_gap, options.recall_words, n)
 
 
 def plan(options: argparse.Namespace) -> list[dict]:
@@ -165,7 +184,7 @@ class Trainings:
         words = [sys.executable, __file__, "--worker", "--systems", cell["name"]]
         words += ["--lr", cell["lr"], "--seeds", cell["seed"]]
         words += [] if self.options.compile else ["--no-compile"]
-        for name in SHARED:
+        for name in (name for name in SHARED if getattr(self.options, name) is not None):
             words += [f"--{name.replace('_', '-')}", getattr(self.options, name)]
         return list(map(str, words))
 
@@ -174,36 +193,11 @@ def _rounded(value: object) -> object:
     return f"{value:.6g}" if isinstance(value, float) else value
 
 
-def rates(text: str, systems: list[str]) -> dict[str, list[float]]:
-    """The rates of each system.
-
-    Raises:
-        ValueError: one has none, or is no number above 0, or there is no such system.
-    """
-    named: dict[str, str] = {}
-    for part in text.split(","):
-        name, _, value = part.rpartition("=")
-        named[name] = value
-    unknown = set(named) - {"", *systems}
-    if unknown:
-        raise ValueError(f"--lr {', '.join(sorted(unknown))}= is none of --systems {','.join(systems)}")
-    found = {}
-    for name in systems:
-        value = named.get(name, named.get(""))
-        try:
-            found[name] = [float(rate) for rate in (value or "").split("/")]
-        except ValueError:
-            raise ValueError(f"--lr has {value!r} for {name}; allowed: a number, or several with /") from None
-        if not all(0 < rate < float("inf") for rate in found[name]):
-            raise ValueError(f"--lr {value} of {name} is not allowed; allowed: above 0")
-    return found
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Reads the command line."""
     parser = command_line(__doc__, "candidates.py", allow_abbrev=False)
     add, cuda = parser.add_argument, torch.cuda.is_available()
-    add("--data", type=Path, required=True, help="folder that prepare_lm.py wrote; train and valid are used")
+    add("--data", required=True, help="folder that prepare_lm.py wrote (train and valid are used), or recall")
     add("--systems", required=True, type=lambda text: text.split(","), help="names, separated by commas")
     add("--lr", required=True, metavar="RATES", help="highest learning rates, see below")
     add("--seeds", type=int, nargs="+", default=[1], metavar="N", help="of weights and order (1)")
@@ -221,13 +215,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--attention-dim", type=int, default=128, metavar="S", help="of the units' single head (128)")
     add("--chunk-size", type=int, default=256, metavar="C")
     add("--valid-tokens", type=int, default=500_000, metavar="N", help="that the losses are of")
+    add("--pairs", type=int, default=16, metavar="N", help="of recall: of a key and its value in a row (16)")
+    add("--recall-gap", type=int, metavar="N", help="tokens between pairs and questions (a chunk's)")
+    add("--recall-words", type=int, default=64, metavar="N", help="keys, and as many values (64)")
     add("--device", default="cuda" if cuda else "cpu")
     add("--dtype", choices=["bfloat16", "float32"], help="of products (bfloat16 on a GPU, else float32)")
     add("--compile", action=argparse.BooleanOptionalAction, help="layers, for training (on a GPU)")
     add("--jobs", type=int, default=1, metavar="N", help="trainings at a time; speeds then tell little")
     add("--retry", action="store_true", help="take the records of failures away first")
-    add("--output", type=Path, default=ROOT / "scripts" / "results" / "candidates.csv")
+    add("--output", type=Path, help="(scripts/results/candidates.csv, of recall candidates_recall.csv)")
     add("--folder", type=Path, default=ROOT / "outputs" / "candidates", help="for logs")
+    add(
+        "--save-dir",
+        type=Path,
+        help="keeps models there, of bases alone, for yardsticks.py and extrapolate.py",
+    )
     add("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     require(parser, options, 1, "tokens", "embed_dim", "layers", "chunk_size", "valid_tokens", "jobs")
@@ -239,14 +241,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--tokens-per-update {options.tokens_per_update} is not allowed; {allowed}")
     options.dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
     options.compile = on_gpu if options.compile is None else options.compile
-    options.data = options.data.resolve()
+    if options.data != RECALL:
+        options.data = str(Path(options.data).resolve())
+    options.save_dir = options.save_dir and options.save_dir.resolve()
+    if options.recall_gap is None:
+        options.recall_gap = options.chunk_size
+    named = "candidates_recall.csv" if options.data == RECALL else "candidates.csv"
+    options.output = options.output or ROOT / "scripts" / "results" / named
     options.systems = list(dict.fromkeys(options.systems))
     try:
         options.lr = rates(options.lr, options.systems)
-        for name in options.systems:
-            parse_system(name)
-        for split in ("train", "valid"):
-            open_stream(options.data, split)
+        changed = [name for name in options.systems if parse_system(name).choice]
+        if options.save_dir and (changed or options.data == RECALL):
+            found = ", ".join(changed) or "what recall trained"
+            raise ValueError(f"--save-dir cannot keep {found}; allowed: bases without changes, on a text")
+        data_of(options)
     except ValueError as error:
         parser.error(str(error))
     return options
@@ -260,8 +269,10 @@ def main(arguments: list[str] | None = None) -> None:
         return
     with stoppable("candidates.py"):
         common = {**provenance(options.device, options.dtype), "jobs": options.jobs}
-        common["data"] = data_name(options.data)
-        table = Table(options.output, COLUMNS, KEY, SHOWN, common)
+        data = data_of(options)
+        common["data"] = data.name
+        columns, shown = ((*names, *data.measures, "status") for names in (COLUMNS, SHOWN))
+        table = Table(options.output, columns, KEY, shown, common)
         if options.retry:
             table.forget(lambda row: row["status"] != "ok")
         Trainings(options, table).carry_out(plan(options))

@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 
 import torch
 from fairseq.data import Dictionary
+from omegaconf import OmegaConf
 
 from ablation.candidate_layers import CandidateUnit, Choice, UnplacedBlock
 from fairseq_flash.models._presets import SYSTEMS
 from fairseq_flash.models.flash_lm import FlashDecoder, FlashLanguageModel, FlashLanguageModelConfig
 from fairseq_flash.modules import GatedAttentionUnit, Layer
 
-__all__ = ["BASES", "CHANGES", "Size", "System", "build", "parse_system"]
+__all__ = ["BASES", "CHANGES", "Size", "System", "build", "parse_system", "rates", "save"]
 
 #: The options of the package that each base is.
 BASES: dict[str, dict[str, Any]] = {
@@ -95,13 +96,38 @@ def parse_system(name: str) -> System:
     return System(name, base, Choice(**merged))
 
 
-def build(system: System, size: Size, data: Path) -> FlashDecoder:
+def rates(text: str, systems: list[str]) -> dict[str, list[float]]:
+    """The rates of each system.
+
+    Raises:
+        ValueError: one has none, or is no number above 0, or there is no such system.
+    """
+    named: dict[str, str] = {}
+    for part in text.split(","):
+        name, _, value = part.rpartition("=")
+        named[name] = value
+    unknown = set(named) - {"", *systems}
+    if unknown:
+        raise ValueError(f"--lr {', '.join(sorted(unknown))}= is none of --systems {','.join(systems)}")
+    found = {}
+    for name in systems:
+        value = named.get(name, named.get(""))
+        try:
+            found[name] = [float(rate) for rate in (value or "").split("/")]
+        except ValueError:
+            raise ValueError(f"--lr has {value!r} for {name}; allowed: a number, or several with /") from None
+        if not all(0 < rate < float("inf") for rate in found[name]):
+            raise ValueError(f"--lr {value} of {name} is not allowed; allowed: above 0")
+    return found
+
+
+def build(system: System, size: Size, dictionary: Dictionary) -> FlashDecoder:
     """The language model of a system, without dropout, with the package's start of the weights.
 
     Args:
         system: From :func:`parse_system`.
         size: Of the model.
-        data: Folder with ``dict.txt``.
+        dictionary: Of its tokens.
 
     Returns:
         The decoder; ``stack`` turns tokens into features, ``output_layer`` these into logits.
@@ -110,7 +136,6 @@ def build(system: System, size: Size, data: Path) -> FlashDecoder:
     transformer = options.get("block") == "transformer"
     if not transformer or size.embed_dim % options["attention_dim"]:
         options["attention_dim"] = size.attention_dim
-    dictionary = Dictionary.load(str(data / "dict.txt"))
     rows = SimpleNamespace(tokens_per_sample=size.tokens_per_sample)
     task = SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary, cfg=rows)
     cfg = FlashLanguageModelConfig(
@@ -124,6 +149,7 @@ def build(system: System, size: Size, data: Path) -> FlashDecoder:
         **options,
     )
     decoder = FlashLanguageModel.build_model(cfg, task).decoder
+    decoder.built_from = cfg
     if system.choice is not None:
         blocks = decoder.stack.blocks
         period = min(PERIOD, len(blocks))
@@ -131,6 +157,25 @@ def build(system: System, size: Size, data: Path) -> FlashDecoder:
             softmax = system.choice.hybrid and index % period == period - 1
             blocks[index] = _softmax_block(block) if softmax else _changed(block, system.choice)
     return decoder
+
+
+def save(path: Path, model: FlashDecoder, size: Size, data: Path) -> None:
+    """Writes a model of the package's own layers as fairseq-train does, for yardsticks.py to read.
+
+    Args:
+        path: The file; folders are made.
+        model: From :func:`build`.
+        size: Of it.
+        data: What it was trained on.
+    """
+    # Needs the extra hf, which nothing else here does.
+    from fairseq_flash.export.read import save_checkpoint
+
+    task = dict(_name="language_modeling", data=str(data), tokens_per_sample=size.tokens_per_sample)
+    options = {**dataclasses.asdict(model.built_from), "_name": "flash_lm"}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = torch.nn.ModuleDict({"decoder": model})
+    save_checkpoint(path, OmegaConf.create({"task": task, "model": options}), whole)
 
 
 def _changed(block: GatedAttentionUnit, choice: Choice) -> Layer:

@@ -1,8 +1,8 @@
-"""Short trainings of candidates on one device: a stream cut in rows, the same for all systems."""
+"""Short trainings of candidates on one device, on rows that are the same for all systems."""
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,12 +15,14 @@ from ablation.candidate_layers import CandidateUnit
 from fairseq_flash.models._layers import GRAPHS, whole_rows
 from fairseq_flash.models.flash_lm import FlashDecoder
 
-__all__ = ["Recipe", "compile_layers", "open_stream", "rows_of", "train"]
+__all__ = ["UNASKED", "Recipe", "batches", "compile_layers", "open_stream", "rows_of", "train"]
 
 #: Seconds between two lines of a log.
 EVERY = 10.0
 #: The smallest chunk that is drawn is this part of the model's.
 SMALLEST = 8
+#: The target of a token behind which nothing is to be foretold: what torch leaves out of a loss.
+UNASKED = -100
 
 
 class Recipe(NamedTuple):
@@ -112,19 +114,19 @@ def compile_layers(model: FlashDecoder) -> None:
         layer.forward = forward_of(layer)
 
 
-def train(model: FlashDecoder, stream: numpy.ndarray, recipe: Recipe) -> dict:
+def train(model: FlashDecoder, examples: Iterable[tuple[torch.Tensor, torch.Tensor]], recipe: Recipe) -> dict:
     """Trains a model; prints a line about every ten seconds.
 
     Args:
         model: On its device, changed in place.
-        stream: Tokens.
+        examples: Tokens and targets ``(rows, n)`` of each update.
         recipe: How.
 
     Returns:
         ``train_loss`` of the last tenth, ``tokens_per_s`` of the second half, and ``seconds``.
 
     Raises:
-        ValueError: the loss is no number, or the stream has no row.
+        ValueError: the loss is no number, or as ``examples``.
     """
     cuda = recipe.device.startswith("cuda")
     weights = [weight for weight in model.parameters() if weight.requires_grad]
@@ -136,12 +138,13 @@ def train(model: FlashDecoder, stream: numpy.ndarray, recipe: Recipe) -> dict:
     model.train()
     losses = torch.zeros(recipe.updates, device=recipe.device)
     clock = _Clock(recipe, losses)
-    for update, rows in enumerate(batches(stream, recipe)):
-        rows = (rows.pin_memory() if cuda else rows).to(recipe.device, non_blocking=True)
+    for update, example in enumerate(examples):
+        pinned = (part.pin_memory() if cuda else part for part in example)
+        tokens, targets = (part.to(recipe.device, non_blocking=True) for part in pinned)
         draw_chunk(model, drawn)
         with recipe.autocast():
-            features, _ = model.stack(rows[:, :-1])
-            loss = loss_of(features, model.output_projection.weight, rows[:, 1:])
+            features, _ = model.stack(tokens)
+            loss = loss_of(features, model.output_projection.weight, targets)
         loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0, foreach=cuda)
         optimizer.step()

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from fairseq.data import Dictionary
 
 from ablation.candidate_layers import CandidateUnit, Choice, Convolution
 from ablation.candidate_states import decayed_states, delta_states, grouped_norm, half_lives, summed_states
@@ -28,14 +29,14 @@ CANDIDATES = [name for name in CANDIDATES if not (name[:5] == "local" and name[6
 
 
 @pytest.fixture
-def data(tmp_path):
+def dictionary(tmp_path):
     write_dictionary(tmp_path / "dict.txt")
-    return tmp_path
+    return Dictionary.load(str(tmp_path / "dict.txt"))
 
 
-def built(name, data, noise=0.0):
+def built(name, dictionary, noise=0.0):
     torch.manual_seed(1)
-    model = build(parse_system(name), SIZE, data).double().eval()
+    model = build(parse_system(name), SIZE, dictionary).double().eval()
     with torch.no_grad():
         for key, weight in model.named_parameters():
             # A bias that is negative at every distance leaves the quadratic branch nothing.
@@ -52,8 +53,8 @@ def drawn(*shape):
 
 
 @pytest.mark.parametrize("name", [*BASES, *CANDIDATES])
-def test_a_token_never_sees_its_future_and_all_learn(name, data):
-    model = built(name, data, noise=0.1)
+def test_a_token_never_sees_its_future_and_all_learn(name, dictionary):
+    model = built(name, dictionary, noise=0.1)
     tokens = torch.randint(4, 20, (2, 29))
     changed = tokens.clone()
     changed[:, 17] = (changed[:, 17] - 3) % 16 + 4
@@ -68,8 +69,8 @@ def test_a_token_never_sees_its_future_and_all_learn(name, data):
 
 
 @pytest.mark.parametrize("name", [name for name in CANDIDATES if "hybrid" not in name])
-def test_a_distant_token_is_seen_by_all_but_local_ones(name, data):
-    model = built(name, data, noise=0.1)
+def test_a_distant_token_is_seen_by_all_but_local_ones(name, dictionary):
+    model = built(name, dictionary, noise=0.1)
     tokens = torch.randint(4, 20, (1, 61))
     changed = tokens.clone()
     changed[:, 2] = (changed[:, 2] - 3) % 16 + 4
@@ -140,19 +141,19 @@ def convolved(x, taps):
 @pytest.mark.parametrize(
     "name", [name for name in CANDIDATES if name[:6] == "flash+" and "hybrid" not in name]
 )
-def test_a_unit_is_its_formula(name, data):
-    unit = built(name, data, noise=0.1).stack.blocks[0]
+def test_a_unit_is_its_formula(name, dictionary):
+    unit = built(name, dictionary, noise=0.1).stack.blocks[0]
     x = drawn(1, 29, 32)
     close(unit(x)[0][0], by_hand(unit, x[0]))
 
 
 @pytest.mark.parametrize("base", OURS)
-def test_a_candidate_without_a_choice_is_the_packages_layer(base, data):
-    model = built(base, data, noise=0.1)
+def test_a_candidate_without_a_choice_is_the_packages_layer(base, dictionary):
+    model = built(base, dictionary, noise=0.1)
     for n in (1, 7, 8, 29):
         tokens = torch.randint(4, 20, (2, n))
         expected = logits(model, tokens)
-        other = built(base, data, noise=0.1)
+        other = built(base, dictionary, noise=0.1)
         for index, block in enumerate(other.stack.blocks):
             unit = CandidateUnit(32, Choice(), attention=block.attention, attention_dim=16, chunk_size=8,
                                  linear_norm=block.linear_norm).double()  # fmt: skip
@@ -162,19 +163,21 @@ def test_a_candidate_without_a_choice_is_the_packages_layer(base, data):
 
 
 @pytest.mark.parametrize("name", CANDIDATES)
-def test_all_have_the_size_of_flash(name, data):
+def test_all_have_the_size_of_flash(name, dictionary):
     size = SIZE._replace(embed_dim=128, attention_dim=32, layers=6, chunk_size=32)
     count, of_flash = (
-        sum(map(torch.numel, build(parse_system(one), size, data).parameters())) for one in (name, "flash")
+        sum(map(torch.numel, build(parse_system(one), size, dictionary).parameters()))
+        for one in (name, "flash")
     )
     assert abs(count / of_flash - 1) < 0.05
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_bases_have_the_size_of_flash(base, data):
+def test_bases_have_the_size_of_flash(base, dictionary):
     size = Size(512, 4, 256, 128, 4096)
     count, of_flash = (
-        sum(map(torch.numel, build(parse_system(one), size, data).parameters())) for one in (base, "flash")
+        sum(map(torch.numel, build(parse_system(one), size, dictionary).parameters()))
+        for one in (base, "flash")
     )
     assert abs(count / of_flash - 1) < 0.05
 
@@ -295,8 +298,8 @@ def test_padding_and_states_are_refused():
             unit(x, **more)
 
 
-def test_starts_are_those_of_the_package(data):
-    block, changed = (built(name, data).stack.blocks[1] for name in ("flash", "flash+convzv+data"))
+def test_starts_are_those_of_the_package(dictionary):
+    block, changed = (built(name, dictionary).stack.blocks[1] for name in ("flash", "flash+convzv+data"))
     assert isinstance(block, GatedAttentionUnit)
     for key, weight in block.state_dict().items():
         assert torch.equal(changed.state_dict()[key], weight), key

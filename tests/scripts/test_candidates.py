@@ -14,10 +14,12 @@ import pytest
 import torch
 
 import candidates
+import yardsticks
 from ablation import candidate_training, candidate_yardsticks
+from ablation.candidate_data import Recall, Text
 from ablation.candidate_layers import Choice
 from ablation.candidate_systems import Size, build, parse_system
-from ablation.candidate_training import Recipe, batches, draw_chunk, open_stream, rows_of
+from ablation.candidate_training import UNASKED, Recipe, batches, draw_chunk, open_stream, rows_of
 from runs.reading import read_tokens
 from support import tools
 
@@ -182,6 +184,71 @@ def test_trainings_are_records_and_resume(command, capsys):
     assert len(again) == 3
 
 
+class Rememberer(Copier):
+    """Foresees what followed a word, as far back as it reaches."""
+
+    words = 4 + 2 * 8
+
+
+RECALL = Recall(pairs=3, gap=8, words=8, n=32)
+
+
+def test_recall_asks_for_values_of_rows_that_are_new_and_the_same_for_all_systems():
+    updates = list(RECALL.examples(RECIPE))
+    assert len(updates) == RECIPE.updates
+    rows = torch.cat([source for source, _ in updates])
+    assert rows.shape == (RECIPE.updates * RECIPE.rows, 32)
+    assert len(rows.unique(dim=0)) == len(rows)
+    for source, targets in updates:
+        assert targets.shape == source.shape == (RECIPE.rows, 32)
+        for row, asked in zip(source.tolist(), targets.tolist(), strict=True):
+            told = dict(zip(row[:6:2], row[1:6:2], strict=True))
+            answers = {row[place]: value for place, value in enumerate(asked) if value != UNASKED}
+            assert answers == told
+    again = torch.cat([source for source, _ in RECALL.examples(RECIPE)])
+    assert torch.equal(again, rows)
+    other = torch.cat([source for source, _ in RECALL.examples(RECIPE._replace(seed=2))])
+    assert not torch.equal(other, rows)
+
+
+def test_accuracy_is_of_the_values_that_are_asked_for():
+    found = RECALL.measure(Rememberer(32), RECIPE, tokens=640)
+    assert (found["accuracy"], found["valid_loss"]) == (1, pytest.approx(0, abs=1e-6))
+    # Every key lies farther behind than the gap.
+    found = RECALL.measure(Rememberer(8), RECIPE, tokens=64000)
+    assert found["accuracy"] == 0
+    assert found["valid_loss"] == pytest.approx(math.log(Rememberer.words))
+
+
+def test_recall_is_trained_without_a_text_and_has_a_table_of_its_own(command, capsys):
+    words = ("--data", "recall", "--pairs", 3, "--recall-words", 8, "--lr", "1e-2")
+    rows = command(*words, "--systems", "flash+delta,transformer_pp")
+    assert [row["name"] for row in rows] == ["flash+delta", "transformer_pp"]
+    for row in rows:
+        assert (row["status"], row["data"]) == ("ok", "recall of 3 pairs, gap 8, 8 words")
+        assert 0 <= float(row["accuracy"]) <= 1
+        assert 0 < float(row["valid_loss"]) < 6
+        assert "loss_far" not in row
+    capsys.readouterr()
+    # Other rows are another cell.
+    assert len(command(*words, "--systems", "local", "--recall-gap", 16)) == 3
+    defaults = candidates.parse(["--data", "recall", "--systems", "flash", "--lr", "1"])
+    assert defaults.output.name == "candidates_recall.csv"
+    assert defaults.recall_gap == defaults.chunk_size
+
+
+def test_a_kept_model_is_read_by_the_yardsticks(command, data_bin, tmp_path):
+    (row,) = command("--systems", "flash", "--lr", "1e-2", "--save-dir", tmp_path / "kept")
+    data = ("--data", data_bin, "--split", "valid", "--device", "cpu", "--row", "32")
+    kept = ("--checkpoints", tmp_path / "kept" / "flash-0.01-1.pt", "--yardsticks", "recurrence")
+    for window in ((), ("--linear-window", "1"), ("--plain-linear",)):
+        words = (*data, *kept, *window, "--output", tmp_path / "read.csv")
+        yardsticks.main([str(word) for word in words])
+    whole, *changed = (float(row["loss"]) for row in rows_in(tmp_path / "read.csv") if row["x"] == "all")
+    assert whole == pytest.approx(float(row["valid_loss"]), abs=1e-2)
+    assert len({whole, *changed}) == 3
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -195,6 +262,12 @@ def test_trainings_are_records_and_resume(command, capsys):
             "allowed: a multiple of --tokens",
         ),
         (("--systems", "flash", "--lr", "1", "--data", "."), "has no train.bin and train.idx"),
+        (("--systems", "flash", "--lr", "1", "--data", "recall"), "--tokens-per-sample 32 is not allowed"),
+        (("--systems", "local,flash+l2", "--lr", "1", "--save-dir", "."), "--save-dir cannot keep flash+l2"),
+        (
+            ("--systems", "flash", "--lr", "1", "--data", "recall", "--save-dir", "x", "--pairs", "2"),
+            "--save-dir cannot keep what recall trained",
+        ),
     ],
 )
 def test_what_cannot_be_meant_is_refused(command, capsys, words, said):
@@ -223,14 +296,14 @@ def test_an_interrupt_ends_all_trainings(data_bin, tmp_path):
 
 @pytest.mark.long
 def test_compiled_layers_give_the_same_losses(data_bin):
-    stream, found = open_stream(data_bin, "train"), []
+    text, found = Text(data_bin), []
     for compiled in (False, True):
         torch.manual_seed(1)
-        model = build(parse_system("flash+conv+data"), Size(32, 2, 8, 16, 32), data_bin)
+        model = build(parse_system("flash+conv+data"), Size(32, 2, 8, 16, 32), text.dictionary)
         if compiled:
             candidate_training.compile_layers(model)
         recipe = RECIPE._replace(tokens=512, compile=compiled)
-        found.append(candidate_training.train(model, stream, recipe)["train_loss"])
+        found.append(candidate_training.train(model, text.examples(recipe), recipe)["train_loss"])
     assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
