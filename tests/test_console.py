@@ -60,6 +60,7 @@ def test_a_version_and_an_unknown_command(capsys):
 def test_every_script_that_is_for_users_is_a_command():
     own = {
         "ablate",
+        "benchmark_kernels",
         "candidates",
         "draw_layer",
         "quickstart",
