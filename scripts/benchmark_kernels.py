@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from bench import whole_row_kernels
 from fairseq_flash import ops
 from fairseq_flash.ops.mixed_chunk import kernel
 from runs.command_line import command_line, require
@@ -92,19 +93,24 @@ class Setting(NamedTuple):
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The kernels run so while this lasts."""
-        before = dict(kernel.TILINGS), kernel.BASE, kernel.WHOLE_ROWS, kernel.SERIAL_PROGRAMS
-        kernel.WHOLE_ROWS = self.whole_rows
+        before = dict(kernel.TILINGS), dict(whole_row_kernels.TILINGS), kernel.BASE
+        ways = kernel._forward_by_chunks, kernel._backward_by_chunks
         if self.whole_rows:
-            kernel.SERIAL_PROGRAMS = 1  # however few rows there are
+            kernel._forward_by_chunks, kernel._backward_by_chunks = (
+                whole_row_kernels.forward,
+                whole_row_kernels.backward,
+            )
         if self.kernel == "base":
             kernel.BASE = self.tiling
         elif self.kernel:
-            kernel.TILINGS[self.kernel] = kernel.Tiling(*self.tiling)
+            which = whole_row_kernels.TILINGS if self.whole_rows else kernel.TILINGS
+            which[self.kernel] = kernel.Tiling(*self.tiling)
         kernel._compiled.clear()
         try:
             yield
         finally:
-            kernel.TILINGS, kernel.BASE, kernel.WHOLE_ROWS, kernel.SERIAL_PROGRAMS = before
+            kernel.TILINGS, whole_row_kernels.TILINGS, kernel.BASE = before
+            kernel._forward_by_chunks, kernel._backward_by_chunks = ways
 
 
 def settings(names: list[str]) -> list[Setting]:

@@ -63,9 +63,9 @@ def _tell_of_prompts_without_room() -> None:
 
     def heal(generate: Callable) -> Callable:
         def healed(self, models: Any, sample: Any, **kwargs: Any) -> Any:
-            prefix = kwargs.get("prefix_tokens")
-            if prefix is not None and not self.match_source_len:
-                width = sample["net_input"]["src_tokens"].shape[1]
+            prefix, tokens = kwargs.get("prefix_tokens"), sample["net_input"].get("src_tokens")
+            if prefix is not None and tokens is not None and not self.match_source_len:
+                width = tokens.shape[1]
                 most = min(int(self.max_len_a * width + self.max_len_b), self.max_len - 1)
                 full = int(prefix.ne(self.pad).sum(dim=1).ge(most).sum())
                 if full:

@@ -131,9 +131,9 @@ def _look_at_what_is_asked() -> None:
     """
     from fairseq.dataclass.configs import GenerationConfig
     from fairseq.hub_utils import GeneratorHubInterface
-    from fairseq.tasks.language_modeling import LanguageModelingTask
+    from fairseq.models import FairseqEncoderDecoderModel
 
-    defaults = dataclasses.asdict(GenerationConfig())
+    types = {field.name: field.type for field in dataclasses.fields(GenerationConfig)}
 
     def heal_texts(use: Callable) -> Callable:
         def healed(self, sentences: Any, *args: Any, **kwargs: Any) -> Any:
@@ -148,7 +148,7 @@ def _look_at_what_is_asked() -> None:
 
     def heal_score(score: Callable) -> Callable:
         def healed(self, sentences: Any, *args: Any, **kwargs: Any) -> Any:
-            if not isinstance(self.task, LanguageModelingTask):
+            if any(isinstance(model, FairseqEncoderDecoderModel) for model in self.models):
                 name = getattr(self.cfg.task, "_name", type(self.task).__name__)
                 raise ValueError(f"score() is not allowed with --task {name}; allowed: with a language model")
             if any(not text.strip() for text in ([sentences] if isinstance(sentences, str) else sentences)):
@@ -161,12 +161,12 @@ def _look_at_what_is_asked() -> None:
         signature = inspect.signature(generate)
 
         def healed(self, *args: Any, **kwargs: Any) -> Any:
-            known = {*signature.parameters, *defaults}
+            known = {*signature.parameters, *types}
             for name in kwargs.keys() - known - {*self.cfg.generation}:
                 near = ", ".join(difflib.get_close_matches(name, known)) or "options of fairseq-generate"
                 raise ValueError(f"{name}={kwargs[name]!r} is unknown; allowed: {near}")
             asked = signature.bind(self, *args, **kwargs).arguments
-            _check_types({"beam": asked.get("beam", 5), **kwargs}, defaults)
+            _check_types({"beam": asked.get("beam", 5), **kwargs}, types)
             _check_rows(asked["tokenized_sentences"], self.src_dict, kwargs.get("score_reference", False))
             return generate(self, *args, **kwargs)
 
@@ -178,7 +178,7 @@ def _look_at_what_is_asked() -> None:
     wrap(GeneratorHubInterface, "generate", heal_generate)
 
 
-#: What an option may be, in words, by the type of its default; the first that its default is.
+#: What an option may be, in words, by its type.
 _TYPES = {
     bool: ("True or False", bool),
     int: ("a whole number", numbers.Integral),
@@ -186,9 +186,9 @@ _TYPES = {
 }
 
 
-def _check_types(options: dict[str, Any], defaults: dict[str, Any]) -> None:
+def _check_types(options: dict[str, Any], types: dict[str, Any]) -> None:
     for name, value in options.items():
-        text, allowed = _TYPES.get(type(defaults.get(name)), ("", object))
+        text, allowed = _TYPES.get(types.get(name), ("", object))
         if not isinstance(value, allowed) or (isinstance(value, bool) and allowed not in (bool, object)):
             raise ValueError(f"{name}={value!r} is not allowed; allowed: {text}")
 

@@ -374,7 +374,7 @@ def test_an_option_of_generation_of_another_type_is_refused_by_name(option, trai
     told = rf"{name}={re.escape(repr(value))} is not allowed; allowed: "
     with pytest.raises(ValueError, match=told):
         interface.sample("the", **option)
-    assert interface.sample("the", beam=numpy.int64(2), max_len_b=4, lenpen=1, temperature=numpy.float32(1))
+    assert interface.sample("the", beam=numpy.int64(2), max_len_b=4, lenpen=0.6, temperature=numpy.float32(1))
 
 
 def test_a_prompt_as_long_as_what_may_be_generated_is_told(trained, data_bin, parallel, caplog):

@@ -22,6 +22,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from bench import whole_row_kernels  # noqa: E402
 from fairseq_flash.ops.mixed_chunk import kernel  # noqa: E402
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -59,6 +60,8 @@ def compiled(launched, programs, *args, **constants):
     source = ASTSource(launched, signature, constexprs, attributes)
     options = {name: constants[name] for name in LAUNCH & constants.keys() if constants[name] is not None}
     found = triton.compile(source, target=TARGET, options=options)
+    # A stride of less than 2^31 is passed in 32 bits; so would its multiples be.
+    assert not re.search(r"muli %copy_stride\S*, \S+ : i32", found.asm["ttir"]), launched.fn.__name__
     return _spilled(found.asm["cubin"]), found.metadata.shared
 
 
@@ -83,7 +86,9 @@ def _spilled(cubin):
 )
 def test_what_is_launched_compiles_and_fits(launches, monkeypatch, tmp_path, b, causal, whole, dtype):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(kernel, "WHOLE_ROWS", whole)
+    if whole:
+        monkeypatch.setattr(kernel, "_forward_by_chunks", whole_row_kernels.forward)
+        monkeypatch.setattr(kernel, "_backward_by_chunks", whole_row_kernels.backward)
     options, n, e, s = ops.Options(256, causal, "mean"), 600, 1536, 128
     uvz, gamma, bias = (torch.zeros(size, dtype=dtype) for size in ((b, n, 2 * e + s), (4, s), (256, 256)))
     projected = ops.Projected(uvz.requires_grad_(), gamma, gamma, *torch.zeros(2, n, s // 2).float(), bias)

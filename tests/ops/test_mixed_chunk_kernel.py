@@ -80,17 +80,6 @@ def test_every_branch_and_either_way_to_sum_with_a_carry(kernel, monkeypatch, br
     assert equal(kernel, options, inputs, torch.bfloat16)
 
 
-@run_here
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize(("padded", "carried"), [(True, False), (False, True)], ids=["padded", "carried"])
-@pytest.mark.parametrize(("c", "s", "n"), [*SIZES[:2], (256, 128, 600)])
-def test_kernels_of_whole_rows_are_equal_as_well(kernel, monkeypatch, c, s, n, padded, carried, dtype):
-    monkeypatch.setattr(kernel, "SERIAL_PROGRAMS", 1)
-    monkeypatch.setattr(kernel, "WHOLE_ROWS", True)
-    options = ops.Options(c, True, "chunk")
-    assert equal(kernel, options, exact.draw(options, (2, n, 72, s), padded=padded, carried=carried), dtype)
-
-
 def random_inputs(options, b, n, e, s, dtype):
     h, m = 2 * len(options.branches), min(options.chunk_size, n)
     cos, sin = ops.rotary_angles(torch.arange(n), s, torch.float64)

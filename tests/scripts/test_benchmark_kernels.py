@@ -6,7 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from fairseq_flash import ops
+from fairseq_flash.ops.mixed_chunk import exact, gated
 from support import tools
 
 pytest.importorskip("triton")
@@ -54,6 +57,20 @@ def test_each_kernel_is_a_record_in_each_setting_and_is_timed_once(benchmark, mo
     ]
     assert {"states", "output", "output, backward", "values_backward"} < set(names["chunks"])
     assert before == (benchmark.kernel.TILINGS, benchmark.kernel.BASE)
+
+
+@run_here
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("c", "s", "n"), [(64, 64, 150), (256, 128, 600)])
+@pytest.mark.parametrize(("padded", "carried"), [(True, False), (False, True)], ids=["padded", "carried"])
+def test_kernels_of_whole_rows_are_exact(benchmark, c, s, n, padded, carried, dtype):
+    options = ops.Options(c, True, "chunk")
+    inputs = exact.draw(options, (2, n, 72, s), padded=padded, carried=carried)
+    cpu = torch.device("cpu")
+    with benchmark.Setting(True).applied():
+        ours = exact.results(benchmark.kernel.run, options, inputs, dtype, cpu)
+    want = exact.results(gated.run, options, inputs, torch.float64, cpu)
+    assert [name for name, x in ours.items() if not torch.equal(x, want[name].to(x.dtype))] == []
 
 
 @run_here

@@ -7,7 +7,6 @@ Between the two passes only the pre-activations are kept. See
 from __future__ import annotations
 
 import functools
-import os
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, Optional
@@ -19,7 +18,6 @@ from torch.autograd.function import once_differentiable
 
 from fairseq_flash.ops.mixed_chunk import kernel_backward as backward
 from fairseq_flash.ops.mixed_chunk import kernel_forward as forward
-from fairseq_flash.ops.mixed_chunk import kernel_rows as whole
 from fairseq_flash.ops.mixed_chunk.exact import mistakes
 from fairseq_flash.ops.mixed_chunk.gated import Projected
 from fairseq_flash.ops.mixed_chunk.inputs import Carry, Options
@@ -30,7 +28,7 @@ CHUNK_SIZES = (64, 128, 256, 512)
 #: Sizes of queries and keys.
 WIDTHS = (64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = forward.INTERPRETED.value
 #: Triton's compiled kernels have taken all arguments, with the constants, since 3.3.
 LOOKED_UP = not INTERPRETED and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
 
@@ -49,7 +47,7 @@ class Tiling(NamedTuple):
     registers: Optional[int] = None
 
 
-#: Of 16-bit numbers, as measured on an H100; the same for every length.
+#: Of 16-bit numbers, the same for every length; tiles as measured on an H100, registers by the machine code.
 TILINGS = {
     "scores": Tiling(128, 128, 128, 8, 1),
     "states": Tiling(128, 64, 64, 8, 3, 128),
@@ -58,15 +56,11 @@ TILINGS = {
     "output_backward": Tiling(64, 64, 64, 4, 4),
     "pairs": Tiling(128, 128, 64, 4, 3),
     "values": Tiling(64, 64, 64, 4, 3),
-    "rows": Tiling(128, 64, 64, 8, 2),
-    "rows_backward": Tiling(128, 64, 64, 8, 2),
 }
 BASE = (8, 4, 4)
 #: From so many programs on, each goes through a whole row.
 SERIAL_PROGRAMS = 128
-#: Whether that is so for all of a causal pass (``kernel_rows``). Exact, but no card has timed it yet.
-WHOLE_ROWS = False
-#: Without tensor cores: four warps or two stages would not fit the registers.
+#: Without tensor cores: fewer warps, or more stages, spill registers.
 FLOAT32_TILING = Tiling(64, 64, 32, 8, 1)
 
 
@@ -130,10 +124,6 @@ class _Launch:
         tf32 = uvz.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
         self.norm = dict(MEAN=mean, CAUSAL=causal, HAS_LENGTHS=lengths is not None, CARRIED=count is not None)
         self.product = dict(PRECISION="tf32" if tf32 else "ieee")
-        programs = b * triton.cdiv(self.sizes.e, self.tiling("rows")[1])
-        # Sums of float32 want a partial sum for each chunk.
-        fit = quad and lin and causal and uvz.dtype != torch.float32 and programs >= SERIAL_PROGRAMS
-        self.whole_rows = WHOLE_ROWS and fit
 
     def empty(self, *shape, dtype=None):
         return self.uvz.new_empty(shape, dtype=dtype)
@@ -223,37 +213,6 @@ class _Launch:
         )  # fmt: skip
         return result
 
-    def rows(self, copies, scores, initial, grad=None, out=None):
-        """As :meth:`output`, from pre-activations; with ``grad`` also the values and the states."""
-        b, n, e, s, h, chunks, rows = self.sizes
-        backward = grad is not None
-        result = self.empty(b, n, e)
-        values, states = (torch.empty_like(result), self.empty(self.grid, s, e)) if backward else (None, None)
-        tile, columns, tiling = self.tiling("rows")
-        _start(
-            whole.rows_kernel, b * triton.cdiv(e, columns),
-            self.uvz, copies, scores, values, states, initial, grad, out if backward else result, result,
-            self.lengths, self.count, n, chunks, rows, self.copy_stride,
-            E=e, S=s, H=h, C=self.chunk_size, TILE=tile, COLUMNS=columns, BACKWARD=backward,
-            **self.norm, **tiling, **self.product,
-        )  # fmt: skip
-        return result, values, states
-
-    def rows_backward(self, grad_branch, copies, turned, grad_uvz, *, final):
-        """Fills the values' part of ``grad_uvz``; returns the states' gradients, and the carry's if asked."""
-        b, n, e, s, h, chunks, rows = self.sizes
-        grad_states = self.empty(self.grid, s, e)
-        carried = self.empty(b, s, e, dtype=torch.float32) if final else None
-        tile, columns, tiling = self.tiling("rows_backward")
-        _start(
-            whole.rows_backward_kernel, b * triton.cdiv(e, columns),
-            self.uvz, copies, turned, grad_branch, grad_states, carried, grad_uvz, self.lengths, self.count,
-            n, chunks, rows, self.copy_stride,
-            E=e, S=s, H=h, C=self.chunk_size, TILE=tile, COLUMNS=columns, FINAL=final,
-            **self.norm, **tiling, **self.product,
-        )  # fmt: skip
-        return grad_states, carried
-
     def core(self):
         """Constants of the kernels whose products run over keys or columns."""
         _b, _n, e, s, h, _chunks, _rows = self.sizes
@@ -317,6 +276,14 @@ def _prepare(launch, gamma, beta, cos, sin, bias, *, turned=False):
     return copies, *(launch.scores(copies, bias, turned=turned) if launch.quad else (copies, copies))
 
 
+def _forward_by_chunks(launch, copies, scores, kv_sum):
+    """The gated output."""
+    b, n, e, *_ = launch.sizes
+    values = launch.empty(b, n, e)
+    states, _ = launch.states(copies[-1], launch.uvz[..., e:], values, kv_sum)
+    return launch.output(copies, values, scores, states)
+
+
 def _backward_by_chunks(launch, copies, scores, turned, kv_sum, grad, grad_uvz):
     """Fills ``grad_uvz`` but for z'; returns gradients of scores, copies and carry."""
     # The values lie where their gradient will, which needs them no more.
@@ -329,16 +296,6 @@ def _backward_by_chunks(launch, copies, scores, turned, kv_sum, grad, grad_uvz):
         grad_states, carried = launch.states(copies[-2], grad_branch, final=kv_sum is not None)
     pairs = launch.pairs_backward(grad_branch, copies, values, scores, states, grad_states)
     launch.values_backward(grad_branch, copies, turned, grad_states, grad_uvz)
-    return *pairs, carried
-
-
-def _backward_by_rows(launch, copies, scores, turned, kv_sum, grad, grad_uvz):
-    """The same by the kernels of whole rows."""
-    grad_branch, values, states = launch.rows(copies, scores, kv_sum, grad, grad_uvz)
-    grad_states, carried = launch.rows_backward(
-        grad_branch, copies, turned, grad_uvz, final=kv_sum is not None
-    )
-    pairs = launch.pairs_backward(grad_branch, copies, values, scores, states, grad_states)
     return *pairs, carried
 
 
@@ -367,11 +324,7 @@ def _gated(
     with torch.cuda.device_of(uvz):
         launch = _Launch(uvz, gamma, lengths, count, chunk_size, causal, mean, quad, lin)
         copies, scores, _ = _prepare(launch, gamma, beta, cos, sin, bias)
-        if launch.whole_rows:
-            return launch.rows(copies, scores, kv_sum)[0]
-        values = launch.empty(*uvz.shape[:2], launch.sizes.e)
-        states, _ = launch.states(copies[-1], uvz[..., launch.sizes.e :], values, kv_sum)
-        return launch.output(copies, values, scores, states)
+        return _forward_by_chunks(launch, copies, scores, kv_sum)
 
 
 @torch.library.register_fake("fairseq_flash::gated_mixed_chunk")
@@ -390,8 +343,7 @@ def _gated_backward(
         launch = _Launch(uvz, gamma, lengths, count, chunk_size, causal, mean, quad, lin)
         grad_uvz = torch.empty_like(uvz)
         copies, scores, turned = _prepare(launch, gamma, beta, cos, sin, bias, turned=True)
-        core = _backward_by_rows if launch.whole_rows else _backward_by_chunks
-        grad_scores, grad_copies, carried = core(
+        grad_scores, grad_copies, carried = _backward_by_chunks(
             launch, copies, scores, turned, kv_sum, grad.contiguous(), grad_uvz
         )
         grad_gamma, grad_beta = launch.base_backward(gamma, cos, sin, grad_copies, grad_uvz)

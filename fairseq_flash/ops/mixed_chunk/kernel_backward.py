@@ -25,6 +25,7 @@ def pairs_backward_kernel(
 
     All tiles of a chunk are neighbours, so that its ``do``, ``v`` and states come from memory once.
     """
+    copy_stride = copy_stride.to(tl.int64)  # times a copy's number
     tiles = rows // TILE
     square = tiles * tiles if QUAD else 0
     wide = tiles * (S // TILE) if LIN else 0
@@ -80,6 +81,7 @@ def values_backward_kernel(
     HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``dv = A^T do + k_lin dS`` and through SiLU, zero at padding, into the values' part of ``grad_uvz``."""
+    copy_stride = copy_stride.to(tl.int64)  # times a copy's number
     tiles, slices = rows // TILE, tl.cdiv(E, COLUMNS)
     chunk = (tl.program_id(0) // (tiles * slices)).to(tl.int64)
     b, g = chunk // chunks, chunk % chunks
@@ -142,6 +144,7 @@ def base_backward_kernel(
 ):  # fmt: skip
     """From the copies' gradients to that of ``z'``; and a program's sums for gamma's and beta's:
     ``partial`` (programs, 2, H, S)."""
+    copy_stride = copy_stride.to(tl.int64)  # times a copy's number
     start = tl.program_id(0).to(tl.int64) * (BLOCK * BLOCKS) + tl.arange(0, BLOCK)
     half = tl.arange(0, S // 2)
     zero = tl.zeros([BLOCK, S // 2], tl.float32)

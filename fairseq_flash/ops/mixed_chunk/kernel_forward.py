@@ -10,13 +10,15 @@ are therefore activated once a pass, by the kernel that sums them up first.
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
 __all__ = ["copies_kernel", "output_kernel", "scan_kernel", "scores_kernel", "states_kernel"]
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
@@ -156,6 +158,7 @@ def copies_kernel(
     E: tl.constexpr, S: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The ``H`` rotated copies of ``silu(z')``, zero beyond the row: (H, b g, rows, S)."""
+    copy_stride = copy_stride.to(tl.int64)  # times a copy's number
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     token = row // rows % chunks * rows + row % rows
     b = row // rows // chunks
@@ -335,6 +338,7 @@ def output_kernel(
     Backward: the same ``y``, from which the gradient of ``u'`` goes into ``out`` (laid out like ``uvz``) and
     that of ``y`` into ``grad_branch``.
     """
+    copy_stride = copy_stride.to(tl.int64)  # times a copy's number
     tiles, slices = rows // TILE, tl.cdiv(E, COLUMNS)
     chunk = (tl.program_id(0) // (tiles * slices)).to(tl.int64)
     b, g = chunk // chunks, chunk % chunks

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from fairseq_flash.ops.mixed_chunk.gated import Projected
 from fairseq_flash.ops.mixed_chunk.inputs import Options
+from fairseq_flash.ops.mixed_chunk.kernel_forward import INTERPRETED
 from fairseq_flash.ops.mixed_chunk.state import ChunkState
 
 __all__ = ["objections", "run"]
@@ -23,7 +24,7 @@ KEYS = 64
 #: as each slice reads all keys.
 SLICES = {4: 32, 32: 64, 2**31: 256}
 
-_INTERPRETED = triton.knobs.runtime.interpret
+_INTERPRETED = INTERPRETED.value
 
 
 def objections(projected: Projected, options: Options, state: ChunkState) -> list[str]:

@@ -1,16 +1,16 @@
-"""Triton kernels that go through whole rows: a program takes a slice of the columns from chunk to chunk.
+"""Mixed chunk attention by Triton kernels that go through whole rows: what benchmark_kernels.py tries.
 
-Nothing of mixed chunk attention crosses columns but scores and their gradients. So the sum over earlier
-chunks stays in registers, values are activated where they are used, and the forward pass moves half of what
-:mod:`~fairseq_flash.ops.mixed_chunk.kernel_forward` does. Causal, with both branches, and where there are
-rows enough for every processor of a card.
+Nothing of mixed chunk attention crosses columns but scores and their gradients. So a program takes a slice of
+the columns from chunk to chunk: the sum over earlier chunks stays in registers, values are activated where
+they are used, and the forward pass moves half of what the package's kernels do. Causal, with both branches,
+of 16-bit numbers (sums of float32 want a partial sum for each chunk).
 """
 
-from __future__ import annotations
-
+import torch
 import triton
 import triton.language as tl
 
+from fairseq_flash.ops.mixed_chunk import kernel
 from fairseq_flash.ops.mixed_chunk.kernel_forward import (
     dot,
     gate_output,
@@ -21,7 +21,9 @@ from fairseq_flash.ops.mixed_chunk.kernel_forward import (
     silu_and_slope,
 )
 
-__all__ = ["rows_backward_kernel", "rows_kernel"]
+__all__ = ["TILINGS", "backward", "forward"]
+
+TILINGS = {"rows": kernel.Tiling(128, 64, 64, 8, 2), "rows_backward": kernel.Tiling(128, 64, 64, 8, 2)}
 
 
 @triton.jit
@@ -71,6 +73,7 @@ def rows_kernel(
     Backward: gradients of ``u'``, in ``out`` (laid out like ``uvz``), and of ``A v + q S``; and what the
     other kernels read: values and states.
     """
+    copy_stride = copy_stride.to(tl.int64)  # times a copy's number
     slices = tl.cdiv(E, COLUMNS)
     b = (tl.program_id(0) // slices).to(tl.int64)
     column = tl.program_id(0) % slices * COLUMNS + tl.arange(0, COLUMNS)
@@ -146,6 +149,7 @@ def rows_backward_kernel(
 
     Tiles are at most those of the scores: ``turned`` has no zeros above its diagonal blocks.
     """
+    copy_stride = copy_stride.to(tl.int64)  # times a copy's number
     slices = tl.cdiv(E, COLUMNS)
     b = (tl.program_id(0) // slices).to(tl.int64)
     column = tl.program_id(0) % slices * COLUMNS + tl.arange(0, COLUMNS)
@@ -170,3 +174,47 @@ def rows_backward_kernel(
         total += summary * scale_of(counts, b, g, rows, length, C, MEAN, CAUSAL, CARRIED)
     if FINAL:
         tl.store(final + b * (S * E) + place, total, mask=known)
+
+
+def _rows(launch, copies, scores, initial, grad=None, out=None):
+    """The output; with ``grad`` gradients of u', in ``out``, and of the branches' sum, values, states."""
+    b, n, e, s, _h, chunks, rows = launch.sizes
+    backward = grad is not None
+    result = launch.empty(b, n, e)
+    values, states = (torch.empty_like(result), launch.empty(launch.grid, s, e)) if backward else (None, None)
+    constants = _constants(launch, "rows")
+    kernel._start(
+        rows_kernel, b * triton.cdiv(e, constants["COLUMNS"]),
+        launch.uvz, copies, scores, values, states, initial, grad, out if backward else result, result,
+        launch.lengths, launch.count, n, chunks, rows, launch.copy_stride, BACKWARD=backward, **constants,
+    )  # fmt: skip
+    return result, values, states
+
+
+def _constants(launch, name):
+    _b, _n, e, s, h, _chunks, rows = launch.sizes
+    tiling = TILINGS[name]
+    compiled = dict(num_warps=tiling.warps, num_stages=tiling.stages, maxnreg=tiling.registers)
+    tiles = dict(TILE=64 if rows % tiling.rows else tiling.rows, COLUMNS=tiling.columns, DEPTH=tiling.depth)
+    return dict(E=e, S=s, H=h, C=launch.chunk_size, **tiles, **launch.norm, **launch.product, **compiled)
+
+
+def forward(launch, copies, scores, kv_sum):
+    """As the package's ``_forward_by_chunks``."""
+    return _rows(launch, copies, scores, kv_sum)[0]
+
+
+def backward(launch, copies, scores, turned, kv_sum, grad, grad_uvz):
+    """As the package's ``_backward_by_chunks``."""
+    grad_branch, values, states = _rows(launch, copies, scores, kv_sum, grad, grad_uvz)
+    b, n, e, s, _h, chunks, rows = launch.sizes
+    grad_states, final = launch.empty(launch.grid, s, e), kv_sum is not None
+    carried = launch.empty(b, s, e, dtype=torch.float32) if final else None
+    constants = _constants(launch, "rows_backward")
+    kernel._start(
+        rows_backward_kernel, b * triton.cdiv(e, constants["COLUMNS"]),
+        launch.uvz, copies, turned, grad_branch, grad_states, carried, grad_uvz, launch.lengths, launch.count,
+        n, chunks, rows, launch.copy_stride, FINAL=final, **constants,
+    )  # fmt: skip
+    pairs = launch.pairs_backward(grad_branch, copies, values, scores, states, grad_states)
+    return *pairs, carried
