@@ -25,7 +25,8 @@ tokens behind the pairs; measured are loss and accuracy of the values, in a CSV 
 
 --lr is a rate for all, or flash=1e-3,local=2e-3,5e-4, the last for all others; with 5e-4/1e-3, each of them.
 Each training is a process of its own and a record of the CSV, a failure too (--retry repeats it). A second
-run does what is missing.
+run does what is missing; with --save-dir, whose files are named system-rate-seed-digest.pt, also what has no
+file there.
 """
 
 import argparse
@@ -87,8 +88,7 @@ def work(options: argparse.Namespace) -> None:
         compile_layers(model)
     found.update(train(model, data.examples(recipe), recipe))
     if options.save_dir:
-        name = f"{system.name}-{rate:g}-{seed}.pt"
-        save(options.save_dir / name, model, size, Path(options.data))
+        save(options.save_dir / f"{options.worker}.pt", model, size, Path(options.data))
     if device.startswith("cuda"):
         found["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
         torch.cuda.empty_cache()
@@ -142,21 +142,31 @@ class Trainings:
         self.options, self.table, self.writing = options, table, threading.Lock()
 
     def carry_out(self, cells: list[dict]) -> None:
-        """Trains all that the table does not have.
+        """Trains all that the table, or the folder for models, does not have.
 
         Raises:
             KeyboardInterrupt: interrupted; all processes have been ended.
         """
         with locked(self.options.folder):
             self.table.forget_killed()
-            waiting = [cell for cell in cells if not self.table.has([cell["name"]], **cell)]
+            waiting = [cell for cell in cells if self._lacks(cell)]
             if len(waiting) < len(cells):
                 print(f"{len(cells) - len(waiting)} of {len(cells)} trainings are done already", flush=True)
             do_at_once(self.options.jobs, waiting, self._one)
 
+    def _lacks(self, cell: dict) -> bool:
+        found, folder = self.table.find(**cell), self.options.save_dir
+        kept = folder is None or (folder / f"{self._named(cell)}.pt").exists()
+        return found is None or (found["status"] == "ok" and not kept)
+
+    def _named(self, cell: dict) -> str:
+        """Of its files, without an ending: another for each cell of the table."""
+        whole = {**self.table.common, **cell}
+        digest = hashlib.sha256(json.dumps([whole[name] for name in KEY]).encode()).hexdigest()[:8]
+        return f"{cell['name']}-{cell['lr']}-{cell['seed']}-{digest}"
+
     def _one(self, cell: dict, slot: Slot) -> None:
-        digest = hashlib.sha256(json.dumps(cell).encode()).hexdigest()[:8]
-        log = self.options.folder / f"{cell['name']}-{cell['lr']}-{cell['seed']}-{digest}.log"
+        log = self.options.folder / f"{self._named(cell)}.log"
         log.unlink(missing_ok=True)
         told, seen = f"{cell['name']} {cell['lr']} {cell['seed']}", 0
 
@@ -178,10 +188,14 @@ class Trainings:
         status = "ok" if result else f"error: status {ended.status}: {lines[-1][:300]}"
         row = {**cell, **{name: _rounded(value) for name, value in result.items()}, "status": status}
         with self.writing:
+            if result:
+                # One whose file was missing.
+                old = self.table.find(**cell)
+                self.table.forget(lambda record: record == old)
             self.table.add([row])
 
     def _words(self, cell: dict) -> list[str]:
-        words = [sys.executable, __file__, "--worker", "--systems", cell["name"]]
+        words = [sys.executable, __file__, "--worker", self._named(cell), "--systems", cell["name"]]
         words += ["--lr", cell["lr"], "--seeds", cell["seed"]]
         words += [] if self.options.compile else ["--no-compile"]
         for name in (name for name in SHARED if getattr(self.options, name) is not None):
@@ -230,7 +244,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=Path,
         help="keeps models there, of bases alone, for yardsticks.py and extrapolate.py",
     )
-    add("--worker", action="store_true", help=argparse.SUPPRESS)
+    add("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     require(parser, options, 1, "tokens", "embed_dim", "layers", "chunk_size", "valid_tokens", "jobs")
     on_gpu, n = options.device.startswith("cuda"), options.tokens_per_sample

@@ -14,12 +14,14 @@ def prepare() -> None:
 
 
 def _log_the_loss_of_one_pass() -> None:
-    """Logs of R-Drop the loss of a token, as other criterions do, and evaluates each row once.
+    """Logs of R-Drop the losses of one pass, and evaluates each row once.
 
     With ``--rdrop-alpha`` fairseq 0.12 reads each row twice, adds both losses and divides by the tokens of
     one: loss and nll_loss are twice those of a token, the perplexity is its square, in validation too, where
     no dropout makes the passes differ. What is trained stays the sum, as the paper has it (Liang et al. 2021,
-    R-Drop, section 2.2); what is logged is half of it. Of one pass the divergence is zero and not logged.
+    R-Drop, section 2.2); what is logged is half of it: nll_loss is that of a token, as of other criterions,
+    and so is the perplexity; the loss of training holds half of alpha times the divergence as well. Of one
+    pass the divergence is zero and not logged.
     """
     from fairseq.criterions.label_smoothed_cross_entropy_with_rdrop import (
         RdropLabelSmoothedCrossEntropyCriterion,

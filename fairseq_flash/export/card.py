@@ -37,10 +37,11 @@ tags: [fairseq_flash]
 
 - It predicts words of text like that of its training. It follows no instructions and checks nothing.
 - Nothing was filtered on the way: what the text says of people and groups, the model may say as well.
-- It reads rows longer than those of its training; that text from far back helps it is not known.
+- {rows}
 - The loss is of the validation text alone, and from before the weights were rounded, if they were.
 - Neither source nor licence of the text is known to the program that wrote this page: please add them.
 """
+LONGER = "It reads rows longer than those of its training; that text from far back helps it is not known."
 
 
 def card(checkpoint: Path, data: Path, settings: dict[str, Any], parameters: int) -> str:
@@ -55,12 +56,14 @@ def card(checkpoint: Path, data: Path, settings: dict[str, Any], parameters: int
     task, kind = KINDS[settings["causal"]]
     record = data / "prepare.json"
     splits = json.loads(record.read_text(encoding="utf-8"))["splits"] if record.exists() else {}
+    table = settings["attention"] == "quadratic" and settings["relative_bias"] == "toeplitz"
     return CARD.format(
         **{"task": task, "kind": kind, "parameters": parameters / 1e6, "dtype": settings["dtype"]},
         **{"layers": settings["num_hidden_layers"], "width": settings["hidden_size"]},
         **{"attention": settings["attention"], "words": settings["vocab_size"]},
         data=_read(splits) or "What it was trained on was not recorded beside it.",
-        training=_training(checkpoint, splits.get("valid", {}), settings["causal"]),
+        rows=f"It reads rows of at most {settings['n_ref']:,} tokens." if table else LONGER,
+        training=_training(checkpoint, splits, settings["causal"]),
     )
 
 
@@ -73,7 +76,7 @@ def _read(splits: dict[str, dict[str, int]]) -> str:
     return "\n".join(f"- {name}: {told[name]}" for name in told if told[name])
 
 
-def _training(checkpoint: Path, valid: dict[str, int], causal: bool) -> str:
+def _training(checkpoint: Path, splits: dict[str, dict[str, int]], causal: bool) -> str:
     state = checkpoint_utils.load_checkpoint_to_cpu(str(checkpoint))
     updates, cfg = state["optimizer_history"][-1]["num_updates"], state["cfg"]
     if not updates:
@@ -89,10 +92,18 @@ def _training(checkpoint: Path, valid: dict[str, int], causal: bool) -> str:
         f"- rows of {cfg['task']['tokens_per_sample']:,} tokens",
     ]
     loss, metric = state["extra_state"].get("val_loss"), cfg["checkpoint"]["best_checkpoint_metric"]
-    if loss is None or metric != "loss" or cfg["criterion"]["_name"] not in IN_BITS:
+    criterion, steps = cfg["criterion"], dataset["max_valid_steps"]
+    # That of --sentence-avg is of a row.
+    in_bits = criterion["_name"] in IN_BITS and not criterion.get("sentence_avg")
+    if loss is None or metric != "loss" or not in_bits:
         return "\n".join([*told, "- its loss was not recorded"])
     unit = "token" if causal else "masked token"
     line = f"- validation loss: {loss * math.log(2):.4g} nats a {unit}, perplexity {2**loss:.4g}"
-    if causal and valid.get("bytes"):
+    # fairseq's loss is of the first subset.
+    valid = splits.get(dataset["valid_subset"].split(",")[0], {})
+    if steps is not None:
+        # fairseq reads one more than it is told, in each process.
+        line += f", of the first {(steps + 1) * processes:,} batches at most"
+    elif causal and valid.get("bytes"):
         line += f", {loss * valid['tokens'] / valid['bytes']:.4g} bits a byte"
     return "\n".join([*told, line])

@@ -1,10 +1,12 @@
-"""Proves that the losses which fairseq logs are those of a token, and of nothing else."""
+"""Proves that the losses which fairseq logs are those of a token, and what R-Drop adds to them."""
 
 import json
 
 import pytest
+import torch
+from fairseq import tasks
 
-from support import tools
+from support import contract, tools
 
 SMOOTHED = ("--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "0.1")
 RDROP = ("--criterion", "label_smoothed_cross_entropy_with_rdrop", "--label-smoothing", "0.1")
@@ -33,6 +35,45 @@ def test_two_passes_without_dropout_are_logged_as_one(words_of_training, tmp_pat
     # The first update is clipped, and Adam feels no factor: the same weights, but for rounding.
     assert two == pytest.approx(one, rel=3e-3)
     assert doubled == pytest.approx(2 * norm, rel=3e-3), "the gradient is that of the sum, as ever"
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_the_divergence_of_dropout_is_in_the_loss_and_each_row_is_evaluated_once(tmp_path, trains):
+    contract.write_dictionary(tmp_path / "dict.txt")
+    sizes = ("--embed-dim", 16, "--layers", 1, "--attention-dim", 8, "--chunk-size", 4, "--dropout", 0.4)
+    words = ("--arch", "flash_lm", *sizes, *RDROP, "--rdrop-alpha", 3)
+    cfg = contract.configure(tmp_path, "language_modeling", *words)
+    task = tasks.setup_task(cfg.task)
+    model, criterion = task.build_model(cfg.model), task.build_criterion(cfg.criterion)
+    contract.make_telling(model).train(trains)
+    source, target = contract.draw(3, 7), contract.draw(3, 7, seed=1)
+    source[0, 5:] = target[0, 5:] = 1
+    copies, read = 2 if trains else 1, []
+    torch.manual_seed(1)
+    logs = model(source.repeat(copies, 1))[0].log_softmax(-1)
+    first, second = logs[:3], logs[-3:]
+    real = target != 1
+    divergence = ((first.exp() - second.exp()) * (first - second)).sum(-1)[real].sum().item() / 2
+    nll, smoothed = 0, 0
+    for one in (first, second):
+        right = -one.gather(-1, target[..., None])[..., 0][real].sum().item() / 2
+        share = 0.1 / (one.shape[-1] - 1)
+        nll, smoothed = nll + right, smoothed + (0.9 - share) * right - share * one[real].sum().item() / 2
+    sample = {"net_input": {"src_tokens": source}, "target": target, "ntokens": 19}
+    model.register_forward_pre_hook(
+        lambda _, given, named: read.append(len(named["src_tokens"])), with_kwargs=True
+    )
+    torch.manual_seed(1)
+    loss, size, log = criterion(model, sample)
+    assert (read, size) == ([3 * copies], 19)
+    assert log["nll_loss"].item() == pytest.approx(nll, rel=1e-9)
+    assert log["loss"].item() == pytest.approx(smoothed + 3 * divergence / 2, rel=1e-9)
+    assert loss.item() == pytest.approx(copies * log["loss"].item(), rel=1e-12), "what is trained is the sum"
+    if trains:
+        assert divergence > 0.1
+        assert log["rdrop_kl_loss"] == pytest.approx(divergence, rel=1e-9)
+    else:
+        assert "rdrop_kl_loss" not in log
 
 
 def test_two_passes_are_refused_where_they_cannot_be(words_of_training, tmp_path):

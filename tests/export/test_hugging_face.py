@@ -50,6 +50,8 @@ MASKED = {
     "quadratic_toeplitz": CAUSAL["quadratic_toeplitz"],
 }
 LENGTHS = (1, 3, 4, 7, LONGEST)
+#: Of a card.
+LONGER = "- It reads rows longer than those of its training; "
 
 
 def checkpoint_of(folder, task, arch, *options):
@@ -464,6 +466,36 @@ def test_the_card_tells_data_training_loss_and_limits(pieces_trained, flash, tmp
     imported = (flash[2] / "README.md").read_text()
     assert "What it was trained on was not recorded" in imported
     assert "How it was trained is not in the checkpoint" in imported
+
+
+@pytest.mark.parametrize(
+    ("options", "said", "unsaid"),
+    [
+        ((), ("- validation loss: 2.079 nats a token, perplexity 8, 1.5 bits a byte\n", LONGER), ()),
+        (("--sentence-avg",), ("- its loss was not recorded\n",), ("nats", "perplexity", "bits a byte")),
+        # fairseq reads one more than it is told.
+        (
+            ("--max-valid-steps", "2"),
+            ("2.079 nats a token, perplexity 8, of the first 3 batches at most\n",),
+            ("a byte",),
+        ),
+        (("--valid-subset", "test,valid"), ("perplexity 8, 6 bits a byte\n",), ()),
+        (CAUSAL["quadratic"], (LONGER,), ()),
+        (CAUSAL["toeplitz"], (LONGER,), ()),
+        (CAUSAL["quadratic_toeplitz"], ("- It reads rows of at most 32 tokens.\n",), ("rows longer",)),
+    ],
+)
+def test_the_card_claims_no_more_than_the_options_let_it(tmp_path, options, said, unsaid):
+    path, _ = checkpoint_of(tmp_path, "language_modeling", "flash_lm", "--optimizer", "adam", *options)
+    state = load_checkpoint_to_cpu(str(path))
+    state["optimizer_history"][-1]["num_updates"], state["extra_state"]["val_loss"] = 4, 3.0
+    torch.save(state, path)
+    splits = {"valid": {"tokens": 10, "bytes": 20}, "test": {"tokens": 10, "bytes": 5}}
+    (tmp_path / "prepare.json").write_text(json.dumps({"splits": splits}))
+    export_checkpoint(path, tmp_path / "hf")
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert all(text in card for text in said)
+    assert not any(text in card for text in unsaid)
 
 
 TASK = """

@@ -240,13 +240,50 @@ def test_recall_is_trained_without_a_text_and_has_a_table_of_its_own(command, ca
 def test_a_kept_model_is_read_by_the_yardsticks(command, data_bin, tmp_path):
     (row,) = command("--systems", "flash", "--lr", "1e-2", "--save-dir", tmp_path / "kept")
     data = ("--data", data_bin, "--split", "valid", "--device", "cpu", "--row", "32")
-    kept = ("--checkpoints", tmp_path / "kept" / "flash-0.01-1.pt", "--yardsticks", "recurrence")
+    (path,) = (tmp_path / "kept").glob("flash-0.01-1-*.pt")
+    kept = ("--checkpoints", path, "--yardsticks", "recurrence")
     for window in ((), ("--linear-window", "1"), ("--plain-linear",)):
         words = (*data, *kept, *window, "--output", tmp_path / "read.csv")
         yardsticks.main([str(word) for word in words])
     whole, *changed = (float(row["loss"]) for row in rows_in(tmp_path / "read.csv") if row["x"] == "all")
     assert whole == pytest.approx(float(row["valid_loss"]), abs=1e-2)
     assert len({whole, *changed}) == 3
+
+
+def test_a_cell_without_its_file_is_trained_once_more_and_no_file_is_of_two_cells(
+    command, tmp_path, monkeypatch, capsys
+):
+    class Trained:
+        status = 0
+
+    def pretend(words, log, **unused):
+        log.write_text(candidates.RESULT + '{"updates": 4}\n' if Trained.status == 0 else "broken\n")
+        if "--save-dir" in words and Trained.status == 0:
+            name = words[words.index("--worker") + 1]
+            (tmp_path / "kept" / f"{name}.pt").write_text(words[words.index("--tokens") + 1])
+        return Trained
+
+    (tmp_path / "kept").mkdir()
+    monkeypatch.setattr(candidates, "run", pretend)
+    words = ("--systems", "flash", "--lr", "1e-2")
+    command(*words)
+    kept = (*words, "--save-dir", tmp_path / "kept")
+    Trained.status = 1
+    # A failure takes no result away, and is not tried again unasked.
+    assert [row["status"] for row in command(*kept)] == ["ok", "error: status 1: broken"]
+    capsys.readouterr()
+    command(*kept)
+    assert "1 of 1 trainings are done already" in capsys.readouterr().out
+    Trained.status = 0
+    assert [row["status"] for row in command(*kept, "--retry")] == ["ok"]
+    assert "done already" not in capsys.readouterr().out
+    command(*kept)
+    assert "1 of 1 trainings are done already" in capsys.readouterr().out
+    for more in (("--tokens", 1024), ("--embed-dim", 64), ("--dtype", "bfloat16")):
+        command(*kept, *more)
+    files = list((tmp_path / "kept").iterdir())
+    assert sorted(path.read_text() for path in files) == ["1024", "512", "512", "512"]
+    assert all(path.name.startswith("flash-0.01-1-") for path in files)
 
 
 @pytest.mark.parametrize(
