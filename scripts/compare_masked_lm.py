@@ -28,10 +28,10 @@ import torch
 
 from fairseq_flash.modules import POOLINGS
 from report.answer import LOSS, Measure
-from report.comparison import Comparison, summary
+from report.comparison import Comparison, by_name, summary
 from runs.command_line import command_line, require
 from runs.log import MEASURED
-from runs.plan import Earlier, as_words, recipe
+from runs.plan import Earlier, as_words, lowest, recipe
 from runs.process import stoppable
 from runs.provenance import ROOT, data_name, provenance
 from runs.roberta_positions import with_more_positions
@@ -225,14 +225,15 @@ def report(plan: Plan) -> str:
     options, tuned = plan.options, plan.fine_tuned
     batches = options.valid_batches
     part = f"the first {batches} batches of the split" if batches else "the whole split"
-    tried = plan.pretrained.finite()
-    best = [plan.pretrained.best(name=name) for name in dict.fromkeys(each["name"] for each in tried)]
+    tried = plan.pretrained.every()
+    # Of a system that has no best rate, what failed.
+    best = [each for own in by_name(tried).values() for each in ([lowest(own)] if lowest(own) else own)]
     told = [Comparison({"evaluated": f"{part} valid"}, best, tried, [], [], measure=MASKED)]
     for n in (options.passage, options.row) if options.classes else ():
         best = [plan.best_tuned(kind, n) for kind in FINE_TUNED]
         cells = [{"name": each["name"], "n": n, "lr": each["lr"]} for each in best]
-        final = [record for cell in cells for record in tuned.finite(**cell, seed=set(options.seeds))]
-        rates = tuned.finite(name={each["name"] for each in best}, n=n, seed=options.seeds[0])
+        final = [record for cell in cells for record in tuned.every(**cell, seed=set(options.seeds))]
+        rates = tuned.every(name={each["name"] for each in best}, n=n, seed=options.seeds[0])
         told.append(Comparison({"evaluated": f"{part} test"}, final, rates, [], [], measure=ACCURACY))
     titles = ("Pretraining", *("Fine-tuning",) * 2)
     return "\n\n".join(f"{title}: {summary(each)}" for title, each in zip(titles, told, strict=False))

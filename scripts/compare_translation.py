@@ -100,9 +100,9 @@ class Plan:
         return float(best["lr"]) if best else None
 
     def tried(self, name: str) -> list[dict]:
-        """What a system's rates came to."""
+        """What a system's rates came to, those that failed among them."""
         cells = {"name": name, "seed": self.options.seeds[0], "epochs": self.options.tuning_epochs}
-        return self.earlier.finite(stage="learning rate", **cells)
+        return self.earlier.every(stage="learning rate", **cells)
 
     def _run(self, name: str, stage: str, rate: float, seed: int) -> TrainingRun:
         final = stage == "final"
@@ -208,12 +208,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def report(plan: Plan) -> str:
-    """Table and answer of the final runs, each system at its best rate."""
+    """Table and answer of the final runs, each system at its best rate; of one without, what was tried."""
     final, rates, options = [], [], plan.options
     for name in options.systems:
-        rates += plan.tried(name)
-        cells = {"name": name, "lr": plan.best_rate(name), "epochs": options.epochs}
-        final += plan.earlier.finite(stage="final", **cells, seed=set(options.seeds))
+        rate, tried = plan.best_rate(name), plan.tried(name)
+        cells = {"name": name, "lr": rate, "epochs": options.epochs, "seed": set(options.seeds)}
+        final += tried if rate is None else plan.earlier.every(stage="final", **cells)
+        rates += tried
     part = f"the whole split test ({len(read_reference(plan.reference)):,} sentences)"
     return summary(Comparison({"evaluated": part}, final, rates, [], [], measure=QUALITY))
 

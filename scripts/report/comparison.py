@@ -13,7 +13,7 @@ from tabulate import tabulate
 from report.answer import LOSS, RIVALS, Measure, answer, best_rate, by_length
 from report.markdown import escaped, folded, page, table
 
-__all__ = ["Comparison", "check_path", "summary", "verdict", "write"]
+__all__ = ["Comparison", "by_name", "check_path", "summary", "verdict", "write"]
 
 TITLE = "Language models compared"
 ABOUT = """Loss is in nats per token on what was evaluated of the validation split (see "tokens evaluated"):

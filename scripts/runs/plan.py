@@ -41,14 +41,15 @@ class Earlier:
     path: Path
     shared: dict[str, Any]
 
-    def find(self, **cells: Any) -> list[dict[str, Any]]:
-        """Records of runs that ended well and have these cells.
+    def every(self, **cells: Any) -> list[dict[str, Any]]:
+        """Records of runs that have these cells, those that failed among them.
 
         Args:
             cells: Columns with their values, or with a set of values.
 
         Returns:
-            The records in order, each with its ``loss``; one that is not finite is infinite.
+            The records in order, each with its ``loss``; that of a run that failed, or whose loss is not
+            finite, is infinite.
         """
         wanted = {
             name: set(map(str, value)) if isinstance(value, set) else {str(value)}
@@ -56,13 +57,17 @@ class Earlier:
         }
         found = []
         for record in read(self.path):
-            if record["status"] == "ok" and all(record[name] in values for name, values in wanted.items()):
-                loss = float(record["valid_loss"] or "nan")
+            if all(record[name] in values for name, values in wanted.items()):
+                loss = float(record["valid_loss"] or "nan") if record["status"] == "ok" else math.inf
                 found.append({**record, "loss": loss if math.isfinite(loss) else math.inf})
         return found
 
+    def find(self, **cells: Any) -> list[dict[str, Any]]:
+        """As :meth:`every`, those of runs that ended well."""
+        return [record for record in self.every(**cells) if record["status"] == "ok"]
+
     def finite(self, **cells: Any) -> list[dict[str, Any]]:
-        """As :meth:`find`, those with a finite loss."""
+        """As :meth:`every`, those with a finite loss."""
         return [record for record in self.find(**cells) if record["loss"] < math.inf]
 
     def best(self, **cells: Any) -> Optional[dict[str, Any]]:

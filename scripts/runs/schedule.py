@@ -152,10 +152,11 @@ def carry_out(
 
 
 def _tell_other_data(runs: list[TrainingRun], table: Table) -> None:
-    """Says that records are of other data, which a file more or less in their folder makes of them."""
-    known = {record.get("data") for record in read(table.path)} - {None, ""}
+    """Says that records of a stage are of other data, which a file more or less in their folder makes."""
+    stages, records = {run.record.get("stage") for run in runs}, read(table.path)
+    known = {record.get("data") for record in records if record.get("stage") in stages} - {None, ""}
     mine = {{**table.common, **run.record}.get("data") for run in runs}
-    if known and None not in mine and not known & mine:
+    if known and None not in mine and not mine & {record.get("data") for record in records}:
         told = f"{table.path} has records of {', '.join(sorted(known))}, none of {', '.join(sorted(mine))}"
         print(f"{told}: these runs begin anew", flush=True)
 
@@ -177,8 +178,11 @@ def _check_same_options(record: dict[str, Any], table: Table) -> None:
 
 
 def _options_of(command: str) -> dict[str, str]:
-    """Of a command line, but for where files are and what computes."""
-    words = [word for word in shlex.split(command) if "/" not in word and word != "--cpu"]
+    """Of a command line, but for where files are and what computes; a checkpoint is told by its name."""
+    words = shlex.split(command)
+    for at in (at for at, word in enumerate(words, start=1) if word == "--restore-file"):
+        words[at] = Path(words[at]).name
+    words = [word for word in words if "/" not in word and word != "--cpu"]
     pairs = zip(words, [*words[1:], "--"], strict=True)
     return {word: "" if value.startswith("--") else value for word, value in pairs if word.startswith("--")}
 

@@ -86,11 +86,11 @@ class Table:
             self._known = {self._cell(record) for record in kept}
 
     def forget_killed(self) -> None:
-        """Takes away records of processes that a signal has ended, by itself or as a status beyond 128."""
+        """Takes away records of processes that a signal has ended: status -64 to -1, or 129 to 192."""
 
         def killed(record: dict[str, str]) -> bool:
             found = re.match(r"error: status (-?\d+)", record["status"] or "")
-            return found is not None and not 0 <= int(found[1]) <= 128
+            return found is not None and int(found[1]) in {*range(-64, 0), *range(129, 193)}
 
         self.forget(killed)
 

@@ -163,14 +163,27 @@ def test_the_end_is_a_table_and_an_answer_of_the_pretraining_and_of_each_length(
         "In rows of 512 tokens flash_masked_lm is better than roberta by 0.500 nats a masked token "
         "(perplexity 39.3 % lower; one seed, which proves nothing) and better than roberta_prenorm by 0.250 "
         "nats a masked token (perplexity 22.1 % lower; one seed, which proves nothing); all this on the "
-        "whole split valid; the best rate of flash_masked_lm, 0.002, is at the edge of what was tried: "
-        "another may be better.",
+        "whole split valid.",
         "In rows of 2048 tokens flash_masked_lm is worse than roberta_prenorm by 3.0 points of accuracy (not "
         "proven by 2 seeds, 95 % interval -41.1 to +35.1); all this on the whole split test; the best rate "
         "of flash_masked_lm, 0.0003, is at the edge of what was tried: another may be better; the best rate "
         "of roberta_prenorm, 0.0003, is at the edge of what was tried: another may be better.",
         answers[2],
     ]
+
+
+def test_runs_and_systems_that_failed_are_named_in_the_answer(compare, plan):
+    records = read_rows(plan.options.output)
+    lost = dict(data=plan.fine_tuned.shared["data"], status="error: out of memory", valid_loss="")
+    lost = tuned("roberta_prenorm", 512, "0.0003", 3, "", "") | lost
+    records = [
+        dict(row, status="ok", valid_loss="nan") if row["name"] == "roberta" else row for row in records
+    ]
+    write_rows(plan.options.output, compare.COLUMNS, [*records, lost])
+    answers = [line for line in compare.report(plan).splitlines() if line.startswith("In rows of")]
+    assert "split valid, without 1 of 4 runs, which failed (roberta)" in answers[0]
+    assert "failed" not in answers[1]
+    assert "split test, without 1 of 5 runs, which failed (roberta_prenorm)" in answers[2]
 
 
 def test_pretraining_of_another_length_or_seed_is_another(compare, plan):

@@ -1,6 +1,7 @@
 """Proves that a plan of trainings goes on as the same plan, whatever ended it before."""
 
 import csv
+import re
 import sys
 
 import pytest
@@ -44,7 +45,7 @@ def carry(tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("status", [143, 137, 130])
+@pytest.mark.parametrize("status", [143, 137, 130, 129, 192])
 def test_a_run_that_a_signal_ended_is_tried_again(carry, status):
     (carry.folder / "end").write_text(str(status))
     ((failed,), _) = carry()
@@ -54,8 +55,9 @@ def test_a_run_that_a_signal_ended_is_tried_again(carry, status):
     assert (fine["status"], calls) == ("ok", 2)
 
 
-def test_a_run_that_failed_by_itself_is_not(carry):
-    (carry.folder / "end").write_text("1")
+@pytest.mark.parametrize("status", [1, 128, 193, 255])
+def test_a_run_that_failed_by_itself_is_not(carry, status):
+    (carry.folder / "end").write_text(str(status))
     first = carry()
     assert carry() == first
     assert first[1] == 1
@@ -78,5 +80,23 @@ def test_records_of_other_options_are_not_taken_for_a_plan_s_own(carry):
         carry("--max-tokens", "1024", "--restore-file", "a/b.pt", "--cpu")
     with pytest.raises(ValueError, match=r"has flash_lm without --bf16; allowed: "):
         carry("--max-tokens", "512", "--restore-file", "a/b.pt", "--bf16")
+    with pytest.raises(ValueError, match=r"has flash_lm of --restore-file b.pt, not other.pt; allowed: "):
+        carry("--max-tokens", "512", "--restore-file", "a/other.pt")
     with process.locked(carry.folder):
         pass
+
+
+def test_only_runs_of_the_same_stage_begin_anew_as_their_data_have_changed(carry, tmp_path, capsys):
+    def told(data, stage):
+        record = {"name": "flash_lm", "lr": 0.1, "data": data, "stage": stage}
+        table = Table(tmp_path / "told.csv", (*COLUMNS, "data", "stage"), ("lr", "data", "stage"), (), {})
+        carry_out([TrainingRun((data, stage), 3, record)], table, carry.folder)
+        return re.findall(r"told.csv (.*begin anew)$", capsys.readouterr().out, re.MULTILINE)
+
+    assert told("books-1", "pretraining") == told("authors-1", "fine-tuning") == []
+    assert told("authors-2", "fine-tuning") == [
+        "has records of authors-1, none of authors-2: these runs begin anew"
+    ]
+    assert told("books-1", "fine-tuning") == [], "data of another stage are known"
+    assert len(told("books-2", "pretraining")) == 1
+    assert told("books-2", "fine-tuning") == [], "told once"
