@@ -9,6 +9,7 @@ import lzma
 import numbers
 import os
 import pathlib
+import platform
 import tarfile
 import tempfile
 import zlib
@@ -73,6 +74,11 @@ def _unpacked(path: str, file_utils: Any) -> str:
 
 
 def _unpack(path: str, folder: str) -> None:
+    if not hasattr(tarfile, "data_filter"):
+        raise ValueError(
+            f"{path!r} was refused: Python {platform.python_version()} cannot look at what it unpacks; "
+            "allowed: Python 3.11.4 or newer, or a folder"
+        )
     try:
         with tarfile.open(path) as archive:
             room = _GROWTH * os.path.getsize(path) + _ALLOWANCE

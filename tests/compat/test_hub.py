@@ -61,6 +61,21 @@ def load(model, path, **options):
     return CLASSES[model].from_pretrained(str(path), "checkpoint_last.pt", **options)
 
 
+#: Debian 12's Python 3.11.2, for one, has no filters.
+unpacks = pytest.mark.skipif(not hasattr(tarfile, "data_filter"), reason="this Python unpacks nothing safely")
+
+
+def test_a_python_without_filters_is_told(monkeypatch, tmp_path):
+    with tarfile.open(tmp_path / "model.tar", "w") as archive:
+        archive.addfile(tarfile.TarInfo("dict.txt"))
+    monkeypatch.delattr(tarfile, "data_filter", raising=False)
+    with pytest.raises(
+        ValueError, match=r"Python 3\S+ cannot look at .*; allowed: Python 3.11.4 or newer, or"
+    ):
+        load("flash_lm", tmp_path / "model.tar")
+
+
+@unpacks
 @pytest.mark.parametrize("folder", ["model/", ""])
 @pytest.mark.parametrize("ending", ["tar.gz", "tar.bz2", "tgz", "tar"])
 @pytest.mark.parametrize("model", CLASSES)
@@ -106,6 +121,7 @@ def escapes(target):
     }
 
 
+@unpacks
 @pytest.mark.parametrize("name", escapes(pathlib.Path("/x")))
 def test_an_archive_that_writes_elsewhere_is_refused(name, tmp_path):
     target = tmp_path / "precious"
@@ -205,6 +221,7 @@ def test_an_address_that_the_caller_names_is_fetched(trained, data_bin, parallel
     assert opened[1] == ADDRESS
 
 
+@unpacks
 def test_an_archive_of_a_masked_model_is_looked_into_for_its_pieces(trained, data_bin, parallel, tmp_path):
     files = files_of("flash_masked_lm", trained, data_bin, parallel)
     path = pack(tmp_path / "model.tar.gz", files)
