@@ -74,11 +74,6 @@ def _unpacked(path: str, file_utils: Any) -> str:
 
 
 def _unpack(path: str, folder: str) -> None:
-    if not hasattr(tarfile, "data_filter"):
-        raise ValueError(
-            f"{path!r} was refused: Python {platform.python_version()} cannot look at what it unpacks; "
-            "allowed: Python 3.11.4 or newer, or a folder"
-        )
     try:
         with tarfile.open(path) as archive:
             room = _GROWTH * os.path.getsize(path) + _ALLOWANCE
@@ -87,6 +82,11 @@ def _unpack(path: str, folder: str) -> None:
                 problem = "it unpacks to far more than it has bytes" if room < 0 else _problem_of(member)
                 if problem:
                     raise ValueError(f"{path!r} was refused and nothing of it unpacked: {problem}")
+            if not hasattr(tarfile, "data_filter"):
+                raise ValueError(
+                    f"{path!r} was refused: Python {platform.python_version()} cannot look at what it unpacks; "
+                    "allowed: Python 3.11.4 or newer, or a folder"
+                )
             archive.extractall(folder, filter="data")
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         said = str(error).partition("\n")[0].rstrip(":")
