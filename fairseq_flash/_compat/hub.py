@@ -84,8 +84,8 @@ def _unpack(path: str, folder: str) -> None:
                     raise ValueError(f"{path!r} was refused and nothing of it unpacked: {problem}")
             if not hasattr(tarfile, "data_filter"):
                 raise ValueError(
-                    f"{path!r} was refused: Python {platform.python_version()} cannot look at what it unpacks; "
-                    "allowed: Python 3.11.4 or newer, or a folder"
+                    f"{path!r} was refused: Python {platform.python_version()} cannot look at what it "
+                    "unpacks; allowed: Python 3.11.4 or newer, or a folder"
                 )
             archive.extractall(folder, filter="data")
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
