@@ -105,7 +105,6 @@ class Setting(NamedTuple):
         elif self.kernel:
             which = whole_row_kernels.TILINGS if self.whole_rows else kernel.TILINGS
             which[self.kernel] = kernel.Tiling(*self.tiling)
-        kernel._compiled.clear()
         try:
             yield
         finally:

@@ -27,6 +27,15 @@ TILINGS = {"rows": kernel.Tiling(128, 64, 64, 8, 2), "rows_backward": kernel.Til
 
 
 @triton.jit
+def _own(E: tl.constexpr, S: tl.constexpr, COLUMNS: tl.constexpr):
+    """A program's row and columns, which of these there are, and where they lie in a state."""
+    slices = tl.cdiv(E, COLUMNS)
+    column = tl.program_id(0) % slices * COLUMNS + tl.arange(0, COLUMNS)
+    place = tl.arange(0, S)[:, None] * E + column[None, :]
+    return (tl.program_id(0) // slices).to(tl.int64), column, (column < E)[None, :], place
+
+
+@triton.jit
 def _outputs(
     tile, state, total, uvz, copies, scores, values, grad, out, grad_branch, b, g, chunk, length, column, n,
     rows, copy_stride,
@@ -74,11 +83,7 @@ def rows_kernel(
     other kernels read: values and states.
     """
     copy_stride = copy_stride.to(tl.int64)  # times a copy's number
-    slices = tl.cdiv(E, COLUMNS)
-    b = (tl.program_id(0) // slices).to(tl.int64)
-    column = tl.program_id(0) % slices * COLUMNS + tl.arange(0, COLUMNS)
-    known = (column < E)[None, :]
-    place = tl.arange(0, S)[:, None] * E + column[None, :]
+    b, column, known, place = _own(E, S, COLUMNS)
     length = row_length(lengths, b, n, HAS_LENGTHS)
     total = tl.zeros([S, COLUMNS], tl.float32)
     if CARRIED:
@@ -150,11 +155,7 @@ def rows_backward_kernel(
     Tiles are at most those of the scores: ``turned`` has no zeros above its diagonal blocks.
     """
     copy_stride = copy_stride.to(tl.int64)  # times a copy's number
-    slices = tl.cdiv(E, COLUMNS)
-    b = (tl.program_id(0) // slices).to(tl.int64)
-    column = tl.program_id(0) % slices * COLUMNS + tl.arange(0, COLUMNS)
-    known = (column < E)[None, :]
-    place = tl.arange(0, S)[:, None] * E + column[None, :]
+    b, column, known, place = _own(E, S, COLUMNS)
     length = row_length(lengths, b, n, HAS_LENGTHS)
     total = tl.zeros([S, COLUMNS], tl.float32)
     for step in range(0, chunks):
