@@ -13,6 +13,7 @@ from torch import nn
 from ablation.candidate_states import (
     decayed_states,
     delta_states,
+    faded_means,
     grouped_norm,
     half_lives,
     read_states,
@@ -46,6 +47,7 @@ class Choice:
         conv: Of what pre-activations, ``"z"`` or ``"zv"``, each column is convolved with its last 4 tokens.
         norm: Whether the linear branch reads sums, normalised by groups of values, in place of a mean.
         decay: One of ``DECAYS``, with ``norm``.
+        fade: Whether the mean over earlier tokens is weighted, by fixed half-lives of the groups in chunks.
         delta: Whether chunks are added by the delta rule, with ``norm`` and ``unit_length``.
         unit_length: Whether linear queries and keys have length 1, with a learned temperature.
         sigmoid: Whether the gate is a sigmoid in place of SiLU.
@@ -59,6 +61,7 @@ class Choice:
     conv: str = ""
     norm: bool = False
     decay: str = ""
+    fade: bool = False
     delta: bool = False
     unit_length: bool = False
     sigmoid: bool = False
@@ -171,6 +174,10 @@ class CandidateUnit(GatedAttentionUnit):
     ) -> torch.Tensor:
         """The linear branch on the grid (b, g, c, .)."""
         log_decay = self._log_decay(normed) if self.choice.decay else None
+        if self.choice.fade:
+            kept = 0.5 ** (self.chunk_size / half_lives(self.groups, self.chunk_size))
+            kept = nn.functional.pad(kept, (0, 1), value=1.0).to(v.device, widened(v.dtype))
+            return read_states(q, faded_means(k, v, kept), v.dtype)
         if self.choice.delta:
             states_of = delta_states if v.shape[1] <= MOST_UNROLLED else _uncompiled_delta_states
             states = states_of(k, v, self.write(normed).squeeze(-1).sigmoid(), log_decay)

@@ -11,7 +11,15 @@ import torch
 from fairseq_flash.ops.mixed_chunk.linear import chunk_summaries, exclusive_sum
 from fairseq_flash.ops.precision import widened, without_autocast
 
-__all__ = ["decayed_states", "delta_states", "grouped_norm", "half_lives", "read_states", "summed_states"]
+__all__ = [
+    "decayed_states",
+    "delta_states",
+    "faded_means",
+    "grouped_norm",
+    "half_lives",
+    "read_states",
+    "summed_states",
+]
 
 #: Added to mean squares.
 EPS = 1e-6
@@ -59,6 +67,26 @@ def decayed_states(k: torch.Tensor, v: torch.Tensor, log_decay: torch.Tensor) ->
     earlier = torch.ones(g, g - 1, dtype=left.dtype, device=left.device).tril(-1)
     left = left * earlier[..., None]
     return torch.einsum("bgph,bpshr->bgshr", left, kv.unflatten(-1, (left.shape[-1], -1))).flatten(-2)
+
+
+@without_autocast
+def faded_means(k: torch.Tensor, v: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    r"""Means that forget, :math:`S_g = \sum_{j<g} a^{g-1-j} K_j^\top V_j \, / \, c \sum_{j<g} a^{g-1-j}`.
+
+    Args:
+        k: Linear keys, ``(b, g, c, s)``.
+        v: Values, ``(b, g, c, e)``.
+        kept: ``a``, what is left of a chunk in each group after another, ``(h,)`` in float32 or wider.
+
+    Returns:
+        ``(b, g, s, e)`` in float32 or wider; with ``a = 1`` the mean of the package.
+    """
+    kv = chunk_summaries(k[:, :-1], v[:, :-1])
+    g = k.shape[1]
+    back = torch.arange(g, device=k.device)[:, None] - torch.arange(1, g, device=k.device)
+    weights = torch.where((back >= 0)[..., None], kept ** back.clamp(min=0)[..., None], 0.0)
+    weights = weights / (k.shape[2] * weights.sum(1, keepdim=True)).clamp(min=1.0)
+    return torch.einsum("gph,bpshr->bgshr", weights, kv.unflatten(-1, (len(kept), -1))).flatten(-2)
 
 
 @without_autocast

@@ -36,6 +36,7 @@ OF_LINEAR: dict[str, dict[str, Any]] = {
     "decay": dict(_NORM, decay="fixed"),
     "decaylearn": dict(_NORM, decay="learned"),
     "data": dict(_NORM, decay="data"),
+    "fade": dict(fade=True),
     "delta": _DELTA,
     "l2": dict(unit_length=True),
     "norope": dict(plain_linear=True),

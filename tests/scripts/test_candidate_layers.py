@@ -9,7 +9,14 @@ import torch
 from fairseq.data import Dictionary
 
 from ablation.candidate_layers import CandidateUnit, Choice, Convolution
-from ablation.candidate_states import decayed_states, delta_states, grouped_norm, half_lives, summed_states
+from ablation.candidate_states import (
+    decayed_states,
+    delta_states,
+    faded_means,
+    grouped_norm,
+    half_lives,
+    summed_states,
+)
 from ablation.candidate_systems import BASES, CHANGES, OF_LINEAR, OURS, Size, build, describe, parse_system
 from fairseq_flash.modules import GatedAttentionUnit
 from fairseq_flash.ops.mixed_chunk.reference import to_chunks
@@ -104,7 +111,11 @@ def by_hand(unit, x):
     if choice.decay == "data":
         log_decay *= torch.nn.functional.softplus(unit.factor(normed))
     keep = log_decay.exp().repeat_interleave(e // unit.groups, dim=-1)
-    state, out = torch.zeros(s, e, dtype=x.dtype), torch.zeros_like(u)
+    fade = torch.ones(unit.groups, dtype=x.dtype)
+    if choice.fade:
+        fade[:-1] = 0.5 ** (c / half_lives(unit.groups, c))
+    fade = fade.repeat_interleave(e // unit.groups)
+    state, out, count = torch.zeros(s, e, dtype=x.dtype), torch.zeros_like(u), torch.zeros_like(fade)
     for begin in range(0, len(x), c):
         end = min(begin + c, len(x))
         for i in range(begin, end):
@@ -117,7 +128,7 @@ def by_hand(unit, x):
                 found = (
                     groups / (groups.square().mean(-1, keepdim=True) + 1e-6).sqrt()
                 ).flatten() * unit.gain
-            out[i] += found if choice.norm else found / max(1, begin)
+            out[i] += found if choice.norm else found / count.clamp(min=1)
         kept, size = keep[begin:end].prod(0), 1.0
         added = torch.zeros_like(state)
         if choice.delta:
@@ -127,7 +138,7 @@ def by_hand(unit, x):
             if choice.delta:
                 new = unit.write(normed[j]).sigmoid() * (v[j] - k[j] @ (state * kept))
             added += torch.outer(k[j], new * keep[j + 1 : end].prod(0))
-        state = state * kept + added / size
+        state, count = state * kept * fade + added / size, count * fade + c
     return x + (u * out) @ unit.out.weight.T + unit.out.bias
 
 
@@ -303,3 +314,14 @@ def test_starts_are_those_of_the_package(dictionary):
     assert isinstance(block, GatedAttentionUnit)
     for key, weight in block.state_dict().items():
         assert torch.equal(changed.state_dict()[key], weight), key
+
+
+def test_faded_means_are_means_that_forget_chunk_by_chunk():
+    generator = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(2, 5, 4, width, dtype=torch.float64, generator=generator) for width in (6, 8))
+    kept = torch.tensor([0.5, 1.0], dtype=torch.float64)
+    found, kept = faded_means(k, v, kept), kept.repeat_interleave(4)
+    total, count = torch.zeros(2, 6, 8, dtype=torch.float64), torch.zeros(8, dtype=torch.float64)
+    for g in range(5):
+        close(found[:, g], total / count.clamp(min=1))
+        total, count = kept * total + k[:, g].mT @ v[:, g], kept * count + 4
