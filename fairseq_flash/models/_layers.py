@@ -97,9 +97,8 @@ def _build_block(cfg: FlashConfig, causal: bool, n_ref: int) -> nn.Module:
         return TransformerBlock(cfg.embed_dim, **options)
     relative_bias = None if cfg.relative_bias is None else str(cfg.relative_bias)
     options.update(expansion_factor=cfg.expansion_factor, relative_bias=relative_bias)
-    unit = GatedAttentionUnit(
-        cfg.embed_dim, causal=causal, n_ref=n_ref, adopt_n_ref=cfg.n_ref is None, **options
-    )
+    options.update(shift_keys=cfg.shift_keys, adopt_n_ref=cfg.n_ref is None)
+    unit = GatedAttentionUnit(cfg.embed_dim, causal=causal, n_ref=n_ref, **options)
     unit.check_backend_on("cuda" if torch.cuda.is_available() else "cpu")
     return unit
 

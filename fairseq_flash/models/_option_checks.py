@@ -10,7 +10,7 @@ from fairseq_flash.models._options import (
     UnitConfig,
 )
 
-__all__ = ["check_layers", "check_masked_lm", "check_sizes", "warn_once"]
+__all__ = ["check_direction", "check_layers", "check_masked_lm", "check_sizes", "warn_once"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,11 @@ def check_layers(cfg: FlashConfig) -> None:
         raise ValueError(
             f"--relative-bias {cfg.relative_bias} has no effect with --block {cfg.block} --attention "
             f"{cfg.attention}; allowed: --block gau and any --attention but global"
+        )
+    if cfg.shift_keys and (not gau or cfg.attention == "quadratic"):
+        raise ValueError(
+            f"--shift-keys is not allowed with --block {cfg.block} --attention {cfg.attention}; allowed: "
+            "--block gau and any --attention but quadratic"
         )
     if gau and cfg.attention_dropout != 0:
         raise ValueError(
@@ -88,6 +93,19 @@ def warn_once(text: str) -> None:
     logger.warning(text)
 
 
+def check_direction(cfg: UnitConfig) -> None:
+    """Refuses what a bidirectional stack cannot be.
+
+    Raises:
+        ValueError: so it is.
+    """
+    if cfg.linear_norm == "fading":
+        raise ValueError(
+            "--linear-norm fading is not allowed in a bidirectional stack, which has no direction to fade "
+            "in; allowed: mean, chunk"
+        )
+
+
 def check_masked_lm(cfg: FlashMaskedLMConfig) -> None:
     """Refuses what a bidirectional encoder cannot be, and what would be ignored.
 
@@ -98,6 +116,7 @@ def check_masked_lm(cfg: FlashMaskedLMConfig) -> None:
         raise ValueError(f"--pooler-dropout {cfg.pooler_dropout} is not allowed; allowed: 0 to below 1")
     if cfg.max_positions < 1:
         raise ValueError(f"--max-positions {cfg.max_positions} is not allowed; allowed: 1 or more")
+    check_direction(cfg)
     if cfg.block != "gau":
         raise ValueError(f"--block {cfg.block} is not allowed: it is causal; allowed: gau")
     table = cfg.attention == "quadratic" and cfg.relative_bias == "toeplitz"

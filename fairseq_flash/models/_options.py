@@ -54,7 +54,17 @@ class UnitConfig(FairseqDataclass):
     chunk_size: int = field(default=256, metadata={"help": "tokens c that attend to each other directly"})
     linear_norm: ChoiceEnum(list(LINEAR_NORMS)) = field(
         default="mean",
-        metadata={"help": "divide the linear branch by the chunk size (the paper) or by the tokens summed"},
+        metadata={
+            "help": "divide the linear branch by the chunk size (the paper) or by the tokens summed; fading, "
+            "for causal models, weighs earlier chunks less and less"
+        },
+    )
+    shift_keys: bool = field(
+        default=False,
+        metadata={
+            "help": "half of the columns of the keys of --block gau are of the token before, so that one "
+            "layer finds what came after an earlier token like this one"
+        },
     )
     norm: ChoiceEnum(list(NORMS)) = field(default="layernorm", metadata={"help": "norm before each layer"})
     relative_bias: Optional[ChoiceEnum(list(RELATIVE_BIASES))] = field(

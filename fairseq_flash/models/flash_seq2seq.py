@@ -8,7 +8,7 @@ from fairseq.models import FairseqEncoderDecoderModel, register_model
 from fairseq_flash.models._embedding import build_embedding, padding_as_words
 from fairseq_flash.models._encoder import EncoderOut, FlashEncoder
 from fairseq_flash.models._layers import resolve_n_ref
-from fairseq_flash.models._option_checks import check_sizes
+from fairseq_flash.models._option_checks import check_direction, check_sizes
 from fairseq_flash.models._options import FlashSeq2SeqConfig, stack_options
 from fairseq_flash.models._presets import SEQ2SEQ_PAIRS as PAIRS
 from fairseq_flash.models._presets import SEQ2SEQS, register
@@ -108,6 +108,7 @@ class FlashSeq2Seq(RememberingModel, FairseqEncoderDecoderModel):
                 "attention gives no weights to align; allowed: without"
             )
         n_ref = resolve_n_ref(cfg, task)
+        check_direction(cfg)
         options = stack_options(cfg, cfg.encoder_layers)
         check_sizes(options)
         encoder = FlashEncoder(options, sources, build_embedding(options, sources), n_ref)

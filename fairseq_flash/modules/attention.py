@@ -58,12 +58,20 @@ class MixedChunk:
         return float(self.options.chunk_size)
 
     def whole(
-        self, uvz: torch.Tensor, offset_scale: OffsetScale, bias: Optional[nn.Module], rows: Rows
+        self,
+        uvz: torch.Tensor,
+        offset_scale: OffsetScale,
+        bias: Optional[nn.Module],
+        rows: Rows,
+        keys: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
-        """Gated attention of rows that start here, from pre-activations ``(b, n, 2e + s)``: ``(b, n, e)``."""
+        """Gated attention of rows that start here, from pre-activations ``(b, n, 2e + s)``: ``(b, n, e)``.
+
+        ``keys`` are the base of the keys, ``(b, n, s)``, if another than that of the queries.
+        """
         matrix = None if bias is None else bias.matrix(self.options.chunk_of(uvz.shape[1]))
         copies = offset_scale.gamma, offset_scale.beta
-        projected = Projected(uvz, *copies, rows.cos, rows.sin, matrix, rows.lengths)
+        projected = Projected(uvz, *copies, rows.cos, rows.sin, matrix, rows.lengths, keys)
         return gated_mixed_chunk(projected, self.options, group=rows.group, backend=self.backend)
 
     def step(
@@ -73,11 +81,12 @@ class MixedChunk:
         bias: Optional[nn.Module],
         rows: Rows,
         state: ChunkState,
+        keys: Optional[torch.Tensor] = None,
     ) -> Attended:
         """As :meth:`whole`, of one token a row that continues ``state``, which is overwritten."""
         by_distance = None if bias is None else bias.by_distance(self.options.chunk_size)
         copies = offset_scale.gamma, offset_scale.beta
-        projected = Projected(uvz, *copies, rows.cos, rows.sin, by_distance)
+        projected = Projected(uvz, *copies, rows.cos, rows.sin, by_distance, keys=keys)
         return gated_mixed_chunk_step(projected, self.options, state, backend=self.backend)
 
     def __call__(

@@ -15,11 +15,15 @@ from fairseq_flash.modules.layer import AttentionLayer, LayerOptions
 from fairseq_flash.modules.offset_scale import OffsetScale
 from fairseq_flash.modules.positions import RELATIVE_BIASES, RotaryBias, ToeplitzBias, build_relative_bias
 from fairseq_flash.ops import (
+    ChunkState,
     Options,
     Pair,
     Projected,
     apply_rotary,
+    check_options,
+    from_previous,
     quadratic_scores,
+    shifted,
     split_silu,
     widened,
 )
@@ -48,13 +52,15 @@ class GatedAttentionUnit(AttentionLayer):
             the life of the weights. Bidirectional scores are divided by the valid tokens of the row.
         adopt_n_ref: Whether weights that are loaded bring their own ``n_ref``, and the length of its table;
             otherwise another one is an error.
+        shift_keys: Whether half of the columns of the keys are of the token before, so that one layer finds
+            what came after an earlier token like this one; not with ``"quadratic"``.
         options: ``chunk_size``, ``linear_norm``, ``norm``, ``init``, ``dropout`` and ``backend``, as
             :class:`LayerOptions`; of quadratic attention there is one implementation, ``"reference"``.
 
     Raises:
         ValueError: an argument has a value that is not allowed.
 
-    Source: Hua et al. 2022, sections 3.1 and 3.2.
+    Source: Hua et al. 2022, sections 3.1 and 3.2; shifted keys: :func:`~fairseq_flash.ops.shifted`.
     """
 
     def __init__(
@@ -68,6 +74,7 @@ class GatedAttentionUnit(AttentionLayer):
         relative_bias: Optional[str] = None,
         n_ref: Optional[int] = None,
         adopt_n_ref: bool = False,
+        shift_keys: bool = False,
         **options: Unpack[LayerOptions],
     ) -> None:
         super().__init__(embed_dim, attention, attention_dim, **options)
@@ -82,7 +89,13 @@ class GatedAttentionUnit(AttentionLayer):
         check_choice("relative_bias", relative_bias, RELATIVE_BIASES)
         check_sizes(expansion_factor=expansion_factor)
         check_even("attention_dim", attention_dim)
-        check_flags(causal=causal, adopt_n_ref=adopt_n_ref)
+        check_flags(causal=causal, adopt_n_ref=adopt_n_ref, shift_keys=shift_keys)
+        if shift_keys and quadratic:
+            raise ValueError(
+                "shift_keys=True with attention='quadratic' is not allowed; allowed: mixed_chunk, local, "
+                "global"
+            )
+        self.shift_keys = shift_keys
         self.causal, self.adopt_n_ref, self.expanded_dim = causal, adopt_n_ref, expansion_factor * embed_dim
         self.uvz = nn.Linear(embed_dim, 2 * self.expanded_dim + attention_dim)
         self.offset_scale = OffsetScale(attention_dim, 2 * len(self.branches))
@@ -95,6 +108,7 @@ class GatedAttentionUnit(AttentionLayer):
             self.attend = Quadratic(causal, n_ref)
         else:
             chunked = Options(self.chunk_size, causal, self.linear_norm, branches=self.branches)
+            check_options(chunked)
             self.attend = MixedChunk(chunked, self.backend, gated=True)
         self._reset_parameters()
 
@@ -143,30 +157,47 @@ class GatedAttentionUnit(AttentionLayer):
         if self.attend.gated and self.bias is not None:
             # So that the first step finds the table that all steps read.
             self.bias.by_distance(self.chunk_size)
-        return self.attend.empty_state(like, self.attention_dim, self.expanded_dim)
+        state = self.attend.empty_state(like, self.attention_dim, self.expanded_dim)
+        if self.shift_keys:
+            state = state._replace(before=like.new_zeros(like.shape[0], 1, self.attention_dim))
+        return state
 
     def aligned(
         self, x: torch.Tensor, rows: Rows, state: Optional[LayerState]
     ) -> tuple[torch.Tensor, Optional[LayerState]]:
         """As :meth:`Layer.aligned`."""
         uvz = self.uvz(self.norm(x))
+        z, keys, before = uvz[..., 2 * self.expanded_dim :], None, None
+        if self.shift_keys:
+            before = self._before(z, rows, state)
+            keys = shifted(z, before)
         if state is None and self.attend.gated:
-            out = self.attend.whole(uvz, self.offset_scale, self.bias, rows)
+            out = self.attend.whole(uvz, self.offset_scale, self.bias, rows, keys)
         elif self.attend.gated and is_step(uvz, rows, state, self.training):
-            out, state = self.attend.step(uvz, self.offset_scale, self.bias, rows, state)
+            out, state = self.attend.step(uvz, self.offset_scale, self.bias, rows, state, keys)
         else:
-            u, v, z = split_silu(uvz, [self.expanded_dim, self.expanded_dim, self.attention_dim])
-            out, state = self.attend(self.pairs(z, rows), v, self.bias, rows, state, self.training)
+            u, v, active = split_silu(uvz, [self.expanded_dim, self.expanded_dim, self.attention_dim])
+            pairs = self.pairs(active, rows, None if before is None else nn.functional.silu(before))
+            out, state = self.attend(pairs, v, self.bias, rows, state, self.training)
             out = u * out
+        if state is not None and self.shift_keys:
+            state = state._replace(before=_last(z, before, rows.lengths))
         return x + self.dropout(self.out(out)), state
 
-    def copies(self, z: torch.Tensor, rows: Rows) -> torch.Tensor:
-        """Queries and keys of each branch, from the base ``(b, n, s)``: ``(h, b, n, s)``, rotated."""
-        return apply_rotary(self.offset_scale(z), rows.cos, rows.sin)
+    def copies(self, z: torch.Tensor, rows: Rows, before: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """Queries and keys of each branch, from the base ``(b, n, s)``: ``(h, b, n, s)``, rotated.
 
-    def pairs(self, z: torch.Tensor, rows: Rows) -> tuple[Optional[Pair], Optional[Pair]]:
+        ``before`` is the base of the token before the first, ``(b, 1, s)``, for shifted keys; None at the
+        start of rows.
+        """
+        keys = shifted(z, before) if self.shift_keys else None
+        return apply_rotary(self.offset_scale(z, keys), rows.cos, rows.sin)
+
+    def pairs(
+        self, z: torch.Tensor, rows: Rows, before: Optional[torch.Tensor] = None
+    ) -> tuple[Optional[Pair], Optional[Pair]]:
         """The same for the quadratic and the linear branch; None for a branch that there is not."""
-        pairs = (Pair(q, k) for q, k in self.copies(z, rows).unflatten(0, (-1, 2)))
+        pairs = (Pair(q, k) for q, k in self.copies(z, rows, before).unflatten(0, (-1, 2)))
         branches = dict(zip(self.branches, pairs, strict=True))
         return branches.get("quad"), branches.get("lin")
 
@@ -186,6 +217,12 @@ class GatedAttentionUnit(AttentionLayer):
         """
         bias = self.bias(*positions).to(widened(q.dtype)).unsqueeze(1)
         return quadratic_scores(q.unsqueeze(1), k.unsqueeze(1), bias, self.attend.denominator(rows))
+
+    def _before(self, z: torch.Tensor, rows: Rows, state: Optional[LayerState]) -> Optional[torch.Tensor]:
+        """The base (b, 1, s) of the token before the first; None at the start of rows."""
+        if isinstance(state, ChunkState):
+            return state.before
+        return None if rows.group is None else from_previous(z[:, -1:], rows.group)
 
     def _reset_parameters(self) -> None:
         for linear in (self.uvz, self.out):
@@ -230,3 +267,11 @@ class GatedAttentionUnit(AttentionLayer):
                 "scores were divided by in training"
             )
         self.set_n_ref(n_ref)
+
+
+def _last(z: torch.Tensor, before: torch.Tensor, lengths: Optional[torch.Tensor]) -> torch.Tensor:
+    """The base (b, 1, s) of the last real token of each row (b, n, s), or before it; shares no memory."""
+    if lengths is None:
+        return z[:, -1:].clone()
+    rows = torch.cat((before.to(z.dtype), z), dim=1)
+    return rows.gather(1, lengths.view(-1, 1, 1).expand(-1, 1, z.shape[2]))

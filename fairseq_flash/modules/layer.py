@@ -121,7 +121,8 @@ class LayerOptions(TypedDict, total=False):
 
     Attributes:
         chunk_size: ``c``, 256 unless given; unused by ``attention="quadratic"``.
-        linear_norm: ``"mean"`` unless given, or ``"chunk"``: what the linear branch is divided by.
+        linear_norm: ``"mean"`` unless given, ``"chunk"`` or ``"fading"``: what the linear branch is divided
+            by, and whether it forgets, as :class:`~fairseq_flash.ops.Options`.
         norm: ``"layernorm"`` unless given, ``"scalenorm"`` or ``"rmsnorm"``.
         init: ``"fan_in"`` unless given, under which all branches and gradients start at a like size, or
             ``"paper"``.

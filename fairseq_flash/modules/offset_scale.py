@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
 import torch
 from torch import nn
 
@@ -27,6 +29,6 @@ class OffsetScale(nn.Module):
         self.gamma = nn.Parameter(torch.empty(copies, dim).normal_(std=0.02))
         self.beta = nn.Parameter(torch.zeros(copies, dim))
 
-    def forward(self, z: torch.Tensor) -> torch.Tensor:
-        """Takes ``(b, n, s)``, gives ``(h, b, n, s)``: every copy contiguous."""
-        return offset_scale(z, self.gamma, self.beta)
+    def forward(self, z: torch.Tensor, keys: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """Takes ``(b, n, s)``, gives ``(h, b, n, s)``: every copy contiguous, every second of ``keys``."""
+        return offset_scale(z, self.gamma, self.beta, keys)

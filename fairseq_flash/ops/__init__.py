@@ -14,7 +14,9 @@ from fairseq_flash.ops.mixed_chunk import (
     Options,
     Pair,
     Projected,
+    check_options,
     check_part,
+    from_previous,
     gated_mixed_chunk,
     gated_mixed_chunk_step,
     gathered,
@@ -25,6 +27,7 @@ from fairseq_flash.ops.mixed_chunk.linear import (
     LINEAR_NORMS,
     chunk_summaries,
     exclusive_sum,
+    kept_of_chunks,
     linear_attention,
     linear_denominator,
 )
@@ -40,7 +43,7 @@ from fairseq_flash.ops.positions import (
     trailing_padding,
 )
 from fairseq_flash.ops.precision import widened
-from fairseq_flash.ops.projections import offset_scale, rotated_copies, split_silu
+from fairseq_flash.ops.projections import offset_scale, rotated_copies, shifted, split_silu
 from fairseq_flash.ops.quadratic import NEVER, KeyValueCache, quadratic_attention, quadratic_scores
 from fairseq_flash.ops.softmax import softmax_attention
 
@@ -58,13 +61,16 @@ __all__ = [
     "apply_rotary",
     "check_backend",
     "check_even",
+    "check_options",
     "check_part",
     "chunk_summaries",
     "cross_attention",
     "exclusive_sum",
+    "from_previous",
     "gated_mixed_chunk",
     "gated_mixed_chunk_step",
     "gathered",
+    "kept_of_chunks",
     "linear_attention",
     "linear_denominator",
     "mixed_chunk_attention",
@@ -78,6 +84,7 @@ __all__ = [
     "rotary_bias_by_distance",
     "rotated_copies",
     "scaled_sin",
+    "shifted",
     "softmax_attention",
     "split_silu",
     "toeplitz_bias",

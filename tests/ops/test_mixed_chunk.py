@@ -140,7 +140,7 @@ def test_stepping_under_autograd_leaves_the_state_that_came_in():
     c = 3
     *tensors, table = draw(1, 1, c, "both")
     state = ops.ChunkState.empty(tensors[4], c, S, E)
-    before = [x.clone() for x in state]
+    before = [x.clone() for x in state[:5]]
     inputs = inputs_of(tensors, square(table, c)[:1].expand(1, 1, c))
     ops.mixed_chunk_step(inputs, ops.Options(c, True, "chunk"), state)
     assert all(torch.equal(x, y) for x, y in zip(state, before, strict=True))

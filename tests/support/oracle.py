@@ -127,9 +127,12 @@ def mixed_chunk_attention(
     global_i = sum over j with C(j) < C(i) if causal, else over all j, of (q_lin_i . k_lin_j) v_j / divisor
     divisor  = c for linear_norm="chunk"; for "mean" max(1, tokens with C(j) < C(i)) if causal, else max(1, n)
 
+    linear_norm="fading", if causal: column x of v_j counts w_ij(x) = 2^-((C(i) - C(j) - 1) / half-life(x))
+    times, and the divisor is the sum of these weights, or 1; see fading_half_lives.
+
     q and k (n, s), v (n, e) -> (n, e). The pair that `branch` leaves out may be None.
     """
-    if branch not in ("both", "local", "global") or linear_norm not in ("chunk", "mean"):
+    if branch not in ("both", "local", "global") or linear_norm not in ("chunk", "mean", "fading"):
         raise ValueError(f"branch={branch!r}, linear_norm={linear_norm!r}")
     q_quad, k_quad, q_lin, k_lin, v = (
         None if x is None else _float64(x) for x in (q_quad, k_quad, q_lin, k_lin, v)
@@ -146,10 +149,23 @@ def mixed_chunk_attention(
         if branch != "local":
             seen = [j for j in range(n) if j // c < i // c or not causal]
             divisor = c if linear_norm == "chunk" else max(1, len(seen))
-            for j in seen:
-                out_i = out_i + torch.dot(q_lin[i], k_lin[j]) / divisor * v[j]
+            weights = [torch.ones(v.shape[1], dtype=torch.float64) for _ in seen]
+            if linear_norm == "fading" and seen:
+                lives = fading_half_lives(v.shape[1])
+                weights = [0.5 ** ((i // c - j // c - 1) / lives) for j in seen]
+                divisor = sum(weights)
+            for j, weight in zip(seen, weights, strict=True):
+                out_i = out_i + torch.dot(q_lin[i], k_lin[j]) * weight / divisor * v[j]
         out.append(out_i)
     return _rows(out, v.shape[1])
+
+
+def fading_half_lives(e: int) -> torch.Tensor:
+    """In chunks, of each column (e,): h = gcd(16, e) groups of e / h columns, group p of them
+    64^(p / (h - 2)), the last one endless; 1 if there are two groups."""
+    h = math.gcd(16, e)
+    lives = [64.0 ** (p / (h - 2) if h > 2 else 0) for p in range(h - 1)] + [math.inf]
+    return torch.tensor([lives[x // (e // h)] for x in range(e)], dtype=torch.float64)
 
 
 def valid_rows(x: torch.Tensor, padding_mask: torch.Tensor) -> torch.Tensor:
@@ -202,6 +218,7 @@ def gated_attention_unit(
     norm: str = "scale_norm",
     denominator: float | None = None,
     bias: str | None = "toeplitz",
+    shift_keys: bool = False,
 ) -> torch.Tensor:
     """y = x + W_o (u * attention(q, k, v)) + b_o;  u, v, z = split(silu(W norm(x) + b), [e, e, s]).
 
@@ -212,6 +229,8 @@ def gated_attention_unit(
     (2e+s, d), `uvz_bias` (2e+s,), `gamma`, `beta` (h, s), `out_weight` (d, e), `out_bias` (d,); for the bias
     `table` (2 * limit - 1,) or `a`, `b` (s,). `denominator` is for "quadratic"; None: the tokens of this row
     (bidirectional only).
+
+    shift_keys: column x of z in the keys is that of the token before, 0 at the first, where x mod s/2 is odd.
     """
     x, gamma, beta = _float64(x), _float64(parameters["gamma"]), _float64(parameters["beta"])
     uvz_weight, uvz_bias = _float64(parameters["uvz_weight"]), _float64(parameters["uvz_bias"])
@@ -223,13 +242,17 @@ def gated_attention_unit(
     if len(gamma) != (4 if attention == "mixed_chunk" else 2):
         raise ValueError(f"gamma has {len(gamma)} heads, which attention={attention!r} does not take")
 
-    u, v, heads = [], [], [[] for _ in gamma]
+    u, v, heads, before = [], [], [[] for _ in gamma], torch.zeros(s, dtype=torch.float64)
     for i in range(len(x)):
         uvz = silu(_dense(uvz_weight, NORMS[norm](x[i], **parameters["norm"])) + uvz_bias)
         u.append(uvz[:e])
         v.append(uvz[e : 2 * e])
+        z = uvz[2 * e :]
+        key_base = [before[y] if shift_keys and y % (s // 2) % 2 else z[y] for y in range(s)]
         for h in range(len(gamma)):
-            heads[h].append(rotary(gamma[h] * uvz[2 * e :] + beta[h], i))
+            base = torch.stack(key_base) if h % 2 else z
+            heads[h].append(rotary(gamma[h] * base + beta[h], i))
+        before = z
     heads = [_rows(head, s) for head in heads]
     v = _rows(v, e)
 

@@ -8,9 +8,15 @@ import torch
 from torch import distributed
 
 from fairseq_flash.ops.mixed_chunk.gated import Projected, gated_mixed_chunk
-from fairseq_flash.ops.mixed_chunk.inputs import Carry, Inputs, Options, Pair
+from fairseq_flash.ops.mixed_chunk.inputs import Carry, Inputs, Options, Pair, check_options
 from fairseq_flash.ops.mixed_chunk.reference import continued, part_summary, whole
-from fairseq_flash.ops.mixed_chunk.sharded import check_part, gathered, seen_elsewhere
+from fairseq_flash.ops.mixed_chunk.sharded import (
+    check_part,
+    from_previous,
+    gathered,
+    kept_of_parts,
+    seen_elsewhere,
+)
 from fairseq_flash.ops.mixed_chunk.state import ChunkState
 from fairseq_flash.ops.mixed_chunk.step import gated_mixed_chunk_step, mixed_chunk_step
 
@@ -21,7 +27,9 @@ __all__ = [
     "Options",
     "Pair",
     "Projected",
+    "check_options",
     "check_part",
+    "from_previous",
     "gated_mixed_chunk",
     "gated_mixed_chunk_step",
     "gathered",
@@ -59,8 +67,9 @@ def mixed_chunk_attention(
         state after the last valid token of each row, None if none came in.
 
     Raises:
-        ValueError: neither branch has queries, a state or softmax attention without ``causal``, two of state,
-            carry and group, a part that is not of whole chunks, or ``linear_norm`` is unknown.
+        ValueError: neither branch has queries, a state, softmax attention or a fading mean without
+            ``causal``, two of state, carry and group, a part that is not of whole chunks, or ``linear_norm``
+            is unknown.
 
     Source: Hua et al. 2022, section 3.2, mixed chunk attention.
     """
@@ -68,6 +77,7 @@ def mixed_chunk_attention(
         raise ValueError("quad and lin are both None; one branch is needed")
     if options.softmax and not options.causal:
         raise ValueError("softmax=True with causal=False is not allowed; allowed: causal=True")
+    check_options(options)
     if group is not None:
         if state is not None or carry is not None:
             raise ValueError("group is given with a state or a carry; allowed is one of them")
@@ -85,6 +95,7 @@ def mixed_chunk_attention(
 def _from_others(inputs: Inputs, options: Options, group: distributed.ProcessGroup) -> Optional[Carry]:
     if inputs.lin is None:
         return None
-    kv_sum = part_summary(inputs.lin.k, inputs.v, inputs.lengths, options.chunk_size)
-    count = inputs.v.shape[1] if inputs.lengths is None else inputs.lengths
-    return seen_elsewhere(kv_sum, count, options.causal, group)
+    n = inputs.v.shape[1]
+    kv_sum = part_summary(inputs.lin.k, inputs.v, inputs.lengths, options)
+    count, kept = n if inputs.lengths is None else inputs.lengths, kept_of_parts(options, n, kv_sum)
+    return seen_elsewhere(kv_sum, count, options.causal, group, kept)

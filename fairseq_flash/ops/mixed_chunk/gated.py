@@ -9,9 +9,9 @@ from torch import distributed
 from torch.utils.checkpoint import checkpoint
 
 from fairseq_flash.ops.dispatch import choose
-from fairseq_flash.ops.mixed_chunk.inputs import Carry, Inputs, Options, Pair
+from fairseq_flash.ops.mixed_chunk.inputs import Carry, Inputs, Options, Pair, check_options
 from fairseq_flash.ops.mixed_chunk.reference import blanked, on_grid, part_summary, to_chunks
-from fairseq_flash.ops.mixed_chunk.sharded import check_part, seen_elsewhere
+from fairseq_flash.ops.mixed_chunk.sharded import check_part, kept_of_parts, seen_elsewhere
 from fairseq_flash.ops.projections import rotated_copies, split_silu
 
 __all__ = ["Projected", "gated_mixed_chunk", "objections", "run"]
@@ -29,6 +29,8 @@ class Projected(NamedTuple):
         sin: Rotary sines, likewise.
         bias: Relative position bias, ``(min(c, n), min(c, n))``; None without a quadratic branch.
         lengths: Valid tokens of each row, ``(b,)``, all padding trails; None for ``n``.
+        keys: Base of the keys, before SiLU, ``(b, n, s)``, where it is another than that of the queries, as
+            :func:`~fairseq_flash.ops.shifted` makes it; None for ``z``.
     """
 
     uvz: torch.Tensor
@@ -38,6 +40,7 @@ class Projected(NamedTuple):
     sin: torch.Tensor
     bias: Optional[torch.Tensor]
     lengths: Optional[torch.Tensor] = None
+    keys: Optional[torch.Tensor] = None
 
 
 def gated_mixed_chunk(
@@ -69,8 +72,8 @@ def gated_mixed_chunk(
         ``(b, n, e)`` in the dtype of ``uvz``, finite and meaningless at padding.
 
     Raises:
-        ValueError: sizes do not fit together, ``linear_norm`` is unknown, the backend cannot run, a part is
-            not of whole chunks, or a carry and a group are both given.
+        ValueError: sizes do not fit together, ``linear_norm`` is unknown or not for these rows, the backend
+            cannot run, a part is not of whole chunks, or a carry and a group are both given.
 
     Source: Hua et al. 2022, sections 3.1 and 3.2.
     """
@@ -80,6 +83,7 @@ def gated_mixed_chunk(
             f"gamma has shape {tuple(projected.gamma.shape)} and uvz {tuple(projected.uvz.shape)}; allowed "
             f"for branches {', '.join(options.branches)}: ({copies}, s) and (b, n, 2e + s)"
         )
+    check_options(options)
     run = choose(backend, projected, options)
     if group is not None:
         if carry is not None:
@@ -97,31 +101,22 @@ def objections(projected: Projected, options: Options) -> list[str]:
 def _from_others(projected: Projected, options: Options, group: distributed.ProcessGroup) -> Optional[Carry]:
     if "lin" not in options.branches:
         return None
-    uvz, gamma, beta, cos, sin, _, lengths = projected
+    n, lengths = projected.uvz.shape[1], projected.lengths
     # Computed again in the backward pass, as all implementations but the reference do with what is cheap.
-    kv_sum = checkpoint(
-        _summary, uvz, gamma[-1:], beta[-1:], cos, sin, lengths, options.chunk_size,
-        use_reentrant=False, preserve_rng_state=False,
-    )  # fmt: skip
-    count = uvz.shape[1] if lengths is None else lengths
-    return seen_elsewhere(kv_sum, count, options.causal, group)
+    kv_sum = checkpoint(_summary, projected, options, use_reentrant=False, preserve_rng_state=False)
+    count = n if lengths is None else lengths
+    return seen_elsewhere(kv_sum, count, options.causal, group, kept_of_parts(options, n, kv_sum))
 
 
-def _summary(
-    uvz: torch.Tensor,
-    gamma: torch.Tensor,
-    beta: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    lengths: Optional[torch.Tensor],
-    c: int,
-) -> torch.Tensor:
+def _summary(projected: Projected, options: Options) -> torch.Tensor:
     """``k^T v`` of the linear branch over whole rows: (b, s, e)."""
+    uvz, gamma, beta, cos, sin, _, lengths, keys = projected
     s = gamma.shape[1]
     e = (uvz.shape[2] - s) // 2
     v, z = split_silu(uvz[..., e:], [e, s])
-    k = rotated_copies(z, gamma, beta, cos, sin)[0]
-    return part_summary(k, v, lengths, c)
+    z = z if keys is None else torch.nn.functional.silu(keys)
+    k = rotated_copies(z, gamma[-1:], beta[-1:], cos, sin)[0]
+    return part_summary(k, v, lengths, options)
 
 
 def run(projected: Projected, options: Options, carry: Optional[Carry]) -> torch.Tensor:
@@ -129,7 +124,8 @@ def run(projected: Projected, options: Options, carry: Optional[Carry]) -> torch
     n, s = projected.uvz.shape[1], projected.gamma.shape[1]
     e, c = (projected.uvz.shape[2] - s) // 2, options.chunk_of(n)
     u, v, z = split_silu(projected.uvz, [e, e, s])
-    copies = rotated_copies(z, *projected[1:5])
+    keys = projected.keys if projected.keys is None else torch.nn.functional.silu(projected.keys)
+    copies = rotated_copies(z, *projected[1:5], keys)
     # Cut into chunks once, all copies together.
     pairs = (Pair(q, k) for q, k in to_chunks(copies, c).unflatten(0, (-1, 2)))
     branches = dict(zip(options.branches, pairs, strict=True))

@@ -6,7 +6,7 @@ from typing import NamedTuple, Optional
 
 import torch
 
-__all__ = ["Carry", "Inputs", "Options", "Pair"]
+__all__ = ["Carry", "Inputs", "Options", "Pair", "check_options"]
 
 
 class Pair(NamedTuple):
@@ -41,7 +41,9 @@ class Options(NamedTuple):
     Attributes:
         chunk_size: ``c``, at least 1; what scores are divided by, however short the row.
         causal: Whether a token sees only tokens before it.
-        linear_norm: ``"chunk"`` divides the linear branch by ``c``, ``"mean"`` by the tokens summed.
+        linear_norm: ``"chunk"`` divides the linear branch by ``c``, ``"mean"`` by the tokens summed;
+            ``"fading"``, causal alone, is a mean in which earlier chunks weigh less and less, in each group
+            of values at another pace: :func:`~fairseq_flash.ops.kept_of_chunks`.
         softmax: Whether the quadratic branch is causal softmax attention (MC-TFM++).
         dropout: Of the normalised scores of softmax attention, 0 to below 1.
         branches: ``"quad"``, ``"lin"`` or both, in this order.
@@ -62,12 +64,22 @@ class Options(NamedTuple):
         return self.chunk_size if torch.jit.is_tracing() else max(1, min(self.chunk_size, n))
 
 
+def check_options(options: Options) -> None:
+    """Refuses a fading mean of all chunks, which has no direction to fade in.
+
+    Raises:
+        ValueError: so it is.
+    """
+    if options.linear_norm == "fading" and not options.causal:
+        raise ValueError("linear_norm='fading' with causal=False is not allowed; allowed: causal=True")
+
+
 class Carry(NamedTuple):
     """What lies outside of the tensors of a call, for their linear branch.
 
     Attributes:
-        kv_sum: Sum of ``k_lin^T v``, ``(b, s, e)``, float32 or wider.
-        count: Tokens that were summed, ``(b,)``.
+        kv_sum: Sum of ``k_lin^T v``, ``(b, s, e)``, float32 or wider; fading, with the last chunk whole.
+        count: Tokens that were summed, ``(b,)``; fading, those of whole chunks.
     """
 
     kv_sum: torch.Tensor

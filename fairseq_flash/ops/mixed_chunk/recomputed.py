@@ -40,6 +40,8 @@ def objections(projected: Projected, options: Options) -> list[str]:
         found.append(f"uvz is on {uvz.device.type}; this path was measured to win on a CPU alone")
     if uvz.dtype not in (torch.float32, torch.float64, torch.bfloat16):
         found.append(f"uvz is {uvz.dtype}, whose squared scores would overflow")
+    if projected.keys is not None or options.linear_norm == "fading":
+        found.append("shifted keys and fading means are the reference's alone")
     if options.softmax or options.dropout:
         found.append("softmax and dropout are the reference's alone")
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
@@ -49,7 +51,7 @@ def objections(projected: Projected, options: Options) -> list[str]:
 
 def run(projected: Projected, options: Options, carry: Optional[Carry]) -> Tensor:
     """As :func:`~fairseq_flash.ops.gated_mixed_chunk`; computes in the dtype of ``uvz``, sums in float32."""
-    uvz, gamma, beta, cos, sin, bias, lengths = projected
+    uvz, gamma, beta, cos, sin, bias, lengths, _ = projected
     n = uvz.shape[1]
     if n == 0:
         return uvz[..., : (uvz.shape[2] - gamma.shape[1]) // 2]
@@ -267,7 +269,7 @@ class _Grid:
         if count is not None:
             counts = counts + count
         options, wide = self.options, widened(self.v.dtype)
-        return linear_denominator(options.linear_norm, options.chunk_size, counts, wide)[:, :, None, None]
+        return linear_denominator(options.linear_norm, options.chunk_size, counts, self.e, wide).unsqueeze(2)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from fairseq_flash.ops.mixed_chunk.inputs import Carry, Inputs, Options, Pair
 from fairseq_flash.ops.mixed_chunk.linear import (
     chunk_summaries,
     exclusive_sum,
+    kept_of_chunks,
     linear_attention,
     linear_denominator,
 )
@@ -58,10 +59,11 @@ def continued(inputs: Inputs, options: Options, state: ChunkState) -> tuple[torc
         lin = Pair(places.place(lin.q), places.place(lin.k, state.k_lin))
     v = places.place(blanked(inputs.v, inputs.lengths), state.v)
     grid, sums, counts = inputs._replace(quad=quad, lin=lin, v=v), None, None
+    kept = kept_of_chunks(options.linear_norm, v.shape[-1], v.device)
     if lin is not None:
-        sums, counts = _seen_by_each_chunk(lin.k, v, state.carry(places))
+        sums, counts = _seen_by_each_chunk(lin.k, v, options, state.carry(places, kept))
     out = places.take(_outputs(grid, options, sums, counts), n)
-    return out, state.after(places, quad and quad.k, lin and lin.k, v, sums)
+    return out, state.after(places, quad and quad.k, lin and lin.k, v, sums, kept)
 
 
 def blanked(v: torch.Tensor, lengths: Optional[torch.Tensor]) -> torch.Tensor:
@@ -71,9 +73,13 @@ def blanked(v: torch.Tensor, lengths: Optional[torch.Tensor]) -> torch.Tensor:
     return v.masked_fill(trailing_padding(lengths, v.shape[1]).unsqueeze(-1), 0)
 
 
-def part_summary(k: torch.Tensor, v: torch.Tensor, lengths: Optional[torch.Tensor], c: int) -> torch.Tensor:
+def part_summary(
+    k: torch.Tensor, v: torch.Tensor, lengths: Optional[torch.Tensor], options: Options
+) -> torch.Tensor:
     """``k^T v`` of the linear branch over a part of rows ``(b, n, .)``: ``(b, s, e)``."""
-    return chunk_summaries(to_chunks(k, c), to_chunks(blanked(v, lengths), c)).sum(1)
+    c, kept = options.chunk_size, kept_of_chunks(options.linear_norm, v.shape[-1], v.device)
+    kv = chunk_summaries(to_chunks(k, c), to_chunks(blanked(v, lengths), c))
+    return kv.sum(1) if kept is None else exclusive_sum(kv, torch.zeros_like(kv[:, 0]), kept)[:, -1]
 
 
 def to_chunks(x: torch.Tensor, c: int) -> torch.Tensor:
@@ -91,23 +97,24 @@ def on_grid(grid: Inputs, options: Options, carry: Optional[Carry], n: int) -> t
     if n == 0:
         return grid.v.flatten(1, 2)
     if grid.lin is not None and options.causal:
-        sums, counts = _seen_by_each_chunk(grid.lin.k, grid.v, carry)
+        sums, counts = _seen_by_each_chunk(grid.lin.k, grid.v, options, carry)
     elif grid.lin is not None:
         sums, counts = _seen_by_all(grid.lin.k, grid.v, n if grid.lengths is None else grid.lengths, carry)
     return _outputs(grid, options, sums, counts).flatten(1, 2)[:, :n]
 
 
 def _seen_by_each_chunk(
-    k_lin: torch.Tensor, v: torch.Tensor, carry: Optional[Carry]
+    k_lin: torch.Tensor, v: torch.Tensor, options: Options, carry: Optional[Carry]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums over strictly earlier chunks (b, g, s, e), and the tokens in them (b, g)."""
     b, g, c, s = k_lin.shape
     # Nobody reads the summary of the last chunk.
     kv = chunk_summaries(k_lin[:, :-1], v[:, :-1])
     counts = (torch.arange(g, device=v.device) * c).expand(b, g)
+    kept = kept_of_chunks(options.linear_norm, v.shape[-1], v.device)
     if carry is None:
-        return exclusive_sum(kv, kv.new_zeros(b, s, v.shape[-1])), counts
-    return exclusive_sum(kv, carry.kv_sum), counts + carry.count.unsqueeze(1)
+        return exclusive_sum(kv, kv.new_zeros(b, s, v.shape[-1]), kept), counts
+    return exclusive_sum(kv, carry.kv_sum, kept), counts + carry.count.unsqueeze(1)
 
 
 def _seen_by_all(
@@ -127,7 +134,9 @@ def _outputs(
     """Both branches on the grid: (b, g, c, e)."""
     out = None if grid.quad is None else _inside(grid, options)
     if grid.lin is not None:
-        denominator = linear_denominator(options.linear_norm, options.chunk_size, counts, sums.dtype)
+        denominator = linear_denominator(
+            options.linear_norm, options.chunk_size, counts, sums.shape[-1], sums.dtype
+        )
         across = linear_attention(grid.lin.q, sums, denominator)
         out = across if out is None else out + across
     return out

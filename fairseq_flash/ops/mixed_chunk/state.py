@@ -12,7 +12,7 @@ from fairseq_flash.ops.mixed_chunk.linear import chunk_summaries
 from fairseq_flash.ops.precision import widened
 from fairseq_flash.ops.shown import shown
 
-__all__ = ["ChunkState", "Grid", "swap"]
+__all__ = ["ChunkState", "Grid", "in_columns", "swap"]
 
 
 class ChunkState(NamedTuple):
@@ -25,11 +25,12 @@ class ChunkState(NamedTuple):
 
     Attributes:
         kv_sum: Sum of ``k_lin^T v`` over the tokens that left the ring, ``(b, s, e)``, float32 or wider; None
-            without a linear branch.
+            without a linear branch. A fading one fades when the first token of a chunk comes.
         k_quad: Quadratic keys in the ring, ``(b, c, s)``; None without a quadratic branch.
         k_lin: Linear keys in the ring, ``(b, c, s)``; None without a linear branch.
         v: Values in the ring, ``(b, c, e)``.
         position: Valid tokens so far, ``(b,)``.
+        before: Base of the last token, before SiLU, ``(b, 1, s)``; None without shifted keys.
     """
 
     kv_sum: Optional[torch.Tensor]
@@ -37,6 +38,7 @@ class ChunkState(NamedTuple):
     k_lin: Optional[torch.Tensor]
     v: torch.Tensor
     position: torch.Tensor
+    before: Optional[torch.Tensor] = None
 
     def __repr__(self) -> str:
         return shown(self)
@@ -81,12 +83,12 @@ class ChunkState(NamedTuple):
     def fold(self) -> ChunkState:
         """From rows of several heads ``(b, heads, ...)`` to a row for each head: views but for positions."""
         heads = self.v.shape[1]
-        folded = (None if x is None else x.flatten(0, 1) for x in self[:-1])
+        folded = (None if x is None else x.flatten(0, 1) for x in self[:4])
         return ChunkState(*folded, self.position.repeat_interleave(heads))
 
     def unfold(self, heads: int) -> ChunkState:
         """Undoes :meth:`fold`: views."""
-        unfolded = (None if x is None else x.unflatten(0, (-1, heads)) for x in self[:-1])
+        unfolded = (None if x is None else x.unflatten(0, (-1, heads)) for x in self[:4])
         return ChunkState(*unfolded, self.position[::heads])
 
     def grid(self, n: int, lengths: Optional[torch.Tensor]) -> Grid:
@@ -105,12 +107,11 @@ class ChunkState(NamedTuple):
         source = torch.where(slots < fill, slots, slots - fill + c)
         return Grid(c, slots, fill, end, torch.where(slots < end, source, c + n))
 
-    def carry(self, grid: Grid) -> Carry:
+    def carry(self, grid: Grid, kept: Optional[torch.Tensor] = None) -> Carry:
         """What every chunk of the grid sees: all that left the ring, and the chunk before the open one."""
         rest = (grid.slots[: grid.c] >= grid.fill).unsqueeze(-1)
-        return Carry(
-            self.kv_sum + _ring_summary(self.k_lin, self.v, rest), self.position - grid.fill.squeeze(1)
-        )
+        left = _faded(self.kv_sum, kept, grid.fill == 0)
+        return Carry(left + _ring_summary(self.k_lin, self.v, rest), self.position - grid.fill.squeeze(1))
 
     def after(
         self,
@@ -119,6 +120,7 @@ class ChunkState(NamedTuple):
         k_lin: Optional[torch.Tensor],
         v: torch.Tensor,
         kv_sum: Optional[torch.Tensor],
+        kept: Optional[torch.Tensor] = None,
     ) -> ChunkState:
         """The state once the tokens on the grid have passed.
 
@@ -128,9 +130,10 @@ class ChunkState(NamedTuple):
             k_lin: Linear keys, likewise.
             v: Values, likewise, ``(b, g, c, e)``.
             kv_sum: What each chunk of the grid sees, ``(b, g, s, e)``; None without a linear branch.
+            kept: From :func:`~fairseq_flash.ops.kept_of_chunks`.
 
         Returns:
-            A state that shares no memory with this one.
+            A state that shares no memory with this one, but for ``before``, which is not changed.
         """
         c = grid.c
         chunk = grid.end // c
@@ -147,11 +150,12 @@ class ChunkState(NamedTuple):
         new_slot = start + torch.where(slots < new_fill, c, 0)
         position = self.position + (grid.end - grid.fill).squeeze(1)
         rings = (ring(self.k_quad, k_quad, new_slot), ring(self.k_lin, k_lin, new_slot))
-        new = ChunkState(None, *rings, ring(self.v, v, new_slot), position)
+        new = ChunkState(None, *rings, ring(self.v, v, new_slot), position, self.before)
         if kv_sum is None:
             return new
         sums = torch.cat((self.kv_sum.unsqueeze(1), kv_sum), dim=1)
         base = sums.gather(1, chunk[:, :, None, None].expand(-1, 1, *sums.shape[2:])).squeeze(1)
+        base = _faded(base, kept, (new_fill > 0) & ((chunk > 0) | (grid.fill == 0)))
         # In the first chunk, what lies before `fill` had left the ring before this piece.
         left = (slots < new_fill) & ((chunk > 0) | (slots >= grid.fill))
         leaving = _ring_summary(ring(self.k_lin, k_lin, start), ring(self.v, v, start), left.unsqueeze(-1))
@@ -187,6 +191,11 @@ class Grid(NamedTuple):
         return _take(out.flatten(1, 2), self.fill + torch.arange(n, device=out.device))
 
 
+def in_columns(kept: torch.Tensor, kv_sum: torch.Tensor) -> torch.Tensor:
+    """``kept`` of groups ``(h,)`` for the columns of a sum ``(b, s, e)``: ``(e,)`` in its dtype."""
+    return kept.repeat_interleave(kv_sum.shape[-1] // len(kept)).to(kv_sum.dtype)
+
+
 def swap(ring: torch.Tensor, slot: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     """Puts ``new`` (b, 1, .) into ``slot`` (b, 1, 1) of each row of a ring; returns what lay there."""
     index = slot.expand(-1, 1, ring.shape[2])
@@ -194,6 +203,13 @@ def swap(ring: torch.Tensor, slot: torch.Tensor, new: torch.Tensor) -> torch.Ten
     old = (ring.clone() if torch.is_grad_enabled() else ring).gather(1, index)
     ring.scatter_(1, index, new.to(ring.dtype))
     return old
+
+
+def _faded(kv_sum: torch.Tensor, kept: Optional[torch.Tensor], fades: torch.Tensor) -> torch.Tensor:
+    """A sum (b, s, e) for the chunk to come, in rows where ``fades`` (b, 1)."""
+    if kept is None:
+        return kv_sum
+    return torch.where(fades.unsqueeze(-1), kv_sum * in_columns(kept, kv_sum), kv_sum)
 
 
 def _ring_summary(k_lin: torch.Tensor, v: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:

@@ -7,8 +7,8 @@ import torch
 from fairseq_flash.ops.dispatch import STEPS, choose
 from fairseq_flash.ops.mixed_chunk.gated import Projected
 from fairseq_flash.ops.mixed_chunk.inputs import Inputs, Options, Pair
-from fairseq_flash.ops.mixed_chunk.linear import linear_denominator
-from fairseq_flash.ops.mixed_chunk.state import ChunkState, swap
+from fairseq_flash.ops.mixed_chunk.linear import kept_of_chunks, linear_denominator
+from fairseq_flash.ops.mixed_chunk.state import ChunkState, in_columns, swap
 from fairseq_flash.ops.precision import widened
 from fairseq_flash.ops.projections import rotated_copies, split_silu
 
@@ -52,7 +52,8 @@ def run(projected: Projected, options: Options, state: ChunkState) -> tuple[torc
     s = projected.gamma.shape[1]
     e = (projected.uvz.shape[2] - s) // 2
     u, v, z = split_silu(projected.uvz, [e, e, s])
-    pairs = (Pair(q, k) for q, k in rotated_copies(z, *projected[1:5]).unflatten(0, (-1, 2)))
+    keys = projected.keys if projected.keys is None else torch.nn.functional.silu(projected.keys)
+    pairs = (Pair(q, k) for q, k in rotated_copies(z, *projected[1:5], keys).unflatten(0, (-1, 2)))
     branches = dict(zip(options.branches, pairs, strict=True))
     bias = projected.bias
     if bias is not None:
@@ -93,20 +94,29 @@ def _step(inputs: Inputs, options: Options, state: ChunkState) -> tuple[torch.Te
     quad, lin, v = inputs.quad, inputs.lin, inputs.v
     c, wide = state.v.shape[1], widened(v.dtype)
     slot = state.fill.view(-1, 1, 1)
+    kept = kept_of_chunks(options.linear_norm, v.shape[-1], v.device)
     if lin is not None:
+        if kept is not None:
+            state.kv_sum.mul_(torch.where(slot == 0, in_columns(kept, state.kv_sum), 1))
         # k^T v of the token that leaves the ring, added in one pass over the sum.
         leaving = swap(state.k_lin, slot, lin.k).to(wide).transpose(1, 2)
         state.kv_sum.addcmul_(leaving, swap(state.v, slot, v).to(wide))
     else:
         swap(state.v, slot, v)
+    ring = state.v.to(wide)
     # All products are batched, of one query with a ring or a sum; einsum would take as long as they do.
     open_chunk = torch.arange(c, device=v.device) <= slot
     weights, out = torch.zeros((), dtype=wide, device=v.device), None
     if lin is not None:
-        count = state.position.view(-1, 1, 1) - slot
-        query = lin.q.to(wide) / linear_denominator(options.linear_norm, c, count, wide)
+        count = state.position.view(-1, 1) - slot.squeeze(-1)
+        denominator = linear_denominator(options.linear_norm, c, count, v.shape[-1], wide)
+        query = lin.q.to(wide) / (denominator if kept is None else 1)
         weights = torch.bmm(query, state.k_lin.to(wide).transpose(1, 2)).masked_fill(open_chunk, 0)
         out = torch.bmm(query, state.kv_sum)
+        if kept is not None:
+            # Each column has a divisor of its own.
+            out = torch.baddbmm(out, weights, ring) / denominator
+            weights = torch.zeros_like(weights)
     if quad is not None:
         swap(state.k_quad, slot, quad.k)
         keys = state.k_quad.to(wide).transpose(1, 2)
@@ -116,6 +126,5 @@ def _step(inputs: Inputs, options: Options, state: ChunkState) -> tuple[torch.Te
         else:
             near = torch.baddbmm(inputs.bias.to(wide), quad.q.to(wide), keys, alpha=1 / c).relu().square()
         weights = torch.where(open_chunk, near, weights)
-    ring = state.v.to(wide)
     out = torch.bmm(weights, ring) if out is None else torch.baddbmm(out, weights, ring)
     return out.to(v.dtype), state._replace(position=state.position + 1)

@@ -39,6 +39,8 @@ def objections(projected: Projected, options: Options, state: ChunkState) -> lis
     for name, size in (("attention_dim", s), ("chunk_size", options.chunk_size)):
         if size & (size - 1) or size < 16:
             found.append(f"{name} is {size}; the kernels take powers of two from 16 on")
+    if projected.keys is not None or options.linear_norm == "fading":
+        found.append("shifted keys and fading means are the reference's alone")
     if torch.is_grad_enabled():
         found.append("gradients are enabled; the kernels have no backward pass")
     return found
@@ -46,7 +48,7 @@ def objections(projected: Projected, options: Options, state: ChunkState) -> lis
 
 def run(projected: Projected, options: Options, state: ChunkState) -> tuple[torch.Tensor, ChunkState]:
     """As :func:`~fairseq_flash.ops.gated_mixed_chunk_step`; overwrites ``state`` and returns it."""
-    uvz, gamma, beta, cos, sin, bias, _ = projected
+    uvz, gamma, beta, cos, sin, bias, *_ = projected
     b, s = uvz.shape[0], gamma.shape[1]
     e = (uvz.shape[2] - s) // 2
     uvz, cos, sin = uvz.view(b, -1), cos.reshape(-1, s // 2), sin.reshape(-1, s // 2)
