@@ -36,10 +36,12 @@ OF_LINEAR: dict[str, dict[str, Any]] = {
     "decay": dict(_NORM, decay="fixed"),
     "decaylearn": dict(_NORM, decay="learned"),
     "data": dict(_NORM, decay="data"),
-    "fade": dict(fade=True),
+    "fade": dict(fade="most"),
+    "fadeall": dict(fade="all"),
     "delta": _DELTA,
     "l2": dict(unit_length=True),
-    "norope": dict(plain_linear=True),
+    "norope": dict(plain_linear="all"),
+    "halfrope": dict(plain_linear="half"),
 }
 CHANGES: dict[str, dict[str, Any]] = {
     **OF_LINEAR,
