@@ -25,6 +25,7 @@ class Rows(NamedTuple):
         given_mask: The mask before the alignment, ``(b, n)``; None without one.
         shift: Leading padding of each row before the alignment, ``(b,)``; None without a mask.
         group: The processes that hold the parts of the rows, all equally long; None for whole rows.
+        begins: Tokens before these, of every row, where the host knows it and nothing is padded; else None.
     """
 
     positions: torch.Tensor
@@ -35,6 +36,7 @@ class Rows(NamedTuple):
     given_mask: Optional[torch.Tensor] = None
     shift: Optional[torch.Tensor] = None
     group: Optional[distributed.ProcessGroup] = None
+    begins: Optional[int] = None
 
 
 def align_rows(

@@ -18,6 +18,7 @@ from fairseq_flash.ops import (
     Pair,
     Projected,
     gated_mixed_chunk,
+    gated_mixed_chunk_piece,
     gated_mixed_chunk_step,
     mixed_chunk_attention,
     mixed_chunk_step,
@@ -88,6 +89,21 @@ class MixedChunk:
         copies = offset_scale.gamma, offset_scale.beta
         projected = Projected(uvz, *copies, rows.cos, rows.sin, by_distance, keys=keys)
         return gated_mixed_chunk_step(projected, self.options, state, backend=self.backend)
+
+    def piece(
+        self,
+        uvz: torch.Tensor,
+        offset_scale: OffsetScale,
+        bias: Optional[nn.Module],
+        rows: Rows,
+        state: ChunkState,
+        keys: Optional[torch.Tensor] = None,
+    ) -> Attended:
+        """As :meth:`whole`, of rows that continue ``state`` at the begin of a chunk, without padding."""
+        matrix = None if bias is None else bias.matrix(self.options.chunk_of(uvz.shape[1]))
+        copies = offset_scale.gamma, offset_scale.beta
+        projected = Projected(uvz, *copies, rows.cos, rows.sin, matrix, keys=keys)
+        return gated_mixed_chunk_piece(projected, self.options, state, backend=self.backend)
 
     def __call__(
         self,

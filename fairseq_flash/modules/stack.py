@@ -124,6 +124,18 @@ class Stack(nn.Module):
                 row, a row beyond the table of a Toeplitz bias, a state that is not this stack's or not of
                 these rows, or a group as for :class:`Layer`.
         """
+        return self._features(tokens, padding_mask, state, None, group, source)
+
+    def _features(
+        self,
+        tokens: torch.Tensor,
+        padding_mask: Optional[torch.Tensor],
+        state: Optional[DecodingState],
+        begins: Optional[int],
+        group: Optional[distributed.ProcessGroup],
+        source: dict[str, Optional[torch.Tensor]],
+    ) -> tuple[torch.Tensor, Optional[DecodingState]]:
+        """As :meth:`forward`; ``begins`` as of :class:`Rows`."""
         words = getattr(self.embed_tokens, "num_embeddings", None)
         if words is not None:
             device: torch.device = self.embed_tokens.weight.device  # type: ignore[assignment]
@@ -134,6 +146,7 @@ class Stack(nn.Module):
             check_shared(self.blocks, state, tokens.shape[1], group)
         start = None if state is None else state.position
         tokens, rows = align_rows(tokens, padding_mask, start, self.attention_dim, self._dtype(), group)
+        rows = rows._replace(begins=begins)
         if words is not None and tokens.is_cpu:
             known = ((tokens >= 0) & (tokens < words)).all()
             require(known, f"tokens has indices out of range; allowed: 0 to {words - 1}")
@@ -173,7 +186,8 @@ class Stack(nn.Module):
 
         Args:
             tokens: Indices ``(b, n)``, without padding.
-            state: What came before; None for an empty one.
+            state: What came before; None for an empty one, from which on pieces of whole chunks are read as
+                fast as whole rows.
             piece: Tokens that are read at a time.
             use: Called with the features ``(b, m, d)`` of each piece, in order.
 
@@ -184,9 +198,11 @@ class Stack(nn.Module):
             ValueError: as :meth:`forward`, or ``piece`` is below 1.
         """
         check_sizes(piece=piece)
+        begins = 0 if state is None else None
         state = self.empty_state(tokens) if state is None else state
         for part in tokens.split(piece, dim=1) if tokens.shape[1] else ():
-            features, state = self(part, None, state)
+            features, state = self._features(part, None, state, begins, None, {})
+            begins = None if begins is None else begins + part.shape[1]
             use(features)
         return state
 

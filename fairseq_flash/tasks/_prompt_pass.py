@@ -132,7 +132,9 @@ class PromptPassGenerator(SequenceGenerator):
 
     def _read(self, context: torch.Tensor) -> tuple[list[DecodingState], torch.Tensor]:
         """States before the last token of ``context`` (b, m), and scores (b, m - 1) of all but the first."""
-        step = max(LEAST_PIECE, PIECE_NUMBERS // (len(context) * self.vocab_size))
+        step = PIECE_NUMBERS // (len(context) * self.vocab_size)
+        # Of whole chunks, which are read faster, as far as these divide it.
+        step = max(LEAST_PIECE, step - step % LEAST_PIECE)
         states, of_models = [], []
         for model in self.model.models:
             scores = [context.new_zeros(len(context), 0, dtype=torch.float32)]

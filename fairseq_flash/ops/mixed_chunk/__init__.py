@@ -9,6 +9,7 @@ from torch import distributed
 
 from fairseq_flash.ops.mixed_chunk.gated import Projected, gated_mixed_chunk
 from fairseq_flash.ops.mixed_chunk.inputs import Carry, Inputs, Options, Pair, check_options
+from fairseq_flash.ops.mixed_chunk.piece import gated_mixed_chunk_piece
 from fairseq_flash.ops.mixed_chunk.reference import continued, part_summary, whole
 from fairseq_flash.ops.mixed_chunk.sharded import (
     check_part,
@@ -31,6 +32,7 @@ __all__ = [
     "check_part",
     "from_previous",
     "gated_mixed_chunk",
+    "gated_mixed_chunk_piece",
     "gated_mixed_chunk_step",
     "gathered",
     "mixed_chunk_attention",

@@ -8,7 +8,7 @@ from typing import NamedTuple, Optional
 import torch
 
 from fairseq_flash.ops.mixed_chunk.inputs import Carry
-from fairseq_flash.ops.mixed_chunk.linear import chunk_summaries
+from fairseq_flash.ops.mixed_chunk.linear import chunk_summaries, exclusive_sum
 from fairseq_flash.ops.precision import widened
 from fairseq_flash.ops.shown import shown
 
@@ -112,6 +112,42 @@ class ChunkState(NamedTuple):
         rest = (grid.slots[: grid.c] >= grid.fill).unsqueeze(-1)
         left = _faded(self.kv_sum, kept, grid.fill == 0)
         return Carry(left + _ring_summary(self.k_lin, self.v, rest), self.position - grid.fill.squeeze(1))
+
+    def carry_at_border(self, kept: Optional[torch.Tensor]) -> Carry:
+        """As :meth:`carry`, of rows whose next token begins a chunk."""
+        left = self.kv_sum if kept is None else self.kv_sum * in_columns(kept, self.kv_sum)
+        return Carry(left + chunk_summaries(self.k_lin[:, None], self.v[:, None])[:, 0], self.position)
+
+    def after_border(
+        self,
+        k_quad: Optional[torch.Tensor],
+        k_lin: Optional[torch.Tensor],
+        v: torch.Tensor,
+        kept: Optional[torch.Tensor],
+    ) -> ChunkState:
+        """The state once a piece without padding has passed, whose first token began a chunk.
+
+        Args:
+            k_quad: Quadratic keys of the piece, ``(b, n, s)``; or None.
+            k_lin: Linear keys, likewise.
+            v: Values, ``(b, n, e)``.
+            kept: From :func:`~fairseq_flash.ops.kept_of_chunks`.
+
+        Returns:
+            A state that shares no memory with this one, but for ``before``, which is not changed.
+        """
+        n, c = v.shape[1], self.v.shape[1]
+        pairs = ((self.k_quad, k_quad), (self.k_lin, k_lin), (self.v, v))
+        tokens = [None if old is None else torch.cat((old, new.to(old.dtype)), dim=1) for old, new in pairs]
+        # The last c tokens stay, each in its slot; the first n leave.
+        rings = [None if x is None else x[:, n:].roll(n % c, dims=1) for x in tokens]
+        kv_sum = self.kv_sum
+        if kv_sum is not None:
+            size = n if kept is None else c
+            chunks = (torch.nn.functional.pad(x[:, :n], (0, 0, 0, -n % size)) for x in tokens[1:])
+            kv = chunk_summaries(*(x.unflatten(1, (-1, size)) for x in chunks))
+            kv_sum = exclusive_sum(kv, kv_sum, kept)[:, -1].clone()
+        return ChunkState(kv_sum, *rings, self.position + n, self.before)
 
     def after(
         self,
