@@ -2,7 +2,7 @@
 
     python scripts/candidates.py --data data-bin/linux --systems flash,flash+decay,local --lr 1e-3
 
-A system is a base as in the package, flash, flash_chunk, local, quad, transformer_pp or mc_tfm_pp; behind
+A system is a base as in the package, flash, flash2, flash_chunk, local, quad, transformer_pp or mc_tfm_pp; behind
 flash and local, changes follow with a plus, as in flash+convzv+decay. Of the linear branch alone:
 
     norm        sums, normalised by groups of values, in place of the mean over all tokens

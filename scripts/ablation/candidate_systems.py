@@ -19,6 +19,7 @@ __all__ = ["BASES", "CHANGES", "Size", "System", "build", "parse_system", "rates
 #: The options of the package that each base is.
 BASES: dict[str, dict[str, Any]] = {
     "flash": SYSTEMS["flash_lm"],
+    "flash2": SYSTEMS["flash2_lm"],
     "flash_chunk": dict(linear_norm="chunk"),
     "local": SYSTEMS["flash_local_lm"],
     "quad": SYSTEMS["flash_quad_lm"],
