@@ -171,9 +171,9 @@ class _Grid:
         if self.padding is not None:
             d_v.masked_fill_(self.padding, 0)
         _silu_backward(d_v, self.v_pre, grad_input=d_v_pre)
-        (d_z, *d_keys), d_gamma, d_beta = self._offset_scale_gradients(torch.stack(d_copies).flatten(2, 3))
+        (d_z, *d_base), d_gamma, d_beta = self._offset_scale_gradients(torch.stack(d_copies).flatten(2, 3))
         _silu_backward(d_z.unflatten(1, (-1, self.c)), self.z_pre, grad_input=d_z_pre)
-        d_keys = None if self.keys is None else _silu_backward(*d_keys, self.keys)
+        d_keys = None if self.keys is None else _silu_backward(*d_base, self.keys)
         return d_uvz, d_keys, d_gamma, d_beta, d_bias, d_kv_sum
 
     def _quad_gradients(self, d_out: Tensor, d_v: Tensor) -> Gradients:
@@ -226,7 +226,8 @@ class _Grid:
         d_v.baddbmm_(k, d_sum)
         torch.bmm(v, d_sum.transpose(1, 2), out=d_k)
 
-    def _offset_scale_gradients(self, d_copies: Tensor) -> Gradients:
+    def _offset_scale_gradients(self, d_copies: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Of the bases, (b, n, s) each, gamma and beta."""
         cos, sin = self.angles
         d_copies = rotated(d_copies, cos, -sin)
         d_bases, d_gamma = [], torch.empty_like(self.gamma)
