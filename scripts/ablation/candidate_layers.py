@@ -188,8 +188,8 @@ class CandidateUnit(GatedAttentionUnit):
         if self.choice.norm:
             return grouped_norm(read_states(q, states, v.dtype), self.gain, self.groups)
         counts = torch.arange(v.shape[1], device=v.device) * v.shape[2]
-        denominator = linear_denominator(self.linear_norm, self.chunk_size, counts, states.dtype)
-        return read_states(q, states / denominator[:, None, None], v.dtype)
+        denominator = linear_denominator(self.linear_norm, self.chunk_size, counts, v.shape[-1], states.dtype)
+        return read_states(q, states / denominator.unsqueeze(1), v.dtype)
 
     def _log_decay(self, normed: torch.Tensor) -> torch.Tensor:
         """Of each token and group, (b, g, c, h) in float32 or wider; the last group keeps all."""
