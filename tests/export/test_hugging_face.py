@@ -303,9 +303,10 @@ def test_it_trains_and_its_loss_is_the_cross_entropy(flash):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("arch", ["flash", "flash2"])
 @torch.no_grad()
-def test_half_precision_is_as_near_as_ours(flash, dtype):
-    model, _, written = flash
+def test_half_precision_is_as_near_as_ours(request, arch, dtype):
+    model, _, written = request.getfixturevalue(arch)
     tokens = contract.draw(2, LONGEST)
     expected = model(tokens)[0]
     ours = model.to(dtype)(tokens)[0].double() - expected
