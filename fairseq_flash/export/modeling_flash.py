@@ -7,6 +7,9 @@ a row in chunks of c tokens and adds up two branches:
     quadratic   relu(q k^T / c + bias)^2 v        inside the chunk
     linear      q (sum of k^T v) / tokens summed  over strictly earlier chunks (causal), or all of them
 
+If the mean is fading, earlier chunks weigh less and less, each group of the columns of v at another pace. If
+keys are shifted, every second rotated pair of their columns is made of the z of the token before.
+
 So a causal layer remembers one matrix, the sum, and the keys and values of the open chunk: never the past.
 
 Letters in shapes: b rows, n tokens, g chunks of c tokens (i queries, j keys), s width of queries and keys, e
@@ -14,6 +17,7 @@ of values, d of the model. Source: Hua, Dai, Liu and Le, Transformer Quality in 
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Optional
 
@@ -42,7 +46,8 @@ class FlashConfig(PretrainedConfig):
         num_hidden_layers=12,
         attention="mixed_chunk",  # or quadratic (no chunks), local, global (one branch)
         chunk_size=256,  # c
-        linear_norm="mean",  # divides the linear branch by the tokens summed, or "chunk": by c
+        linear_norm="mean",  # divides the linear branch by the tokens summed, "chunk": by c, or "fading"
+        shift_keys=False,  # half of the columns of the keys are of the token before
         norm="layernorm",  # or scalenorm, rmsnorm
         relative_bias="rotary",  # or toeplitz, a table
         scaled_sin=False,  # absolute positions are added to the embedding
@@ -116,6 +121,12 @@ class Rows(NamedTuple):
         """Real tokens of the piece, (b,)."""
         return self.real.sum(1)
 
+    @property
+    def latest(self) -> torch.Tensor:
+        """The last real token up to each, counted from 1; 0 for one of before the piece: (b, n)."""
+        columns = torch.arange(1, self.real.shape[1] + 1, device=self.real.device)
+        return torch.where(self.real, columns, 0).cummax(dim=1).values
+
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """float32, or float64: for sums and positions."""
@@ -134,6 +145,16 @@ def angles(positions: torch.Tensor, dim: int, dtype: torch.dtype) -> tuple[torch
 def waves(length: int, dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Cosines, then sines, at distances 1 - length to length - 1: (2 length - 1, dim)."""
     return torch.cat(angles(torch.arange(1 - length, length, device=device), dim, dtype), dim=-1)
+
+
+def kept_shares(e: int, device: torch.device) -> torch.Tensor:
+    """Of a fading mean, what share of its weight a chunk keeps when another one has passed: (e,) by column.
+
+    Columns are in groups: half-lives grow evenly in scale from 1 chunk to 64; the last group forgets nothing.
+    """
+    exact, groups = torch.float32 if device.type == "mps" else torch.float64, math.gcd(16, e)
+    scale = torch.linspace(0, 1, groups - 1, dtype=exact, device=device)
+    return functional.pad(0.5 ** (1 / 64**scale), (0, 1), value=1.0).repeat_interleave(e // groups)
 
 
 class RotaryBias(nn.Module):
@@ -192,9 +213,10 @@ class OffsetScale(nn.Module):
         self.gamma = nn.Parameter(torch.ones(copies, dim))
         self.beta = nn.Parameter(torch.zeros(copies, dim))
 
-    def forward(self, z: torch.Tensor, rows: Rows) -> torch.Tensor:
-        """(b, n, s) to (h, b, n, s), each rotated to its position."""
-        first, second = (torch.einsum("bns,hs->hbns", z, self.gamma) + self.beta[:, None, None]).chunk(2, -1)
+    def forward(self, z: torch.Tensor, keys: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """(b, n, s), of queries and of keys, to (h, b, n, s), each rotated to its position."""
+        base = z if keys is z else torch.stack((z, keys) * (len(self.gamma) // 2))
+        first, second = (base * self.gamma[:, None, None] + self.beta[:, None, None]).chunk(2, -1)
         rotated = first * rows.cos - second * rows.sin, second * rows.cos + first * rows.sin
         return torch.cat(rotated, dim=-1).to(z.dtype)
 
@@ -259,7 +281,8 @@ class GatedAttentionUnit(nn.Module):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """(b, n, d) to the same, and the state behind it; ``state`` is empty at the start of rows."""
         u, v, z = functional.silu(self.uvz(self.norm(x))).split(self.sizes, dim=-1)
-        copies = self.offset_scale(z, rows).unflatten(0, (-1, 2))
+        keys, before = self.shifted(z, rows, state) if self.config.shift_keys else (z, {})
+        copies = self.offset_scale(z, keys, rows).unflatten(0, (-1, 2))
         tensors = dict(v=v)
         for branch, (q, k) in zip(self.branches, copies, strict=True):
             tensors |= {f"q_{branch}": q, f"k_{branch}": k}
@@ -267,7 +290,17 @@ class GatedAttentionUnit(nn.Module):
             out, state = self.quadratic(tensors, rows, state)
         else:
             out, state = (self.step if rows.step and state else self.chunked)(tensors, rows, state)
-        return x + self.dropout(self.out(u * out)), state
+        return x + self.dropout(self.out(u * out)), {**state, **before} if rows.keep else state
+
+    def shifted(self, z: torch.Tensor, rows: Rows, state: dict[str, torch.Tensor]) -> tuple:
+        """The z of the keys, half of its columns of the token before: (b, n, s), and the state."""
+        s, latest = z.shape[2], rows.latest
+        tokens = torch.cat((state["before"] if state else torch.zeros_like(z[:, :1]), z), dim=1)
+        earlier = tokens.gather(1, functional.pad(latest[:, :-1], (1, 0)).unsqueeze(-1).expand_as(z))
+        odd = torch.arange(s, device=z.device) % (s // 2) % 2 == 1
+        return torch.where(odd, earlier, z), {
+            "before": tokens.gather(1, latest[:, -1:, None].expand(-1, 1, s))
+        }
 
     def chunked(self, new: dict[str, torch.Tensor], rows: Rows, state: dict[str, torch.Tensor]) -> tuple:
         """Attention of any number of tokens: (b, n, e), and the state."""
@@ -288,11 +321,11 @@ class GatedAttentionUnit(nn.Module):
             if causal:
                 # Shifted, as "all chunks minus this one" would let its future through by rounding.
                 before = state["kv_sum"].unsqueeze(1) if state else torch.zeros_like(kv[:, :1])
-                sums = torch.cat((before, kv[:, :-1]), dim=1).cumsum(1)
+                sums = self.running_sum(torch.cat((before, kv[:, :-1]), dim=1))
                 counts = (rows.start // c).unsqueeze(1) * c + torch.arange(grid.g, device=v.device) * c
             else:
                 sums, counts = kv.sum(1, keepdim=True), rows.lengths.unsqueeze(1)
-            mean = (sums / self.denominator(counts)[..., None, None].to(sums.dtype)).to(compute)
+            mean = (sums / self.denominator(counts).unsqueeze(2).to(sums.dtype)).to(compute)
             out = out + torch.einsum("bgis,bgse->bgie", on_grid["q_lin"], mean)
             after = {"kv_sum": grid.last_of(sums)} if rows.keep else {}
         if rows.keep:
@@ -320,21 +353,36 @@ class GatedAttentionUnit(nn.Module):
         full = slot == c - 1
         if "lin" in self.branches:
             after["kv_sum"] = kv_sum = state["kv_sum"]
-            counts = self.denominator(rows.start // c * c).view(-1, 1, 1)
+            counts = self.denominator(rows.start // c * c).unsqueeze(1)
             mean = (kv_sum / counts.to(kv_sum.dtype)).to(compute)
             out = out + torch.einsum("bis,bse->bie", new["q_lin"].to(compute), mean)
         if full.any():  # the chunk closes: its summary joins the sum, and the next one begins empty
             if "lin" in self.branches:
                 kv = torch.einsum("bjs,bje->bse", after["k_lin"].to(compute), v).to(kv_sum.dtype)
-                after["kv_sum"] = torch.where(full, kv_sum + kv, kv_sum)
+                new_sum = self.running_sum(torch.stack((kv_sum, kv), dim=1))[:, 1]
+                after["kv_sum"] = torch.where(full, new_sum, kv_sum)
             after |= {name: after[name].masked_fill(full, 0) for name in after if name != "kv_sum"}
         return out.to(new["v"].dtype), after
 
     def denominator(self, counts: torch.Tensor) -> torch.Tensor:
-        """What the linear branch is divided by, where so many tokens were summed."""
+        """What the linear branch is divided by, where so many tokens were summed: (..., 1), or (..., e)."""
+        counts, c = counts.unsqueeze(-1), self.config.chunk_size
         if self.config.linear_norm == "chunk":
-            return torch.full_like(counts, self.config.chunk_size)
+            return torch.full_like(counts, c)
+        if self.config.linear_norm == "fading":
+            kept = kept_shares(self.sizes[0], counts.device)
+            weights = c * (1 - kept ** (counts // c)) / (1 - kept).where(kept < 1, 1)
+            counts = weights.where(kept < 1, counts)
         return counts.clamp(min=1)
+
+    def running_sum(self, kv: torch.Tensor) -> torch.Tensor:
+        """Of every chunk and what is kept of all before it: takes and gives (b, g, s, e)."""
+        if self.config.linear_norm != "fading":
+            return kv.cumsum(1)
+        kept, sums = kept_shares(kv.shape[-1], kv.device).to(kv.dtype), [kv[:, 0]]
+        for chunk in kv[:, 1:].unbind(1):
+            sums.append(torch.addcmul(chunk, sums[-1], kept))
+        return torch.stack(sums, dim=1)
 
     def quadratic(self, new: dict[str, torch.Tensor], rows: Rows, state: dict[str, torch.Tensor]) -> tuple:
         """Attention over the whole row, relu(q k^T / n_ref + bias)^2 v; its state grows."""

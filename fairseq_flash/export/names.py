@@ -35,7 +35,10 @@ NAMES = {
     "norm": ("norm", str),
     "relative_bias": ("relative_bias", str),
     "scaled_sin": ("scaled_sin", bool),
+    "shift_keys": ("shift_keys", bool),
 }
+#: What ``config.json`` of earlier exports does not say, and means.
+UNSAID = {"shift_keys": False}
 #: Options that must have one value, as nothing there computes the others.
 ONLY = {
     "block": "gau",
@@ -86,7 +89,7 @@ def options_of(settings: dict[str, Any], sharing: str) -> dict[str, Any]:
     Raises:
         ValueError: a value is missing or has another type.
     """
-    found = {}
+    found, settings = {}, {**UNSAID, **settings}
     for name, (there, kind) in NAMES.items():
         if type(settings.get(there)) is not kind:
             raise ValueError(f"config.json: {there} is {settings.get(there)!r}; allowed: {kind.__name__}")

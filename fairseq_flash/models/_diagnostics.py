@@ -100,7 +100,7 @@ class Diagnostics(nn.Module):
         def measure_when_it_ends(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             """The hook of the layer itself: its parts have been through by then."""
             with torch.no_grad():
-                for kind, number in measure_layer(layer, args[0], kwargs["rows"], seen):
+                for kind, number in measure_layer(layer, args[0], kwargs, seen):
                     self._found[f"{kind}/{name}"] = number.float()
 
         parts = [part for part in PARTS if hasattr(layer, part)]
@@ -122,19 +122,20 @@ def _forget_unmeasured() -> None:
 
 
 def measure_layer(
-    layer: nn.Module, x: torch.Tensor, rows: Rows, seen: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    layer: nn.Module, x: torch.Tensor, given: dict, seen: dict[str, tuple[torch.Tensor, torch.Tensor]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """What is reported of one layer.
 
     Args:
         layer: A layer of a stack.
         x: Its input, ``(b, n, d)``.
-        rows: The geometry of its rows.
+        given: What it was called with beside: ``rows``, their geometry, and ``state``, if they go on.
         seen: Input and output of its ``PARTS``.
 
     Yields:
         The kind of each number, and the number.
     """
+    rows, before = given["rows"], getattr(given.get("state"), "before", None)
     real = None if rows.padding_mask is None else ~rows.padding_mask
     if "out" in seen:
         yield "branch", size(seen["out"][1], real) / size(x, real)
@@ -147,7 +148,9 @@ def measure_layer(
         yield "gate_negative", (gate < 0).to(gate.dtype).mean()
     if isinstance(layer, GatedAttentionUnit) and "quad" in layer.branches:
         z = nn.functional.silu(seen["uvz"][1][..., 2 * layer.expanded_dim :])
-        yield "sparsity", sparsity(layer, z, rows)
+        # Rows of several processes: reported is of the first one alone, which has their start.
+        before = None if before is None else nn.functional.silu(before)
+        yield "sparsity", sparsity(layer, layer.copies(z, rows, before)[:2], rows)
 
 
 def gate_of(layer: nn.Module, seen: dict) -> Optional[torch.Tensor]:
@@ -170,9 +173,9 @@ def size(x: torch.Tensor, real: Optional[torch.Tensor]) -> torch.Tensor:
     return chosen(x, real).square().mean().sqrt()
 
 
-def sparsity(layer: GatedAttentionUnit, z: torch.Tensor, rows: Rows) -> torch.Tensor:
+def sparsity(layer: GatedAttentionUnit, copies: torch.Tensor, rows: Rows) -> torch.Tensor:
     """Share of exact zeros among the squared-ReLU scores of the quadratic branch that are not masked."""
-    q, k = layer.copies(z, rows)[:2]
+    q, k = copies
     b, n, _ = q.shape
     whole = layer.attention == "quadratic"
     reach = n if whole else layer.chunk_size - 1

@@ -16,7 +16,7 @@ from torch import nn
 
 from fairseq_flash.models.flash_lm import FlashLanguageModel, FlashLanguageModelConfig
 from fairseq_flash.modules import OffsetScale, RotaryBias, ToeplitzBias
-from fairseq_flash.ops import apply_rotary
+from fairseq_flash.ops import apply_rotary, shifted
 
 
 @dataclass
@@ -45,9 +45,9 @@ class ScaledCopies(OffsetScale):
         nn.Module.__init__(self)
         self.gamma, self.beta, self.factor = inner.gamma, inner.beta, factor
 
-    def forward(self, z: torch.Tensor) -> torch.Tensor:
+    def forward(self, z: torch.Tensor, keys: Optional[torch.Tensor] = None) -> torch.Tensor:
         """As OffsetScale."""
-        first, others = super().forward(z).split([1, len(self.gamma) - 1])
+        first, others = super().forward(z, keys).split([1, len(self.gamma) - 1])
         return torch.cat((first * self.factor, others))
 
 
@@ -100,7 +100,9 @@ def _change(block: nn.Module, cfg: AblationConfig) -> None:
         block.copies = types.MethodType(copies_with_plain_linear, block)
 
 
-def copies_with_plain_linear(block: nn.Module, z: torch.Tensor, rows: Any) -> torch.Tensor:
+def copies_with_plain_linear(
+    block: nn.Module, z: torch.Tensor, rows: Any, before: Optional[torch.Tensor] = None
+) -> torch.Tensor:
     """As ``GatedAttentionUnit.copies``, those of the linear branch, the last two, not rotated."""
-    copies = block.offset_scale(z)
+    copies = block.offset_scale(z, shifted(z, before) if block.shift_keys else None)
     return torch.cat((apply_rotary(copies[:-2], rows.cos, rows.sin), copies[-2:]))

@@ -111,7 +111,7 @@ class Windowed(MixedChunk):
         before = torch.cat((kv.new_zeros(len(kv), self.window, *kv.shape[2:]), kv), dim=1)
         sums = before.unfold(1, self.window, 1).sum(dim=-1)
         counts = torch.arange(q.shape[1], device=v.device).clamp(max=self.window).mul(c).unsqueeze(0)
-        denominator = linear_denominator(self.options.linear_norm, c, counts, sums.dtype)
+        denominator = linear_denominator(self.options.linear_norm, c, counts, v.shape[-1], sums.dtype)
         return linear_attention(q, sums, denominator).flatten(1, 2)[:, :n]
 
 
@@ -157,7 +157,8 @@ def change_reading(model: nn.Module, window: Optional[int], plain: bool) -> None
         plain: Whether its queries and keys are not rotated.
 
     Raises:
-        ValueError: the model has no linear branch, or not one of a gated attention unit for ``plain``.
+        ValueError: the model has no linear branch, or not one of a gated attention unit for ``plain``, or a
+            fading one for ``window``.
     """
     blocks = getattr(getattr(model.decoder, "stack", None), "blocks", ())
     blocks = [block for block in blocks if "lin" in getattr(block, "branches", ())]
@@ -165,6 +166,11 @@ def change_reading(model: nn.Module, window: Optional[int], plain: bool) -> None
     if not blocks or (plain and not all(hasattr(block, "copies") for block in blocks)):
         kind = "gated attention units with a linear branch" if plain else "a linear branch"
         raise ValueError(f"{option} needs a model with {kind}, such as flash_lm or flash_global_lm")
+    if window is not None and any(block.linear_norm == "fading" for block in blocks):
+        raise ValueError(
+            "--linear-window is not allowed for a model of --linear-norm fading, whose mean forgets by "
+            "itself; allowed: models of --linear-norm mean or chunk"
+        )
     for block in blocks:
         # The fused operation makes queries and keys, and the sums, for itself.
         block.attend = dataclasses.replace(block.attend, gated=False)

@@ -6,6 +6,7 @@ Errors are relative to the largest logit. Measured: below 20 epsilon of float64,
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 
@@ -40,11 +41,15 @@ CAUSAL = {
     "positions": ("--scaled-sin", "--expansion-factor", "3", "--share-decoder-input-output-embed"),
     "local": ("--attention", "local"),
     "global": ("--attention", "global"),
+    "flash2": ("--shift-keys", "--linear-norm", "fading"),
+    "shifted": ("--shift-keys", "--attention", "local"),
+    "fading": ("--linear-norm", "fading", "--attention", "global"),
     "quadratic": ("--attention", "quadratic", "--n-ref", "7"),
     "quadratic_toeplitz": ("--attention", "quadratic", "--n-ref", "32", "--relative-bias", "toeplitz"),
 }
 MASKED = {
-    **{name: CAUSAL[name] for name in ("mixed_chunk", "chunk_norm", "toeplitz", "local", "global")},
+    **{name: CAUSAL[name] for name in ("mixed_chunk", "chunk_norm", "toeplitz", "local", "shifted")},
+    "global": ("--attention", "global", "--shift-keys"),
     "quadratic": ("--attention", "quadratic"),
     "positions": ("--scaled-sin", "--expansion-factor", "3", "--untie-weights-roberta"),
     "quadratic_toeplitz": CAUSAL["quadratic_toeplitz"],
@@ -87,6 +92,13 @@ def causal(request, tmp_path_factory):
 def flash(tmp_path_factory):
     """As ``causal``, of FLASH alone."""
     model, written = exported(tmp_path_factory.mktemp("flash"), "language_modeling", "flash_lm")
+    return model, loaded(written), written
+
+
+@pytest.fixture(scope="module")
+def flash2(tmp_path_factory):
+    """As ``causal``, of the architecture ``flash2_lm``."""
+    model, written = exported(tmp_path_factory.mktemp("flash2"), "language_modeling", "flash2_lm")
     return model, loaded(written), written
 
 
@@ -144,13 +156,23 @@ def test_pieces_of_any_size_give_the_logits_of_whole_rows(causal, leading):
 
 
 @torch.no_grad()
-def test_the_state_does_not_grow_and_cannot_go_back(flash):
-    sizes = []
-    for length in (1, 9, 90):
-        cache = flash[1](contract.draw(1, length), use_cache=True).past_key_values
-        sizes.append(sum(x.numel() for state in cache.states for x in state.values()))
+def test_padding_between_tokens_is_as_if_it_were_not_there(causal):
+    theirs, tokens = causal[1], contract.draw(2, LONGEST)
+    spread = torch.full((2, 2 * LONGEST), PAD)
+    spread[0, ::2], spread[1, [5, *range(8, 7 + LONGEST)]] = tokens
+    found = theirs(spread, attention_mask=spread.ne(PAD).long()).logits
+    contract.assert_close(found[spread.ne(PAD)].view(2, LONGEST, -1), theirs(tokens).logits)
+
+
+@torch.no_grad()
+def test_the_state_does_not_grow_and_cannot_go_back(flash, flash2):
     s, c, e, layers = 8, 4, 32, 3
-    assert sizes == [layers * (s * e + c * (2 * s + e))] * 3
+    for (_, theirs, _), more in ((flash, 0), (flash2, s)):
+        sizes = []
+        for length in (1, 9, 90):
+            cache = theirs(contract.draw(1, length), use_cache=True).past_key_values
+            sizes.append(sum(x.numel() for state in cache.states for x in state.values()))
+        assert sizes == [layers * (s * e + c * (2 * s + e) + more)] * 3
     with pytest.raises(ValueError, match="cannot go back"):
         cache.crop(-1)
 
@@ -226,6 +248,18 @@ def test_a_checkpoint_comes_back_bit_by_bit(causal, tmp_path):
     assert (tmp_path / "dict.txt").read_bytes() == (written / "dict.txt").read_bytes()
 
 
+def test_an_export_of_before_there_were_shifted_keys_is_read(flash, tmp_path):
+    shutil.copytree(flash[2], tmp_path / "old")
+    config = tmp_path / "old" / "config.json"
+    settings = json.loads(config.read_text())
+    del settings["shift_keys"]
+    config.write_text(json.dumps(settings))
+    assert_equal_logits(flash[0], loaded(tmp_path / "old"), padded())
+    import_folder(tmp_path / "old", tmp_path / "back" / "back.pt")
+    back, _, _ = load_model(tmp_path / "back" / "back.pt", None)
+    assert back.trained_with == flash[0].trained_with
+
+
 def test_what_transformers_has_saved_comes_back(flash, tmp_path):
     loaded(flash[2], dtype=torch.float32).save_pretrained(tmp_path / "saved")
     tokenizer = transformers.AutoTokenizer.from_pretrained(flash[2], trust_remote_code=True)
@@ -269,9 +303,10 @@ def test_it_trains_and_its_loss_is_the_cross_entropy(flash):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("arch", ["flash", "flash2"])
 @torch.no_grad()
-def test_half_precision_is_as_near_as_ours(flash, dtype):
-    model, _, written = flash
+def test_half_precision_is_as_near_as_ours(request, arch, dtype):
+    model, _, written = request.getfixturevalue(arch)
     tokens = contract.draw(2, LONGEST)
     expected = model(tokens)[0]
     ours = model.to(dtype)(tokens)[0].double() - expected

@@ -22,6 +22,7 @@ SMALL = ("--embed-dim", "32", "--layers", "2", "--attention-dim", "16")
 TOLERANCE = 8 * torch.finfo(torch.float32).eps
 SYSTEMS = {
     "flash_lm_tiny": {"branch", "gate_mean", "gate_std", "gate_negative", "sparsity"},
+    "flash2_lm_tiny": {"branch", "gate_mean", "gate_std", "gate_negative", "sparsity"},
     "flash_quad_lm_tiny": {"branch", "gate_mean", "gate_std", "gate_negative", "sparsity"},
     "flash_local_lm_tiny": {"branch", "gate_mean", "gate_std", "gate_negative", "sparsity"},
     "flash_global_lm_tiny": {"branch", "gate_mean", "gate_std", "gate_negative"},
@@ -107,6 +108,25 @@ def test_sparsity_of_rows_that_go_on_counts_from_their_own_chunks(health):
         memory.announce(["a"], ["a"])
         found = report(model, random_tokens(1, 5), update, memory=memory)
         assert found["sparsity/layer0"] == pytest.approx(share_of_distant(*lengths), rel=1e-6)
+
+
+def test_shifted_keys_of_rows_that_go_on_are_of_the_token_before(health):
+    """Scores that depend on the base alone, of a row that its second half goes on with."""
+    model, n = build(health, "flash2_lm_tiny", *ON, "--chunk-size", "64"), 24
+    layer, tokens, memory, bases = model.decoder.stack.blocks[0], random_tokens(1, 2 * n), RowMemory(), []
+    torch.nn.init.normal_(layer.offset_scale.gamma)
+    torch.nn.init.zeros_(layer.bias.a)
+    handle = layer.uvz.register_forward_hook(lambda module, args, output: bases.append(output))
+    model(tokens)
+    handle.remove()
+    z = torch.nn.functional.silu(bases[0][..., 2 * layer.expanded_dim :])
+    _, rows = align_rows(z, None, None, 16, torch.float64)
+    (q, k), at = layer.copies(z, rows)[:2, :, n:], rows.positions.expand(1, -1)[:, n:]
+    seen = layer.scores(q, k, (at, at), rows)[torch.ones(1, n, n).tril() == 1]
+    for update, piece in enumerate(tokens.split(n, dim=1)):
+        memory.announce(["a"], ["a"])
+        found = report(model, piece, update, memory=memory)
+    assert found["sparsity/layer0"] == pytest.approx((seen <= 0).double().mean().item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("attention", ["mixed_chunk", "quadratic"])

@@ -11,8 +11,15 @@ from support import oracle
 TOLERANCE = 256 * torch.finfo(torch.float64).eps  # relative; measured: 10 eps
 S, E, C = 4, 6, 4
 BRANCHES = {"mixed": ("quad", "lin"), "local": ("quad",), "global": ("lin",)}
+#: Those whose keys have a base of their own.
+SHIFTED = {"shifted": "mixed", "shifted_local": "local", "shifted_global": "global"}
+BRANCHES |= {name: BRANCHES[kind] for name, kind in SHIFTED.items()}
 every_kind = pytest.mark.parametrize("kind", BRANCHES)
 both_directions = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+#: Whether causal, and the norm.
+MEANS = {"causal": (True, "mean"), "bidirectional": (False, "mean"), "fading": (True, "fading")}
+every_mean = pytest.mark.parametrize(("causal", "linear_norm"), MEANS.values(), ids=MEANS)
+CHUNKS = {"causal-chunk": (True, "chunk"), "bidirectional-chunk": (False, "chunk")}
 
 
 def draw(kind, b, n, lengths=None):
@@ -20,9 +27,9 @@ def draw(kind, b, n, lengths=None):
     angles = ops.rotary_angles(torch.arange(n), S, torch.float64)
     c = min(C, n)
     bias = torch.randn(c, c) if "quad" in BRANCHES[kind] else None
-    return ops.Projected(
-        torch.randn(b, n, 2 * E + S), torch.randn(copies, S), torch.randn(copies, S), *angles, bias, lengths
-    )
+    keys = torch.randn(b, n, S) if kind in SHIFTED else None
+    uvz, gamma, beta = torch.randn(b, n, 2 * E + S), torch.randn(copies, S), torch.randn(copies, S)
+    return ops.Projected(uvz, gamma, beta, *angles, bias, lengths, keys)
 
 
 def runs_here(name):
@@ -48,9 +55,10 @@ def run(projected, options, backend, carry=None):
 def expected(projected, options, row, n):
     """The oracle of the first ``n`` tokens of a row."""
     u, v, z = torch.nn.functional.silu(projected.uvz[row, :n]).split([E, E, S], dim=-1)
+    keys = z if projected.keys is None else torch.nn.functional.silu(projected.keys[row, :n])
     copies = [
-        torch.stack([oracle.rotary(gamma * z_i + beta, i) for i, z_i in enumerate(z)])
-        for gamma, beta in zip(projected.gamma, projected.beta, strict=True)
+        torch.stack([oracle.rotary(gamma * z_i + beta, i) for i, z_i in enumerate(keys if h % 2 else z)])
+        for h, (gamma, beta) in enumerate(zip(projected.gamma, projected.beta, strict=True))
     ]
     given = dict(zip(options.branches, (copies[:2], copies[2:]), strict=False))
     pairs = [*given.get("quad", (None, None)), *given.get("lin", (None, None))]
@@ -62,8 +70,9 @@ def expected(projected, options, row, n):
 
 @each_backend
 @every_kind
-@both_directions
-@pytest.mark.parametrize("linear_norm", ["chunk", "mean"])
+@pytest.mark.parametrize(
+    ("causal", "linear_norm"), [*MEANS.values(), *CHUNKS.values()], ids=[*MEANS, *CHUNKS]
+)
 @pytest.mark.parametrize("n", [1, 3, 4, 7, 8, 13])
 def test_a_padded_batch_is_the_oracle_of_each_row(backend, kind, causal, linear_norm, n):
     lengths = torch.tensor([n, max(1, n - 2), 0])
@@ -78,23 +87,28 @@ def test_a_padded_batch_is_the_oracle_of_each_row(backend, kind, causal, linear_
 
 @each_backend
 @every_kind
-@both_directions
-def test_lengths_that_leave_nothing_out_change_no_bit(backend, kind, causal):
-    projected, options = draw(kind, 2, 11), options_of(kind, causal)
+@every_mean
+def test_lengths_that_leave_nothing_out_change_no_bit(backend, kind, causal, linear_norm):
+    projected, options = draw(kind, 2, 11), options_of(kind, causal, linear_norm)
     full = projected._replace(lengths=torch.tensor([11, 11]))
     assert torch.equal(run(full, options, backend), run(projected, options, backend))
 
 
 @each_backend
 @every_kind
-@both_directions
-def test_a_row_in_two_segments_is_the_whole_row_once_the_carry_goes_along(backend, kind, causal):
+@every_mean
+def test_a_row_in_two_segments_is_the_whole_row_once_the_carry_goes_along(backend, kind, causal, linear_norm):
     """Each segment is carried what the linear branch sees of the other one."""
     n, cut = 13, 8
-    projected, options = draw(kind, 2, n), options_of(kind, causal)
+    projected, options = draw(kind, 2, n), options_of(kind, causal, linear_norm)
     whole = run(projected, options, backend)
     segments = [
-        projected._replace(uvz=projected.uvz[:, part], cos=projected.cos[part], sin=projected.sin[part])
+        projected._replace(
+            uvz=projected.uvz[:, part],
+            cos=projected.cos[part],
+            sin=projected.sin[part],
+            keys=None if projected.keys is None else projected.keys[:, part],
+        )
         for part in (slice(0, cut), slice(cut, n))
     ]
     carries = [carry_of(segment, options) for segment in segments]
@@ -104,28 +118,37 @@ def test_a_row_in_two_segments_is_the_whole_row_once_the_carry_goes_along(backen
 
 
 def carry_of(projected, options):
-    """The linear branch's sum over all tokens."""
+    """The linear branch's sum over all tokens, as the next chunk sees it."""
     b, n, _ = projected.uvz.shape
     _, v, z = ops.split_silu(projected.uvz, [E, E, S])
     if "lin" not in options.branches:
         return None
-    k_lin = ops.rotated_copies(z, *projected[1:5])[-1]
+    keys = None if projected.keys is None else torch.nn.functional.silu(projected.keys)
+    k_lin = ops.rotated_copies(z, *projected[1:5], keys)[-1]
+    if options.linear_norm == "fading":
+        chunks_between = (n - 1) // C - torch.arange(n) // C
+        v = v * 0.5 ** (chunks_between.unsqueeze(1) / oracle.fading_half_lives(E))
     return ops.Carry(torch.einsum("bns,bne->bse", k_lin, v), torch.full((b,), n))
 
 
 @each_backend
 @every_kind
-@both_directions
-def test_gradients_pass_gradcheck(backend, kind, causal):
-    projected, options = draw(kind, 2, 7, torch.tensor([7, 5])), options_of(kind, causal)
-    real = (torch.arange(7) < projected.lengths.unsqueeze(1)).unsqueeze(-1)
-    tensors = [x for x in (projected.uvz, projected.gamma, projected.beta, projected.bias) if x is not None]
+@every_mean
+@pytest.mark.parametrize("n", [7, 14])
+def test_gradients_pass_gradcheck(backend, kind, causal, linear_norm, n):
+    projected = draw(kind, 2, n, torch.tensor([n, n - 2]))
+    options = options_of(kind, causal, linear_norm)
+    real = (torch.arange(n) < projected.lengths.unsqueeze(1)).unsqueeze(-1)
+    names = [
+        name for name in ("uvz", "gamma", "beta", "bias", "keys") if getattr(projected, name) is not None
+    ]
 
-    def function(uvz, gamma, beta, bias=None):
-        given = projected._replace(uvz=uvz, gamma=gamma, beta=beta, bias=bias)
+    def function(*tensors):
+        given = projected._replace(**dict(zip(names, tensors, strict=True)))
         return run(given, options, backend) * real
 
-    assert torch.autograd.gradcheck(function, [x.requires_grad_() for x in tensors])
+    tensors = [getattr(projected, name).requires_grad_() for name in names]
+    assert torch.autograd.gradcheck(function, tensors, fast_mode=n > 7)
 
 
 @each_backend
@@ -134,6 +157,7 @@ def test_gradients_pass_gradcheck(backend, kind, causal):
 def test_rows_of_no_tokens_give_an_empty_result(backend, kind, causal):
     projected, options = draw(kind, 2, 1), options_of(kind, causal)
     empty = projected._replace(uvz=projected.uvz[:, :0], cos=projected.cos[:0], sin=projected.sin[:0])
+    empty = empty._replace(keys=None if empty.keys is None else empty.keys[:, :0])
     assert run(empty, options, backend).shape == (2, 0, E)
     none = torch.zeros(2, 0, S)
     pairs = [ops.Pair(none, none) if name in options.branches else None for name in ("quad", "lin")]
@@ -149,9 +173,9 @@ def test_sizes_that_do_not_fit_are_refused_by_name():
 
 
 @each_backend
-@both_directions
-def test_what_is_carried_in_has_the_reference_s_gradient(backend, causal):
-    projected, options = draw("mixed", 2, 11, torch.tensor([11, 6])), options_of("mixed", causal)
+@every_mean
+def test_what_is_carried_in_has_the_reference_s_gradient(backend, causal, linear_norm):
+    projected, options = draw("mixed", 2, 11, torch.tensor([11, 6])), options_of("mixed", causal, linear_norm)
     real = (torch.arange(11) < projected.lengths.unsqueeze(1)).unsqueeze(-1)
     kv_sum = torch.randn(2, S, E).requires_grad_()
     carry, d_out = ops.Carry(kv_sum, torch.tensor([4, 8])), torch.randn(2, 11, E) * real
@@ -180,11 +204,13 @@ def test_leaving_out_blocks_above_the_diagonal_changes_nothing(monkeypatch, bloc
 
 @every_kind
 def test_the_fast_path_keeps_as_many_bytes_as_it_says(kind):
-    """3e + s + s e / c numbers a token, without the linear branch 3e + s; the reference keeps far more."""
+    """3e + s + s e / c numbers a token, without the linear branch 3e + s; the reference keeps far more.
+
+    Keys with a base of their own are s more."""
     n = 16 * C
-    projected, options = draw(kind, 2, n), options_of(kind)
+    projected, options = draw(kind, 2, n), options_of(kind, linear_norm="fading")
     projected.uvz.requires_grad_()
-    stated = 3 * E + S + (S * E / C if "lin" in options.branches else 0)
+    stated = 3 * E + S + (S * E / C if "lin" in options.branches else 0) + (S if kind in SHIFTED else 0)
     kept = {}
 
     def keep(tensor):
@@ -193,5 +219,5 @@ def test_the_fast_path_keeps_as_many_bytes_as_it_says(kind):
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         run(projected, options, "recomputed")
-    small = sum(x.nbytes for x in projected[1:] if x is not None)
+    small = sum(x.nbytes for x in projected[1:-1] if x is not None)
     assert sum(kept.values()) <= 8 * 2 * n * stated + small

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import ablate
+from fairseq_flash.ops import shifted
 from runs import ablation as plans
 from runs.provenance import data_name
 from support import tools
@@ -138,12 +139,13 @@ def test_both_biases_start_as_the_same_hill(build, kind):
     assert torch.allclose(bias.matrix(40), expected, atol=1e-6)
 
 
-def test_scores_and_positions_change_where_the_options_say(build):
-    tokens = torch.randint(4, 300, (1, 24))
-    plain, turned = build("--chunk-size", "8"), build("--chunk-size", "8", "--plain-linear")
+@pytest.mark.parametrize("shift", [(), ("--shift-keys",)])
+def test_scores_and_positions_change_where_the_options_say(build, shift):
+    tokens, size = torch.randint(4, 300, (1, 24)), ("--chunk-size", "8", *shift)
+    plain, turned = build(*size), build(*size, "--plain-linear")
     z = torch.randn(1, 24, 16)
     seen = []
-    for stack in (plain, turned, build("--chunk-size", "8", "--score-scale", "0.5")):
+    for stack in (plain, turned, build(*size, "--score-scale", "0.5")):
         block = stack.blocks[0]
         hook = block.register_forward_hook(
             lambda block, args, kwargs, out: seen.append(block.copies(z, kwargs["rows"])), with_kwargs=True
@@ -152,7 +154,8 @@ def test_scores_and_positions_change_where_the_options_say(build):
         hook.remove()
     usual, unrotated, scaled = seen
     assert torch.equal(usual[:2], unrotated[:2])
-    assert torch.equal(unrotated[2:], turned.blocks[0].offset_scale(z)[2:])
+    keys = shifted(z) if shift else None
+    assert torch.equal(unrotated[2:], turned.blocks[0].offset_scale(z, keys)[2:])
     assert not torch.allclose(usual[2:], unrotated[2:])
     assert torch.allclose(scaled[0], 0.5 * usual[0])
     assert torch.equal(scaled[1:], usual[1:])

@@ -89,3 +89,24 @@ def test_data_that_are_none_are_named(data_bin, checkpoint, capsys, command, wor
     with pytest.raises(SystemExit):
         main(["--data", str(data_bin), "--checkpoints", str(checkpoint), "--device", "cpu", *words])
     assert re.search(r"error: --data \S+ has no .*\.idx; allowed: ", capsys.readouterr().err)
+
+
+def test_shifted_keys_are_read_plain_and_a_fading_branch_has_no_window(data_bin, tmp_path):
+    small = ("--embed-dim", "32", "--layers", "2", "--attention-dim", "16", "--chunk-size", "8")
+    tools.train(data_bin, tmp_path, "--arch", "flash2_lm_tiny", *small, updates=2)
+    words = [
+        "--data",
+        str(data_bin),
+        "--checkpoints",
+        str(tmp_path / "checkpoint_last.pt"),
+        "--device",
+        "cpu",
+    ]
+    words += ["--split", "valid", "--lengths", "32", "--output", str(tmp_path / "out.csv")]
+    for change in ((), ("--plain-linear",), ("--linear-window", "2")):
+        extrapolate.main([*words, *change])
+    with (tmp_path / "out.csv").open(newline="") as stream:
+        found = [row for row in csv.DictReader(stream) if row["positions"] == "all"]
+    assert [row["status"] for row in found[:2]] == ["ok", "ok"]
+    assert found[0]["loss"] != found[1]["loss"]
+    assert "--linear-norm fading" in found[2]["status"]

@@ -12,6 +12,7 @@ import torch
 from fairseq import checkpoint_utils
 
 import yardsticks
+from fairseq_flash.modules import GatedAttentionUnit, align_rows
 from fairseq_flash.ops import Options, Pair
 from runs import reading
 from support import tools
@@ -236,6 +237,31 @@ def test_a_window_over_everything_changes_nothing_and_a_narrow_one_does(data_bin
     narrow = model.decoder.extract_features(rows)[0]
     torch.testing.assert_close(narrow[:, :24], wide[:, :24])
     assert not torch.allclose(narrow[:, 24:], wide[:, 24:])
+
+
+def fading_unit(shift_keys=True):
+    """A unit of the linear branch alone, and a model of it."""
+    sizes = dict(attention="global", attention_dim=8, chunk_size=4)
+    unit = GatedAttentionUnit(16, **sizes, shift_keys=shift_keys, linear_norm="fading").double().eval()
+    return unit, SimpleNamespace(decoder=SimpleNamespace(stack=SimpleNamespace(blocks=[unit])))
+
+
+@pytest.mark.parametrize("shift_keys", [False, True])
+def test_a_plain_branch_reads_as_if_all_tokens_stood_at_position_zero(shift_keys):
+    unit, model = fading_unit(shift_keys)
+    x, rows = align_rows(torch.randn(2, 13, 16, dtype=torch.float64), None, None, 8, torch.float64)
+    nowhere = rows._replace(cos=torch.ones_like(rows.cos), sin=torch.zeros_like(rows.sin))
+    expected, turned = unit(x, rows=nowhere)[0], unit(x, rows=rows)[0]
+    reading.change_reading(model, None, True)
+    torch.testing.assert_close(unit(x, rows=rows)[0], expected)
+    assert not torch.allclose(turned, expected)
+
+
+def test_a_window_of_a_fading_branch_is_refused_by_name():
+    with pytest.raises(
+        ValueError, match="--linear-window is not allowed for a model of --linear-norm fading"
+    ):
+        reading.change_reading(fading_unit()[1], 2, False)
 
 
 def test_a_reading_that_a_model_cannot_do_is_refused_by_name():

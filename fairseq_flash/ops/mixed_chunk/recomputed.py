@@ -1,9 +1,9 @@
 """The fast path in PyTorch: keeps pre-activations and what is dear, and computes the rest again.
 
 Kept for the backward pass are ``uvz``, the output before the gate (up to ``c + s`` multiply-adds a number)
-and the sums that the chunks read (``c`` multiply-adds a number): ``3e + s + s e / c`` numbers a token.
-Autograd on the reference keeps both sides of every SiLU, product and sum. SiLU, the rotated copies and the
-scores are computed again.
+and the sums that the chunks read (``c`` multiply-adds a number): ``3e + s + s e / c`` numbers a token, and
+``s`` more of keys with a base of their own. Autograd on the reference keeps both sides of every SiLU, product
+and sum. SiLU, the rotated copies and the scores are computed again.
 
 Scores above the diagonal are left out block by block, nobody sums the last chunk of a causal row, the running
 sum is added up in place, and gradients are written where they belong: no concatenation, no zeros to add to.
@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fairseq_flash.ops.mixed_chunk.gated import Projected
+from fairseq_flash.ops.mixed_chunk.in_place import add_or_put, add_product, rotated
 from fairseq_flash.ops.mixed_chunk.inputs import Carry, Options
-from fairseq_flash.ops.mixed_chunk.linear import linear_denominator
+from fairseq_flash.ops.mixed_chunk.linear import kept_of_chunks, linear_denominator
+from fairseq_flash.ops.mixed_chunk.state import in_columns
 from fairseq_flash.ops.positions import trailing_padding
 from fairseq_flash.ops.precision import widened
 
@@ -40,8 +42,6 @@ def objections(projected: Projected, options: Options) -> list[str]:
         found.append(f"uvz is on {uvz.device.type}; this path was measured to win on a CPU alone")
     if uvz.dtype not in (torch.float32, torch.float64, torch.bfloat16):
         found.append(f"uvz is {uvz.dtype}, whose squared scores would overflow")
-    if projected.keys is not None or options.linear_norm == "fading":
-        found.append("shifted keys and fading means are the reference's alone")
     if options.softmax or options.dropout:
         found.append("softmax and dropout are the reference's alone")
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
@@ -51,21 +51,23 @@ def objections(projected: Projected, options: Options) -> list[str]:
 
 def run(projected: Projected, options: Options, carry: Optional[Carry]) -> Tensor:
     """As :func:`~fairseq_flash.ops.gated_mixed_chunk`; computes in the dtype of ``uvz``, sums in float32."""
-    uvz, gamma, beta, cos, sin, bias, lengths, _ = projected
+    uvz, gamma, beta, cos, sin, bias, lengths, keys = projected
     n = uvz.shape[1]
     if n == 0:
         return uvz[..., : (uvz.shape[2] - gamma.shape[1]) // 2]
     missing = -n % min(options.chunk_size, n)
     if missing:
         # Zeros need no mask: their values are silu(0) = 0.
-        uvz, cos, sin = (nn.functional.pad(x, (0, 0, 0, missing)) for x in (uvz, cos, sin))
+        uvz, cos, sin, keys = (
+            x if x is None else nn.functional.pad(x, (0, 0, 0, missing)) for x in (uvz, cos, sin, keys)
+        )
     kv_sum, count = (None, None) if carry is None else carry
     if lengths is None and not options.causal:
         lengths = uvz.new_full((uvz.shape[0],), n, dtype=torch.long)
     # Under autocast they are as wide as the weights.
     gamma, beta = gamma.to(uvz.dtype), beta.to(uvz.dtype)
     fixed = _Fixed(options, min(options.chunk_size, n))
-    given = _Given(uvz, gamma, beta, bias, kv_sum, cos, sin, lengths, count, fixed)
+    given = _Given(uvz, keys, gamma, beta, bias, kv_sum, cos, sin, lengths, count, fixed)
     return _Recomputed.apply(*given)[:, :n]
 
 
@@ -78,6 +80,7 @@ class _Given(NamedTuple):
     """What autograd is given, in this order: the gradients come in the same."""
 
     uvz: Tensor
+    keys: Optional[Tensor]
     gamma: Tensor
     beta: Tensor
     bias: Optional[Tensor]
@@ -112,24 +115,28 @@ class _Grid:
     """Rows as chunks, and what is cheap to compute of them: made anew in each pass."""
 
     def __init__(self, given: _Given) -> None:
-        uvz, gamma, beta, bias, self.kv_sum, cos, sin, lengths, count, (self.options, c) = given
+        uvz, self.keys, gamma, beta, bias, self.kv_sum, cos, sin, lengths, count, fixed = given
+        self.options, c = fixed
         s, self.c, self.causal = gamma.shape[1], c, self.options.causal
         self.e = e = (uvz.shape[2] - s) // 2
         self.uvz, self.gamma, self.angles = uvz, gamma, (cos, sin)
         self.u, self.v_pre, self.z_pre = uvz.unflatten(1, (-1, c)).split([e, e, s], dim=-1)
-        self.v, self.z, self.padding = _silu(self.v_pre), _silu(uvz[..., 2 * e :]), None
+        self.v, self.bases, self.padding = _silu(self.v_pre), _silu(uvz[None, ..., 2 * e :]), None
+        if self.keys is not None:
+            self.bases = torch.cat((self.bases, _silu(self.keys[None])))
         if lengths is not None:
             self.padding = trailing_padding(lengths, uvz.shape[1]).view(*self.v.shape[:3], 1)
             self.v.masked_fill_(self.padding, 0)
-        copies = torch.addcmul(beta[:, None, None], self.z, gamma[:, None, None])
-        copies = _rotated(copies, cos, sin).unflatten(2, (-1, c))
-        pairs = dict(zip(self.options.branches, copies.unflatten(0, (-1, 2)), strict=True))
+        gamma, beta = (x.view(-1, 2, 1, 1, s) for x in (gamma, beta))
+        copies = rotated(torch.addcmul(beta, self.bases, gamma), cos, sin).unflatten(3, (-1, c))
+        pairs = dict(zip(self.options.branches, copies, strict=True))
         self.quad, self.lin = pairs.get("quad"), pairs.get("lin")
         if self.quad is not None:
             hidden = torch.ones(c, c, dtype=torch.bool, device=bias.device).triu(1)
             self.bias = (bias.masked_fill(hidden, -torch.inf) if self.causal else bias).to(uvz.dtype)
         if self.lin is not None:
             self.denominators = self._denominators(lengths, count)
+            self.kept = kept_of_chunks(self.options.linear_norm, e, uvz.device)
 
     def attend(self) -> tuple[Tensor, Optional[Tensor]]:
         """The output before the gate (b, g, c, e), and what the chunks read, (g or 1, b, s, e)."""
@@ -145,7 +152,7 @@ class _Grid:
         return out, sums
 
     def gradients(self, d_gated: Tensor, out: Tensor, sums: Optional[Tensor]) -> Gradients:
-        """Gradients of uvz, gamma, beta, bias and kv_sum."""
+        """Gradients of uvz, keys, gamma, beta, bias and kv_sum."""
         d_gated = d_gated.unflatten(1, (-1, self.c))
         d_uvz = torch.empty_like(self.uvz)
         d_u, d_v_pre, d_z_pre = d_uvz.unflatten(1, (-1, self.c)).split(
@@ -164,9 +171,10 @@ class _Grid:
         if self.padding is not None:
             d_v.masked_fill_(self.padding, 0)
         _silu_backward(d_v, self.v_pre, grad_input=d_v_pre)
-        d_z, d_gamma, d_beta = self._offset_scale_gradients(torch.stack(d_copies).flatten(2, 3))
+        (d_z, *d_base), d_gamma, d_beta = self._offset_scale_gradients(torch.stack(d_copies).flatten(2, 3))
         _silu_backward(d_z.unflatten(1, (-1, self.c)), self.z_pre, grad_input=d_z_pre)
-        return d_uvz, d_gamma, d_beta, d_bias, d_kv_sum
+        d_keys = None if self.keys is None else _silu_backward(*d_base, self.keys)
+        return d_uvz, d_keys, d_gamma, d_beta, d_bias, d_kv_sum
 
     def _quad_gradients(self, d_out: Tensor, d_v: Tensor) -> Gradients:
         (q, k), v = (x.flatten(0, 1) for x in self.quad), self.v.flatten(0, 1)
@@ -180,8 +188,8 @@ class _Grid:
             half = torch.bmm(d_out[:, rows], v[:, columns].transpose(1, 2)).mul_(relu)
             d_bias[rows, columns] = half.sum(0, dtype=d_bias.dtype).mul_(2)
             torch.bmm(half, k[:, columns] * scale, out=d_q[:, rows])
-            _add_or_put(d_k, columns, half.transpose(1, 2), q[:, rows] * scale)
-            _add_or_put(d_v, columns, relu.square_().transpose(1, 2), d_out[:, rows])
+            add_or_put(d_k, columns, half.transpose(1, 2), q[:, rows] * scale)
+            add_or_put(d_v, columns, relu.square_().transpose(1, 2), d_out[:, rows])
         return d_q.view_as(self.quad[0]), d_k.view_as(self.quad[1]), d_bias
 
     def _lin_gradients(self, d_out: Tensor, d_v: Tensor, sums: Tensor) -> Gradients:
@@ -195,16 +203,20 @@ class _Grid:
             torch.bmm(d_reached, seen.transpose(1, 2), out=d_queries)
         d_sum = torch.zeros_like(sums[0], dtype=widened(q.dtype))
         if not self.causal:
-            _add_product(d_sum, q.flatten(1, 2).transpose(1, 2), d_out.flatten(1, 2))
+            add_product(d_sum, q.flatten(1, 2).transpose(1, 2), d_out.flatten(1, 2))
             d_sum.div_(self.denominators[0])
             self._summary_gradients(d_sum, *(x.flatten(1, 2) for x in (k, self.v, d_k, d_v)))
             return d_q, d_k, d_sum if self.kv_sum is not None else None
         for g in reversed(range(len(sums))):
             if g < len(sums) - 1:
                 self._summary_gradients(d_sum, k[:, g], self.v[:, g], d_k[:, g], d_v[:, g])
+            self._fade(d_sum)
             if g > 0 or self.kv_sum is not None:
-                narrow = (q[:, g] / self.denominators[g]).to(q.dtype)
-                _add_product(d_sum, narrow.transpose(1, 2), d_out[:, g])
+                # Divided is the narrower one, but for columns with divisors of their own.
+                divided = q if self.kept is None else d_out
+                narrow = (divided[:, g] / self.denominators[g]).to(q.dtype)
+                pair = (narrow, d_out[:, g]) if self.kept is None else (q[:, g], narrow)
+                add_product(d_sum, pair[0].transpose(1, 2), pair[1])
         return d_q, d_k, d_sum if self.kv_sum is not None else None
 
     @staticmethod
@@ -214,14 +226,19 @@ class _Grid:
         d_v.baddbmm_(k, d_sum)
         torch.bmm(v, d_sum.transpose(1, 2), out=d_k)
 
-    def _offset_scale_gradients(self, d_copies: Tensor) -> Gradients:
+    def _offset_scale_gradients(self, d_copies: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Of the bases, (b, n, s) each, gamma and beta."""
         cos, sin = self.angles
-        d_copies = _rotated(d_copies, cos, -sin)
-        d_gamma = torch.stack([(copy * self.z).sum((0, 1)) for copy in d_copies])
-        d_z = d_copies[0] * self.gamma[0]
-        for copy, scale in zip(d_copies[1:], self.gamma[1:], strict=True):
-            d_z.addcmul_(copy, scale)
-        return d_z, d_gamma, d_copies.sum((1, 2))
+        d_copies = rotated(d_copies, cos, -sin)
+        d_bases, d_gamma = [], torch.empty_like(self.gamma)
+        for first, base in enumerate(self.bases):
+            own = slice(first, None, len(self.bases))
+            d_gamma[own] = torch.stack([(copy * base).sum((0, 1)) for copy in d_copies[own]])
+            d_base, *others = zip(d_copies[own], self.gamma[own], strict=True)
+            d_bases.append(torch.mul(*d_base))
+            for copy, scale in others:
+                d_bases[-1].addcmul_(copy, scale)
+        return d_bases, d_gamma, d_copies.sum((1, 2))
 
     def _blocks(self) -> Iterator[tuple[slice, slice]]:
         """Queries, and the keys that they see, of the quadratic branch."""
@@ -250,18 +267,24 @@ class _Grid:
         if self.kv_sum is not None:
             total += self.kv_sum
         if not self.causal:
-            _add_product(total, k.flatten(1, 2).transpose(1, 2), v.flatten(1, 2))
+            add_product(total, k.flatten(1, 2).transpose(1, 2), v.flatten(1, 2))
             # The sum grows with the position: divided before it is narrowed.
             return total.div_(self.denominators[0]).to(v.dtype).unsqueeze(0)
         sums = v.new_empty(g, b, s, self.e)
         for index in range(g):
             if index > 0:
-                _add_product(total, k[:, index - 1].transpose(1, 2), v[:, index - 1])
+                self._fade(total)
+                add_product(total, k[:, index - 1].transpose(1, 2), v[:, index - 1])
             sums[index] = total / self.denominators[index]
         return sums
 
+    def _fade(self, total: Tensor) -> None:
+        """What a sum (b, s, e), or its gradient, keeps across a chunk's border."""
+        if self.kept is not None:
+            total.mul_(in_columns(self.kept, total))
+
     def _denominators(self, lengths: Optional[Tensor], count: Optional[Tensor]) -> Tensor:
-        """Of every chunk, or of the whole row: (g or 1, b or 1, 1, 1)."""
+        """Of every chunk, or of the whole row: (g or 1, b or 1, 1, 1 or e)."""
         device = self.v.device
         counts = torch.arange(self.v.shape[1], device=device).view(-1, 1) * self.c
         if not self.causal:
@@ -270,28 +293,3 @@ class _Grid:
             counts = counts + count
         options, wide = self.options, widened(self.v.dtype)
         return linear_denominator(options.linear_norm, options.chunk_size, counts, self.e, wide).unsqueeze(2)
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """As ``apply_rotary``, written half by half into the result."""
-    wide = x.to(torch.promote_types(x.dtype, cos.dtype))
-    out = torch.empty_like(wide)
-    (x1, x2), (y1, y2) = wide.chunk(2, dim=-1), out.chunk(2, dim=-1)
-    torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-1)
-    torch.mul(x2, cos, out=y2).addcmul_(x1, sin)
-    return out.to(x.dtype)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """A product of narrower tensors is rounded once, the sum never."""
-    if a.dtype == total.dtype:
-        total.baddbmm_(a, b)
-    else:
-        total.add_(torch.bmm(a, b))
-
-
-def _add_or_put(total: Tensor, columns: slice, a: Tensor, b: Tensor) -> None:
-    if columns.stop == total.shape[1]:
-        torch.bmm(a, b, out=total)
-    else:
-        total[:, columns].baddbmm_(a, b)
