@@ -162,9 +162,9 @@ def mixed_chunk_attention(
 
 def fading_half_lives(e: int) -> torch.Tensor:
     """In chunks, of each column (e,): h = gcd(16, e) groups of e / h columns, group p of them
-    64^(p / (h - 2)), the last one endless; 1 if there are two groups."""
+    16^(p / (h - 1)); 1 if there is one group."""
     h = math.gcd(16, e)
-    lives = [64.0 ** (p / (h - 2) if h > 2 else 0) for p in range(h - 1)] + [math.inf]
+    lives = [16.0 ** (p / (h - 1) if h > 1 else 0) for p in range(h)]
     return torch.tensor([lives[x // (e // h)] for x in range(e)], dtype=torch.float64)
 
 

@@ -19,8 +19,8 @@ __all__ = [
 ]
 
 LINEAR_NORMS = ("chunk", "mean", "fading")
-#: Of a fading mean: groups of values at most, and the chunks after which the slowest but one has lost half.
-GROUPS, LONGEST = 16, 64
+#: Of a fading mean: groups of values at most, and the chunks after which the slowest has lost half.
+GROUPS, LONGEST = 16, 16
 #: Chunks whose weights are one matrix.
 BLOCK = 64
 
@@ -45,8 +45,8 @@ def chunk_summaries(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 def kept_of_chunks(linear_norm: str, e: int, device: torch.device) -> Optional[torch.Tensor]:
     """What weight an earlier chunk keeps when another one has passed, group by group of the values.
 
-    Half-lives grow evenly in scale from one chunk to ``LONGEST`` chunks; the last group forgets nothing. They
-    are fixed, and count chunks: a token's weight depends on its chunk alone.
+    Half-lives grow evenly in scale from one chunk to ``LONGEST`` chunks. They are fixed, and count chunks: a
+    token's weight depends on its chunk alone.
 
     Args:
         linear_norm: One of ``LINEAR_NORMS``.
@@ -62,8 +62,8 @@ def kept_of_chunks(linear_norm: str, e: int, device: torch.device) -> Optional[t
     if linear_norm != "fading":
         return None
     groups = math.gcd(GROUPS, e)
-    scale = torch.linspace(0, 1, groups - 1, dtype=torch.float64, device=device)
-    return torch.nn.functional.pad(0.5 ** (1 / LONGEST**scale), (0, 1), value=1.0)
+    scale = torch.linspace(0, 1, groups, dtype=torch.float64, device=device)
+    return 0.5 ** (1 / LONGEST**scale)
 
 
 @without_autocast
@@ -132,9 +132,8 @@ def linear_denominator(
         return torch.full_like(count, chunk_size, dtype=dtype)
     kept = kept_of_chunks(linear_norm, e, count.device)
     if kept is not None:
-        fades = kept < 1
-        weights = chunk_size * (1 - kept ** (count // chunk_size)) / (1 - kept).where(fades, 1)
-        count = weights.where(fades, count).repeat_interleave(e // len(kept), dim=-1)
+        weights = chunk_size * (1 - kept ** (count // chunk_size)) / (1 - kept)
+        count = weights.repeat_interleave(e // len(kept), dim=-1)
     return count.clamp(min=1).to(dtype)
 
 
