@@ -2,8 +2,9 @@
 
     python scripts/candidates.py --data data-bin/linux --systems flash,flash+decay,local --lr 1e-3
 
-A system is a base as in the package, flash, flash2, flash_chunk, local, quad, transformer_pp or mc_tfm_pp; behind
-flash and local, changes follow with a plus, as in flash+convzv+decay. Of the linear branch alone:
+A system is a base as in the package, flash, flash2, flash_chunk, local, quad, transformer_pp or
+mc_tfm_pp; behind flash and local, changes follow with a plus, as in flash+convzv+decay. Of the linear branch
+alone:
 
     norm        sums, normalised by groups of values, in place of the mean over all tokens
     decay       norm, and groups forget with fixed half-lives of 1 to 64 chunks, one never; decaylearn: these
