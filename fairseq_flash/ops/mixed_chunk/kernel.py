@@ -276,15 +276,7 @@ def _prepare(launch, gamma, beta, cos, sin, bias, *, turned=False):
     return copies, *(launch.scores(copies, bias, turned=turned) if launch.quad else (copies, copies))
 
 
-def _forward_by_chunks(launch, copies, scores, kv_sum):
-    """The gated output."""
-    b, n, e, *_ = launch.sizes
-    values = launch.empty(b, n, e)
-    states, _ = launch.states(copies[-1], launch.uvz[..., e:], values, kv_sum)
-    return launch.output(copies, values, scores, states)
-
-
-def _backward_by_chunks(launch, copies, scores, turned, kv_sum, grad, grad_uvz):
+def _differentiated(launch, copies, scores, turned, kv_sum, grad, grad_uvz):
     """Fills ``grad_uvz`` but for z'; returns gradients of scores, copies and carry."""
     # The values lie where their gradient will, which needs them no more.
     source = launch.sizes.e
@@ -324,7 +316,10 @@ def _gated(
     with torch.cuda.device_of(uvz):
         launch = _Launch(uvz, gamma, lengths, count, chunk_size, causal, mean, quad, lin)
         copies, scores, _ = _prepare(launch, gamma, beta, cos, sin, bias)
-        return _forward_by_chunks(launch, copies, scores, kv_sum)
+        b, n, e, *_ = launch.sizes
+        values = launch.empty(b, n, e)
+        states, _ = launch.states(copies[-1], uvz[..., e:], values, kv_sum)
+        return launch.output(copies, values, scores, states)
 
 
 @torch.library.register_fake("fairseq_flash::gated_mixed_chunk")
@@ -343,7 +338,7 @@ def _gated_backward(
         launch = _Launch(uvz, gamma, lengths, count, chunk_size, causal, mean, quad, lin)
         grad_uvz = torch.empty_like(uvz)
         copies, scores, turned = _prepare(launch, gamma, beta, cos, sin, bias, turned=True)
-        grad_scores, grad_copies, carried = _backward_by_chunks(
+        grad_scores, grad_copies, carried = _differentiated(
             launch, copies, scores, turned, kv_sum, grad.contiguous(), grad_uvz
         )
         grad_gamma, grad_beta = launch.base_backward(gamma, cos, sin, grad_copies, grad_uvz)
