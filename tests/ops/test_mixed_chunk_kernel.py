@@ -94,14 +94,21 @@ def test_keys_of_another_base_in_whole_numbers(kernel, c, s, n, e, dtype):
 
 
 @run_here
-@each_dtype
 @either_way_to_sum
 @pytest.mark.parametrize("carried", [False, True], ids=["", "carry"])
-@pytest.mark.parametrize(("c", "s", "n", "e"), [(64, 64, 300, 72), (128, 128, 150, 30)])
-def test_a_fading_mean_of_whole_numbers(kernel, monkeypatch, serial, c, s, n, e, carried, dtype):
+@pytest.mark.parametrize(
+    ("c", "s", "n", "e", "dtype"),
+    [
+        (64, 64, 150, 40, torch.bfloat16),
+        (64, 64, 140, 30, torch.float16),
+        (64, 64, 300, 7, torch.float32),
+        (128, 128, 130, 24, torch.bfloat16),
+    ],
+)
+def test_a_fading_mean_of_whole_numbers(kernel, monkeypatch, serial, carried, c, s, n, e, dtype):
     monkeypatch.setattr(kernel, "SERIAL_PROGRAMS", serial)
     options = ops.Options(c, True, "fading")
-    inputs = exact.draw(options, (3, n, e, s), padded=True, carried=carried, keyed=carried)
+    inputs = exact.draw(options, (2, n, e, s), padded=True, carried=carried, keyed=carried)
     assert exact.mistakes(kernel.run, options, inputs, dtype, DEVICE) == []
 
 
@@ -133,7 +140,8 @@ def random_inputs(options, sizes, dtype, *, carried=False, keyed=False):
     projected = ops.Projected(*rounded[:3], cos.float(), sin.float(), rounded[3], lengths, rounded[4])
     # Of few chunks, and of so many that the weights of all that fades have nothing more to add.
     counts = options.chunk_size * torch.tensor([3, 5000])[:b]
-    kv_sum = torch.randn(b, s, e).float().double() * counts[:, None, None]
+    divisor = ops.linear_denominator(options.linear_norm, options.chunk_size, counts, e, torch.float64)
+    kv_sum = (torch.randn(b, s, e) * divisor[:, None]).float().double()
     carry = ops.Carry(kv_sum, counts) if carried else None
     return projected, carry, torch.randn(b, n, e).to(dtype).double()
 
@@ -142,6 +150,7 @@ def errors(kernel, options, inputs, dtype):
     """By result, those of the kernels and of the reference in this dtype, and the size of the numbers."""
     want = exact.results(gated.run, options, inputs, torch.float64, DEVICE)
     both = [exact.results(run, options, inputs, dtype, DEVICE) for run in (kernel.run, gated.run)]
+    assert all(x.isfinite().all() for x in both[1].values())
 
     def size(x):
         return x.square().mean().sqrt()
@@ -169,26 +178,15 @@ def test_errors_are_at_most_twice_the_reference_s(kernel, n, e, causal, dtype):
 @run_here
 @each_dtype
 @either_way_to_sum
-@pytest.mark.parametrize(("n", "e", "carried"), [(150, 24, False), (300, 48, True), (1, 7, True)])
-@pytest.mark.parametrize("branches", [BOTH, ("lin",)], ids=["mixed", "global"])
-def test_of_fading_means_and_keys_too(kernel, monkeypatch, branches, n, e, carried, serial, dtype):
-    """Both against float64; measured: MEASURED times."""
+@pytest.mark.parametrize(("n", "e", "branches"), [(150, 24, BOTH), (300, 16, ("lin",)), (1, 7, BOTH)])
+def test_of_fading_means_and_keys_too(kernel, monkeypatch, n, e, branches, serial, dtype):
+    """Both against float64; measured: 0.6 to 1.2 times, of one token 0.4 to 2.4."""
     monkeypatch.setattr(kernel, "SERIAL_PROGRAMS", serial)
     options = ops.Options(64, True, "fading", branches=branches)
-    inputs = random_inputs(options, (2, n, e, 64), dtype, carried=carried, keyed=n > 1)
+    inputs = random_inputs(options, (2, n, e, 64), dtype, carried=n != 150, keyed=n > 1)
     for name, (ours, theirs, size) in errors(kernel, options, inputs, dtype).items():
         few = 1 / 8 if n > 1 else 4
         assert ours <= 2 * theirs + few * torch.finfo(dtype).eps * size, name
-
-
-@run_here
-@either_way_to_sum
-def test_a_fading_mean_of_more_chunks_than_the_reference_sums_in_a_block(kernel, monkeypatch, serial):
-    monkeypatch.setattr(kernel, "SERIAL_PROGRAMS", serial)
-    options = ops.Options(64, True, "fading", branches=("lin",))
-    inputs = random_inputs(options, (1, 64 * 66 + 3, 32, 64), torch.float32)
-    for name, (ours, theirs, size) in errors(kernel, options, inputs, torch.float32).items():
-        assert ours <= 2 * theirs + torch.finfo(torch.float32).eps * size / 8, name
 
 
 @run_here
