@@ -1,14 +1,14 @@
 """Times each Triton kernel of mixed chunk attention in a forward and a backward pass, in other tilings too.
 
-    python scripts/benchmark_kernels.py                       by chunks and by whole rows
+    python scripts/benchmark_kernels.py                               as they are
     python scripts/benchmark_kernels.py --tilings output pairs        these in other tilings as well
     python scripts/benchmark_kernels.py --tilings all --lengths 1024 8192
 
-For a GPU. The settings, by chunks, by whole rows, and either with another tiling of one kernel, take turns
-round by round on the same numbers. Each launch lies between two marks of the device's own clock, so that the
-host does not count. ``median_us`` is of one kernel, all its launches in both passes together; "both passes"
-is all between the first mark and the last, with PyTorch's own products. A setting is timed only after its
-output and gradients were those of the first, up to rounding.
+For a GPU. The settings, as the kernels are and with another tiling of one kernel, take turns round by round
+on the same numbers. Each launch lies between two marks of the device's own clock, so that the host does not
+count. ``median_us`` is of one kernel, all its launches in both passes together; "both passes" is all between
+the first mark and the last, with PyTorch's own products. A setting is timed only after its output and
+gradients were those of the first, up to rounding.
 """
 
 import argparse
@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from bench import whole_row_kernels
 from fairseq_flash import ops
 from fairseq_flash.ops.mixed_chunk import kernel
 from runs.command_line import command_line, require
@@ -54,13 +53,6 @@ _SUMS = (
     (128, 64, 64, 8, 3),
     (128, 32, 64, 4, 4),
 )
-_ROWS = (
-    (128, 64, 64, 8, 3),
-    (128, 64, 32, 8, 2),
-    (64, 64, 64, 8, 2),
-    (128, 128, 64, 8, 2),
-    (128, 32, 64, 4, 3),
-)
 TILINGS = {
     "serial": _SUMS,
     "states": _SUMS,
@@ -69,8 +61,6 @@ TILINGS = {
     "values": _WIDE,
     "pairs": ((128, 128, 64, 8, 3), (128, 128, 128, 8, 2), (64, 64, 128, 4, 3)),
     "scores": ((64, 64, 128, 4, 1), (128, 128, 64, 8, 2)),
-    "rows": (*_ROWS, (256, 64, 64, 8, 2)),
-    "rows_backward": _ROWS,
     # Rows at a time, times, warps.
     "base": ((16, 4, 8), (16, 2, 8), (8, 8, 8), (8, 8, 4), (16, 2, 4)),
 }
@@ -79,43 +69,32 @@ TOLERANCE = {"bfloat16": 3e-2, "float16": 5e-3, "float32": 1e-4}
 
 
 class Setting(NamedTuple):
-    """What runs otherwise than by itself: a kernel's tiling, and whether kernels go through whole rows."""
+    """What runs otherwise than by itself: a kernel's tiling."""
 
-    whole_rows: bool = False
     kernel: str = ""
     tiling: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        way = "whole rows" if self.whole_rows else "chunks"
-        return f"{way}, {self.kernel} {'x'.join(map(str, self.tiling))}" if self.kernel else way
+        return f"chunks, {self.kernel} {'x'.join(map(str, self.tiling))}" if self.kernel else "chunks"
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The kernels run so while this lasts."""
-        before = dict(kernel.TILINGS), dict(whole_row_kernels.TILINGS), kernel.BASE
-        ways = kernel._forward_by_chunks, kernel._backward_by_chunks
-        if self.whole_rows:
-            kernel._forward_by_chunks, kernel._backward_by_chunks = (
-                whole_row_kernels.forward,
-                whole_row_kernels.backward,
-            )
+        before = dict(kernel.TILINGS), kernel.BASE
         if self.kernel == "base":
             kernel.BASE = self.tiling
         elif self.kernel:
-            which = whole_row_kernels.TILINGS if self.whole_rows else kernel.TILINGS
-            which[self.kernel] = kernel.Tiling(*self.tiling)
+            kernel.TILINGS[self.kernel] = kernel.Tiling(*self.tiling)
         try:
             yield
         finally:
-            kernel.TILINGS, whole_row_kernels.TILINGS, kernel.BASE = before
-            kernel._forward_by_chunks, kernel._backward_by_chunks = ways
+            kernel.TILINGS, kernel.BASE = before
 
 
 def settings(names: list[str]) -> list[Setting]:
-    """As the kernels are, in both ways; and each tiling of those named."""
+    """As the kernels are, and each tiling of those named."""
     named = [*TILINGS] if "all" in names else names
-    own = [Setting(name.startswith("rows"), name, tiling) for name in named for tiling in TILINGS[name]]
-    return [Setting(), Setting(True), *own]
+    return [Setting(), *(Setting(name, tiling) for name in named for tiling in TILINGS[name])]
 
 
 class Marks:

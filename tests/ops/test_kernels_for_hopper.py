@@ -22,7 +22,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from bench import whole_row_kernels  # noqa: E402
 from fairseq_flash.ops.mixed_chunk import kernel  # noqa: E402
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -75,28 +74,35 @@ def _spilled(cubin):
 
 @pytest.mark.skipif(not (TOOLS / "cuobjdump").exists(), reason="this Triton comes without NVIDIA's tools")
 @pytest.mark.parametrize(
-    ("b", "causal", "whole", "dtype"),
+    ("b", "causal", "fading", "dtype"),
     [
         (8, True, False, torch.bfloat16),
         (2, True, False, torch.float16),
         (8, False, False, torch.float32),
         (8, True, True, torch.bfloat16),
+        (2, True, True, torch.bfloat16),
+        (8, True, True, torch.float32),
     ],
-    ids=["many rows", "few rows", "bidirectional", "whole rows"],
+    ids=["many rows", "few rows", "bidirectional", "fading", "fading, few rows", "fading, float32"],
 )
-def test_what_is_launched_compiles_and_fits(launches, monkeypatch, tmp_path, b, causal, whole, dtype):
+def test_what_is_launched_compiles_and_fits(launches, monkeypatch, tmp_path, b, causal, fading, dtype):
+    """The fading ones with keys and a carry."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    if whole:
-        monkeypatch.setattr(kernel, "_forward_by_chunks", whole_row_kernels.forward)
-        monkeypatch.setattr(kernel, "_backward_by_chunks", whole_row_kernels.backward)
-    options, n, e, s = ops.Options(256, causal, "mean"), 600, 1536, 128
+    options, n, e, s = ops.Options(256, causal, "fading" if fading else "mean"), 600, 1536, 128
     uvz, gamma, bias = (torch.zeros(size, dtype=dtype) for size in ((b, n, 2 * e + s), (4, s), (256, 256)))
-    projected = ops.Projected(uvz.requires_grad_(), gamma, gamma, *torch.zeros(2, n, s // 2).float(), bias)
-    kernel.run(projected, options).sum().backward()
+    keys, carry = None, None
+    if fading:
+        keys = torch.zeros(b, n, s, dtype=dtype).requires_grad_()
+        carry = ops.Carry(torch.zeros(b, s, e).float().requires_grad_(), torch.zeros(b, dtype=torch.long))
+    angles = torch.zeros(2, n, s // 2).float()
+    projected = ops.Projected(uvz.requires_grad_(), gamma, gamma, *angles, bias, keys=keys)
+    kernel.run(projected, options, carry).sum().backward()
     once = {(args[0], len(args), *constants.items()): (args, constants) for args, constants in launches}
     names = {args[0].fn.__name__ for args, _ in once.values()}
     assert {"copies_kernel", "scores_kernel", "pairs_backward_kernel", "base_backward_kernel"} < names
-    assert ("rows_backward_kernel" in names) == whole == ("states_kernel" not in names)
+    assert {"states_kernel", "output_kernel", "values_backward_kernel"} < names
+    serial = {constants["SERIAL"] for args, constants in launches if "SERIAL" in constants}
+    assert serial == {b > 2}
     for args, constants in once.values():
         spilled, shared = compiled(*args, **constants)
         assert shared <= SHARED, args[0].fn.__name__

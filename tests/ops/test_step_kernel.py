@@ -33,7 +33,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 else:
 
-    def projected_of(kind, b, position, dtype):
+    def projected_of(kind, b, position, dtype, *, keyed=False):
         copies = 2 * len(BRANCHES[kind])
         angles = ops.rotary_angles(position.unsqueeze(1), S)
         return ops.Projected(
@@ -42,6 +42,7 @@ else:
             torch.randn(copies, S, dtype=dtype),
             *angles,
             None,
+            keys=torch.randn(b, 1, S, dtype=dtype) if keyed else None,
         )
 
     def relative(found, expected):
@@ -52,9 +53,10 @@ else:
         return dispatch._module(dispatch.STEPS[name])
 
     @torch.no_grad()
-    @pytest.mark.parametrize("linear_norm", ["mean", "chunk"])
+    @pytest.mark.parametrize("keyed", [False, True], ids=["", "keys"])
+    @pytest.mark.parametrize("linear_norm", ["mean", "chunk", "fading"])
     @pytest.mark.parametrize("kind", BRANCHES)
-    def test_40_steps_from_unequal_positions_are_the_reference_s(kind, linear_norm):
+    def test_40_steps_from_unequal_positions_are_the_reference_s(kind, linear_norm, keyed):
         torch.set_default_dtype(torch.float32)
         options = ops.Options(C, True, linear_norm, branches=BRANCHES[kind])
         bias = RotaryBias(S)
@@ -65,7 +67,7 @@ else:
         found = expected.map(torch.clone)
         gamma, beta = torch.randn(2, 2 * len(options.branches), S)
         for _ in range(40):
-            token = projected_of(kind, B, expected.position, torch.float32)
+            token = projected_of(kind, B, expected.position, torch.float32, keyed=keyed)
             token = token._replace(gamma=gamma, beta=beta)
             if "quad" in options.branches:
                 token = token._replace(bias=bias.by_distance(C))
@@ -76,6 +78,23 @@ else:
             for ours, theirs in zip(found, expected, strict=True):
                 assert (ours is None) == (theirs is None)
                 assert ours is None or relative(ours, theirs) <= TOLERANCE
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("e", [7, 40, 96])
+    @pytest.mark.parametrize("chunks", [1, 2, 70, 5000])
+    def test_a_fading_mean_far_from_the_start_and_of_any_number_of_groups(chunks, e):
+        torch.set_default_dtype(torch.float32)
+        options = ops.Options(C, True, "fading", branches=("lin",))
+        state = ops.ChunkState.empty(torch.zeros(B, 0), C, S, e, options.branches)
+        position = C * chunks + torch.tensor([0, 1, C - 1])
+        state = state.map(lambda x: torch.randn(x.shape))._replace(position=position)
+        for _ in range(2):
+            angles = ops.rotary_angles(state.position.unsqueeze(1), S)
+            token = ops.Projected(torch.randn(B, 1, 2 * e + S), *torch.randn(2, 2, S), *angles, None)
+            want, expected = module("reference").run(token, options, state.map(torch.clone))
+            out, state = module("triton").run(token, options, state)
+            assert relative(out, want) <= TOLERANCE
+            assert relative(state.kv_sum, expected.kv_sum) <= TOLERANCE
 
     @torch.no_grad()
     @pytest.mark.parametrize("b", [5, 33])
@@ -89,10 +108,11 @@ else:
         assert relative(out, want) <= TOLERANCE
 
     @torch.no_grad()
+    @pytest.mark.parametrize("linear_norm", ["mean", "fading"])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_half_precision_is_as_near_to_float64_as_the_reference(dtype):
+    def test_half_precision_is_as_near_to_float64_as_the_reference(dtype, linear_norm):
         torch.set_default_dtype(torch.float32)
-        options = ops.Options(C, True)
+        options = ops.Options(C, True, linear_norm)
         states = {
             name: ops.ChunkState.empty(torch.zeros(B, 0, dtype=kind), C, S, E)
             for name, kind in (("triton", dtype), ("reference", dtype), ("exact", torch.float64))
@@ -101,10 +121,10 @@ else:
         gamma, beta = torch.randn(2, 4, S, dtype=dtype)
         bias = torch.randn(C)
         for _ in range(20):
-            token = projected_of("mixed", B, states["exact"].position, dtype)
+            token = projected_of("mixed", B, states["exact"].position, dtype, keyed=True)
             token = token._replace(gamma=gamma, beta=beta, bias=bias)
             exact = token._replace(
-                **{k: getattr(token, k).double() for k in ("uvz", "gamma", "beta", "bias")}
+                **{k: getattr(token, k).double() for k in ("uvz", "gamma", "beta", "bias", "keys")}
             )
             want, states["exact"] = module("reference").run(exact, options, states["exact"])
             for name in worst:

@@ -2,7 +2,8 @@
 
 SiLU of 0 and 64 is 0 and 64, and its slope 1/2 and 1, in every dtype; cosines and sines are 0 and 1; all
 else is a power of two times a small integer. So a kernel's result equals the reference's in float64,
-rounded once.
+rounded once. Of a fading mean the first group keeps a half and the last all, and either is divided by a power
+of two in some chunks, far from the start the first in all: elsewhere nothing is read.
 """
 
 from __future__ import annotations
@@ -15,20 +16,30 @@ from torch import Tensor
 
 from fairseq_flash.ops.mixed_chunk import gated
 from fairseq_flash.ops.mixed_chunk.inputs import Carry, Options
+from fairseq_flash.ops.mixed_chunk.linear import linear_denominator
 
 __all__ = ["draw", "mistakes", "results"]
 
+#: Chunks that have passed: a power of two, and so many that what keeps a half is divided by 2c.
+FAR = 64
+
 
 def draw(
-    options: Options, sizes: tuple[int, int, int, int], *, padded: bool = False, carried: bool = False
+    options: Options,
+    sizes: tuple[int, int, int, int],
+    *,
+    padded: bool = False,
+    carried: bool = False,
+    keyed: bool = False,
 ) -> tuple[gated.Projected, Optional[Carry], Tensor]:
     """Inputs and the gradient of the output, in float64 on the CPU, the same in each call.
 
     Args:
-        options: With ``linear_norm="chunk"`` and a power of two as chunk size.
+        options: With ``linear_norm="chunk"`` or ``"fading"``, and a power of two as chunk size.
         sizes: Rows ``b``, tokens ``n``, size of values ``e``, size of queries and keys ``s``.
         padded: Whether the last row is padded.
         carried: Whether something is carried in.
+        keyed: Whether keys have a base of their own.
 
     Returns:
         The tensors; what is carried, or None; and the gradient.
@@ -53,9 +64,18 @@ def draw(
     lengths = torch.tensor([n] * (b - 1) + [max(0, n - 9)]) if padded else None
     carry = None
     if carried:
-        carry = Carry(64 * sparse(b, s, e, one_in=8), torch.arange(b))
+        # Of rows by turns, another chunk is the one before which a power of two has passed.
+        carry = Carry(64 * sparse(b, s, e, one_in=8), c * (FAR - torch.arange(b) % -(-n // c)))
     grad = sparse(b, n, e, one_in=8) * (torch.randint(0, 8, (b, n, 1), generator=generator) == 0)
-    return gated.Projected(uvz, gamma, 0 * gamma, cos, sin, bias, lengths), carry, grad
+    keys = 64 * sparse(b, n, s, one_in=16, signed=False) if keyed else None
+    if options.linear_norm == "fading":
+        before = carry.count if carry else torch.zeros(b, dtype=torch.long)
+        count = before[:, None] + torch.arange(n) // c * c
+        divisor = linear_denominator("fading", c, count, e, torch.float64)
+        exact = torch.frexp(divisor).mantissa == 0.5
+        uvz[..., :e] *= exact
+        grad *= exact
+    return gated.Projected(uvz, gamma, 0 * gamma, cos, sin, bias, lengths, keys), carry, grad
 
 
 def results(
@@ -93,22 +113,19 @@ def results(
 
 
 def mistakes(
-    run: Callable, options: Options, s: int, device: torch.device, dtype: torch.dtype, *, b: int = 2
+    run: Callable, options: Options, inputs: tuple, dtype: torch.dtype, device: torch.device
 ) -> list[str]:
     """What an implementation computes wrongly: names of results, none if all is well.
 
     Args:
         run: The implementation.
-        options: Those that it is to be used with; scores are divided by the chunk size in any case.
-        s: Size of queries and keys.
-        device: Where it is to run.
+        options: Of :func:`draw`.
+        inputs: From :func:`draw`.
         dtype: Of its tensors.
-        b: Rows, each of more than one chunk.
+        device: Where it is to run.
     """
-    options = options._replace(linear_norm="chunk")
     # Whoever asks may be evaluating.
     with torch.inference_mode(False), torch.enable_grad():
-        inputs = draw(options, (b, options.chunk_size + 70, 72, s), padded=True)
         want = results(gated.run, options, inputs, torch.float64, torch.device("cpu"))
         ours = results(run, options, inputs, dtype, device)
     return [name for name, x in ours.items() if not torch.equal(x.cpu(), want[name].to(x.dtype))]

@@ -7,6 +7,7 @@ Between the two passes only the pre-activations are kept. See
 from __future__ import annotations
 
 import functools
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, Optional
@@ -18,11 +19,11 @@ from torch.autograd.function import once_differentiable
 
 from fairseq_flash.ops.mixed_chunk import kernel_backward as backward
 from fairseq_flash.ops.mixed_chunk import kernel_forward as forward
-from fairseq_flash.ops.mixed_chunk.exact import mistakes
+from fairseq_flash.ops.mixed_chunk.exact import draw, mistakes
 from fairseq_flash.ops.mixed_chunk.gated import Projected
 from fairseq_flash.ops.mixed_chunk.inputs import Carry, Options
 
-__all__ = ["CHUNK_SIZES", "DTYPES", "WIDTHS", "next_carry", "objections", "run"]
+__all__ = ["CHUNK_SIZES", "DTYPES", "WIDTHS", "objections", "run"]
 
 CHUNK_SIZES = (64, 128, 256, 512)
 #: Sizes of queries and keys.
@@ -114,15 +115,20 @@ class _Sizes(NamedTuple):
 class _Launch:
     """Sizes, constants and buffers that the kernels of one pass share."""
 
-    def __init__(self, uvz, gamma, lengths, count, chunk_size, causal, mean, quad, lin):
-        self.uvz, self.lengths, self.count = uvz, lengths, count
+    def __init__(self, uvz, gamma, lengths, keys, count, chunk_size, causal, norm, quad, lin):
+        self.uvz, self.lengths, self.keys, self.count = uvz, lengths, keys, count
         self.sizes = _Sizes.of(uvz, gamma, chunk_size)
         self.chunk_size, self.causal, self.quad, self.lin = chunk_size, causal, quad, lin
         b, _n, _e, s, _h, chunks, rows = self.sizes
         self.grid = b * chunks
         self.copy_stride = self.grid * rows * s
         tf32 = uvz.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-        self.norm = dict(MEAN=mean, CAUSAL=causal, HAS_LENGTHS=lengths is not None, CARRIED=count is not None)
+        self.fading, groups = None, 1
+        if norm == "fading":
+            self.fading = forward.fading_table(chunk_size, self.sizes.e, uvz.device)
+            groups = self.fading.shape[1]
+        self.norm = dict(NORM=norm, GROUPS=groups, CAUSAL=causal)
+        self.norm |= dict(HAS_LENGTHS=lengths is not None, CARRIED=count is not None)
         self.product = dict(PRECISION="tf32" if tf32 else "ieee")
 
     def empty(self, *shape, dtype=None):
@@ -145,8 +151,9 @@ class _Launch:
         copies = self.empty(h, self.grid, rows, s)
         _start(
             forward.copies_kernel, self.grid * rows // 32,
-            self.uvz, gamma, beta, cos, sin, copies, n, chunks, rows, self.copy_stride, _angle_stride(cos),
-            E=e, S=s, H=h, BLOCK=32,
+            self.uvz, self.keys, gamma, beta, cos, sin, copies,
+            n, chunks, rows, self.copy_stride, _angle_stride(cos),
+            E=e, S=s, H=h, BLOCK=32, HAS_KEYS=self.keys is not None,
         )  # fmt: skip
         return copies
 
@@ -186,7 +193,7 @@ class _Launch:
         shared = dict(E=e, S=s, C=self.chunk_size, BACKWARD=backward, FINAL=final, **self.norm)
         _start(
             forward.states_kernel, b * (1 if serial else chunks) * triton.cdiv(e, columns),
-            source, copies, values, sums, initial, whole, self.lengths, self.count,
+            source, copies, values, sums, initial, whole, self.lengths, self.count, self.fading,
             n, chunks, rows, first, last,
             STRIDE=e if backward else values.stride(1), COLUMNS=columns, SERIAL=serial, LIN=self.lin,
             PRECISION=self.product["PRECISION"], **tiling, **shared,
@@ -194,7 +201,8 @@ class _Launch:
         if self.lin and not serial:
             _start(
                 forward.scan_kernel, b * triton.cdiv(s * e, 1024),
-                sums, states, initial, whole, self.lengths, self.count, n, chunks, rows, first, last,
+                sums, states, initial, whole, self.lengths, self.count, self.fading,
+                n, chunks, rows, first, last,
                 BLOCK=1024, **shared,
             )  # fmt: skip
         return states, whole
@@ -252,18 +260,19 @@ class _Launch:
         )  # fmt: skip
 
     def base_backward(self, gamma, cos, sin, grad_copies, grad_uvz):
-        """Fills the part of z'; returns the gradients of gamma and beta, (2, h, s)."""
+        """Fills the part of z'; returns the gradients of gamma and beta, (2, h, s), and of the keys' base."""
         _b, n, e, s, h, chunks, rows = self.sizes
         block, blocks, warps = BASE
         programs = self.grid * rows // (block * blocks)
         partial = self.empty(programs, 2, h, s, dtype=torch.float32)
+        grad_keys = None if self.keys is None else torch.empty_like(self.keys)
         _start(
             backward.base_backward_kernel, programs,
-            self.uvz, gamma, cos, sin, grad_copies, grad_uvz, partial,
+            self.uvz, self.keys, gamma, cos, sin, grad_copies, grad_uvz, grad_keys, partial,
             n, chunks, rows, self.copy_stride, _angle_stride(cos),
-            E=e, S=s, H=h, BLOCK=block, BLOCKS=blocks, num_warps=warps,
+            E=e, S=s, H=h, BLOCK=block, BLOCKS=blocks, HAS_KEYS=self.keys is not None, num_warps=warps,
         )  # fmt: skip
-        return partial.sum(0)
+        return *partial.sum(0), grad_keys
 
 
 def _angle_stride(cos: Tensor) -> int:
@@ -276,15 +285,7 @@ def _prepare(launch, gamma, beta, cos, sin, bias, *, turned=False):
     return copies, *(launch.scores(copies, bias, turned=turned) if launch.quad else (copies, copies))
 
 
-def _forward_by_chunks(launch, copies, scores, kv_sum):
-    """The gated output."""
-    b, n, e, *_ = launch.sizes
-    values = launch.empty(b, n, e)
-    states, _ = launch.states(copies[-1], launch.uvz[..., e:], values, kv_sum)
-    return launch.output(copies, values, scores, states)
-
-
-def _backward_by_chunks(launch, copies, scores, turned, kv_sum, grad, grad_uvz):
+def _differentiated(launch, copies, scores, turned, kv_sum, grad, grad_uvz):
     """Fills ``grad_uvz`` but for z'; returns gradients of scores, copies and carry."""
     # The values lie where their gradient will, which needs them no more.
     source = launch.sizes.e
@@ -318,17 +319,20 @@ def _operator(name: str) -> Callable[[Callable], Any]:
 @_operator("gated_mixed_chunk")
 def _gated(
     uvz: Tensor, gamma: Tensor, beta: Tensor, cos: Tensor, sin: Tensor, bias: Optional[Tensor],
-    lengths: Optional[Tensor], kv_sum: Optional[Tensor], count: Optional[Tensor],
-    chunk_size: int, causal: bool, mean: bool, quad: bool, lin: bool,
+    lengths: Optional[Tensor], keys: Optional[Tensor], kv_sum: Optional[Tensor], count: Optional[Tensor],
+    chunk_size: int, causal: bool, norm: str, quad: bool, lin: bool,
 ) -> Tensor:  # fmt: skip
     with torch.cuda.device_of(uvz):
-        launch = _Launch(uvz, gamma, lengths, count, chunk_size, causal, mean, quad, lin)
+        launch = _Launch(uvz, gamma, lengths, keys, count, chunk_size, causal, norm, quad, lin)
         copies, scores, _ = _prepare(launch, gamma, beta, cos, sin, bias)
-        return _forward_by_chunks(launch, copies, scores, kv_sum)
+        b, n, e, *_ = launch.sizes
+        values = launch.empty(b, n, e)
+        states, _ = launch.states(copies[-1], uvz[..., e:], values, kv_sum)
+        return launch.output(copies, values, scores, states)
 
 
 @torch.library.register_fake("fairseq_flash::gated_mixed_chunk")
-def _(uvz, gamma, beta, cos, sin, bias, lengths, kv_sum, count, chunk_size, causal, mean, quad, lin):
+def _(uvz, gamma, beta, cos, sin, bias, lengths, keys, kv_sum, count, chunk_size, causal, norm, quad, lin):
     b, n, width = uvz.shape
     return uvz.new_empty(b, n, (width - gamma.shape[1]) // 2)
 
@@ -336,17 +340,18 @@ def _(uvz, gamma, beta, cos, sin, bias, lengths, kv_sum, count, chunk_size, caus
 @_operator("gated_mixed_chunk_backward")
 def _gated_backward(
     grad: Tensor, uvz: Tensor, gamma: Tensor, beta: Tensor, cos: Tensor, sin: Tensor,
-    bias: Optional[Tensor], lengths: Optional[Tensor], kv_sum: Optional[Tensor], count: Optional[Tensor],
-    chunk_size: int, causal: bool, mean: bool, quad: bool, lin: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    bias: Optional[Tensor], lengths: Optional[Tensor], keys: Optional[Tensor],
+    kv_sum: Optional[Tensor], count: Optional[Tensor],
+    chunk_size: int, causal: bool, norm: str, quad: bool, lin: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.cuda.device_of(uvz):
-        launch = _Launch(uvz, gamma, lengths, count, chunk_size, causal, mean, quad, lin)
+        launch = _Launch(uvz, gamma, lengths, keys, count, chunk_size, causal, norm, quad, lin)
         grad_uvz = torch.empty_like(uvz)
         copies, scores, turned = _prepare(launch, gamma, beta, cos, sin, bias, turned=True)
-        grad_scores, grad_copies, carried = _backward_by_chunks(
+        grad_scores, grad_copies, carried = _differentiated(
             launch, copies, scores, turned, kv_sum, grad.contiguous(), grad_uvz
         )
-        grad_gamma, grad_beta = launch.base_backward(gamma, cos, sin, grad_copies, grad_uvz)
+        grad_gamma, grad_beta, grad_keys = launch.base_backward(gamma, cos, sin, grad_copies, grad_uvz)
     grad_bias = uvz.new_empty(0)
     if quad:
         m = bias.shape[-1]
@@ -356,33 +361,36 @@ def _gated_backward(
         grad_gamma.to(gamma.dtype, copy=True),
         grad_beta.to(beta.dtype, copy=True),
         grad_bias,
+        uvz.new_empty(0) if keys is None else grad_keys,
         uvz.new_empty(0) if kv_sum is None else carried.to(kv_sum.dtype),
     )
 
 
 @torch.library.register_fake("fairseq_flash::gated_mixed_chunk_backward")
-def _(grad, uvz, gamma, beta, cos, sin, bias, lengths, kv_sum, count, chunk_size, causal, mean, quad, lin):
+def _(
+    grad, uvz, gamma, beta, cos, sin, bias, lengths, keys, kv_sum, count, chunk_size, causal, norm, quad, lin
+):
     return (
         torch.empty_like(uvz),
         torch.empty_like(gamma),
         torch.empty_like(beta),
         torch.empty_like(bias) if quad else uvz.new_empty(0),
+        uvz.new_empty(0) if keys is None else torch.empty_like(keys),
         uvz.new_empty(0) if kv_sum is None else torch.empty_like(kv_sum),
     )
 
 
 def _keep(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:9])
-    ctx.options = inputs[9:]
+    ctx.save_for_backward(*inputs[:10])
+    ctx.options = inputs[10:]
 
 
 @once_differentiable
 def _differentiate(ctx, grad):
-    uvz, gamma, beta, bias, kv_sum = _gated_backward(grad, *ctx.saved_tensors, *ctx.options)
-    _, _, _, _, _, kept_bias, _, kept_sum, _ = ctx.saved_tensors
-    bias = None if kept_bias is None else bias
-    kv_sum = None if kept_sum is None else kv_sum
-    return uvz, gamma, beta, None, None, bias, None, kv_sum, None, *(None,) * 5
+    uvz, gamma, beta, *rest = _gated_backward(grad, *ctx.saved_tensors, *ctx.options)
+    given = (ctx.saved_tensors[place] for place in (5, 7, 8))
+    bias, keys, kv_sum = (None if x is None else found for x, found in zip(given, rest, strict=True))
+    return uvz, gamma, beta, None, None, bias, None, keys, kv_sum, None, *(None,) * 5
 
 
 torch.library.register_autograd("fairseq_flash::gated_mixed_chunk", _differentiate, setup_context=_keep)
@@ -396,27 +404,6 @@ def run(projected: Projected, options: Options, carry: Optional[Carry] = None) -
     return _gated(*_arguments(projected, options, carry))
 
 
-def next_carry(projected: Projected, options: Options, carry: Optional[Carry] = None) -> Carry:
-    """What the rows behind these are carried: the linear branch's sum over all tokens, and their number.
-
-    Args:
-        projected: As for :func:`run`; no gradients flow.
-        options: With a linear branch.
-        carry: What these rows are carried.
-
-    Returns:
-        ``kv_sum`` in float32 and ``count``.
-    """
-    with torch.no_grad():
-        uvz, gamma, beta, cos, sin, _, lengths, kv_sum, count, *rest = _arguments(projected, options, carry)
-        launch = _Launch(uvz, gamma, lengths, count, *rest)
-        b, n, e, *_ = launch.sizes
-        copies, values = launch.copies(gamma, beta, cos, sin), launch.empty(b, n, e)
-        _, whole = launch.states(copies[-1], uvz[..., e:], values, kv_sum, final=True)
-    seen = torch.full((b,), n, device=uvz.device) if lengths is None else lengths
-    return Carry(whole, seen if count is None else seen + count)
-
-
 def objections(projected: Projected, options: Options) -> list[str]:
     """Why the kernels cannot run; for the first tensors on a card, they are tried out there."""
     uvz, s, c, found = projected.uvz, projected.gamma.shape[1], options.chunk_size, []
@@ -428,12 +415,12 @@ def objections(projected: Projected, options: Options) -> list[str]:
         found.append(f"attention_dim is {s}; the kernels take {' or '.join(map(str, WIDTHS))}")
     if c not in CHUNK_SIZES:
         found.append(f"chunk_size is {c}; the kernels take {', '.join(map(str, CHUNK_SIZES))}")
-    if projected.keys is not None or options.linear_norm == "fading":
-        found.append("shifted keys and fading means are the reference's alone")
     if options.softmax or options.dropout:
         found.append("softmax and dropout are the reference's alone")
     if not found and not INTERPRETED:
-        found += _tried(uvz.device.index, uvz.dtype, s, c, options.causal, options.branches)
+        fading = _norm(options) == "fading"
+        keyed = projected.keys is not None
+        found += _tried(uvz.device.index, uvz.dtype, s, c, options.causal, options.branches, keyed, fading)
     return found
 
 
@@ -444,16 +431,26 @@ def _tried(*configuration) -> list[str]:
 
 @functools.cache
 def _failures(
-    index: int, dtype: torch.dtype, s: int, chunk_size: int, causal: bool, branches: tuple[str, ...]
+    index: int,
+    dtype: torch.dtype,
+    s: int,
+    chunk_size: int,
+    causal: bool,
+    branches: tuple[str, ...],
+    keyed: bool,
+    fading: bool,
 ) -> tuple[str, ...]:
     """Tries the kernels out in a configuration on a card, once: small integers, of which every sum is exact.
 
     Each tiling may be compiled wrongly where another is right: no configuration speaks for another. Few rows
-    and many are summed up by different kernels.
+    and many are summed up by different kernels. What a fading sum keeps is felt with a carry alone.
     """
-    options, device = Options(chunk_size, causal, branches=branches), torch.device("cuda", index)
+    options = Options(chunk_size, causal, "fading" if fading else "chunk", branches=branches)
+    device, found = torch.device("cuda", index), set()
     try:
-        found = {name for b in (2, 64) for name in mistakes(run, options, s, device, dtype, b=b)}
+        for b, carried in itertools.product((2, 64), (False, True) if fading else (False,)):
+            inputs = draw(options, (b, chunk_size + 70, 72, s), padded=True, carried=carried, keyed=keyed)
+            found |= {*mistakes(run, options, inputs, dtype, device)}
         if not found:
             return ()
         wrong = f"computes {', '.join(sorted(found))} wrongly"
@@ -467,10 +464,15 @@ def _failures(
 
 
 def _arguments(projected: Projected, options: Options, carry: Optional[Carry]) -> tuple:
-    tensors = [None if x is None else x.contiguous() for x in (*projected[:7], *(carry or (None, None)))]
+    tensors = [None if x is None else x.contiguous() for x in (*projected, *(carry or (None, None)))]
     quad, lin = (name in options.branches for name in ("quad", "lin"))
     if not quad:
         tensors[5] = None
     if not lin:
-        tensors[7:] = None, None
-    return *tensors, options.chunk_size, options.causal, options.linear_norm == "mean", quad, lin
+        tensors[8:] = None, None
+    return *tensors, options.chunk_size, options.causal, _norm(options), quad, lin
+
+
+def _norm(options: Options) -> str:
+    """What the linear branch is divided by, one and the same without one."""
+    return options.linear_norm if "lin" in options.branches else "chunk"

@@ -118,17 +118,19 @@ def values_backward_kernel(
 def _base(
     uvz, cos, sin, row, n, chunks, rows, angle_stride, half, E: tl.constexpr, S: tl.constexpr
 ):  # fmt: skip
-    """Where z' of some rows lies, which of them are tokens, both halves of z', cosine and sine."""
+    """Where z' and the keys' base of some rows lie, which of them are tokens, both halves of z', cosine and
+    sine."""
     token = row // rows % chunks * rows + row % rows
     b = row // rows // chunks
     inside = (token < n)[:, None]
     at = (b * n + token)[:, None] * (2 * E + S) + 2 * E + half[None, :]
+    key_at = (b * n + token)[:, None] * S + half[None, :]
     first = tl.load(uvz + at, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(uvz + at + S // 2, mask=inside, other=0.0).to(tl.float32)
     angle = (b * angle_stride + token * (S // 2))[:, None] + half[None, :]
     cosine = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)
     sine = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32)
-    return at, inside, first, second, cosine, sine
+    return at, key_at, inside, first, second, cosine, sine
 
 
 @triton.jit
@@ -139,11 +141,13 @@ def _rotate_back(grad, cosine, sine, S: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "chunks", "angle_stride"])
 def base_backward_kernel(
-    uvz, gamma, cos, sin, grad_copies, grad_uvz, partial, n, chunks, rows, copy_stride, angle_stride,
+    uvz, keys, gamma, cos, sin, grad_copies, grad_uvz, grad_keys, partial,
+    n, chunks, rows, copy_stride, angle_stride,
     E: tl.constexpr, S: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    HAS_KEYS: tl.constexpr,
 ):  # fmt: skip
     """From the copies' gradients to that of ``z'``; and a program's sums for gamma's and beta's:
-    ``partial`` (programs, 2, H, S)."""
+    ``partial`` (programs, 2, H, S). ``HAS_KEYS``: those of every second copy go to that of their own base."""
     copy_stride = copy_stride.to(tl.int64)  # times a copy's number
     start = tl.program_id(0).to(tl.int64) * (BLOCK * BLOCKS) + tl.arange(0, BLOCK)
     half = tl.arange(0, S // 2)
@@ -152,24 +156,43 @@ def base_backward_kernel(
     sums = (zero,) * (4 * H)
     for block in tl.static_range(BLOCKS):
         row = start + block * BLOCK
-        at, inside, first, second, cosine, sine = _base(
+        at, key_at, inside, first, second, cosine, sine = _base(
             uvz, cos, sin, row, n, chunks, rows, angle_stride, half, E, S
         )
         first, slope_first = silu_and_slope(first)
         second, slope_second = silu_and_slope(second)
+        key_first, key_second = first, second
+        if HAS_KEYS:
+            key_first = tl.load(keys + key_at, mask=inside, other=0.0).to(tl.float32)
+            key_second = tl.load(keys + key_at + S // 2, mask=inside, other=0.0).to(tl.float32)
+            key_first, key_slope_first = silu_and_slope(key_first)
+            key_second, key_slope_second = silu_and_slope(key_second)
         grad_first, grad_second, added = zero, zero, ()
+        grad_key_first, grad_key_second = zero, zero
         for h in tl.static_range(H):
             grad = grad_copies + h * copy_stride + row[:, None] * S + half[None, :]
             x, y = _rotate_back(grad, cosine, sine, S)
-            grad_first += x * tl.load(gamma + h * S + half).to(tl.float32)[None, :]
-            grad_second += y * tl.load(gamma + h * S + S // 2 + half).to(tl.float32)[None, :]
-            added += (sums[4 * h] + x * first, sums[4 * h + 1] + y * second)
+            x_scale = tl.load(gamma + h * S + half).to(tl.float32)[None, :]
+            y_scale = tl.load(gamma + h * S + S // 2 + half).to(tl.float32)[None, :]
+            if HAS_KEYS and h % 2 == 1:
+                grad_key_first += x * x_scale
+                grad_key_second += y * y_scale
+                added += (sums[4 * h] + x * key_first, sums[4 * h + 1] + y * key_second)
+            else:
+                grad_first += x * x_scale
+                grad_second += y * y_scale
+                added += (sums[4 * h] + x * first, sums[4 * h + 1] + y * second)
             added += (sums[4 * h + 2] + x, sums[4 * h + 3] + y)
         sums = added
         grad_first *= slope_first
         grad_second *= slope_second
         tl.store(grad_uvz + at, grad_first.to(grad_uvz.dtype.element_ty), mask=inside)
         tl.store(grad_uvz + at + S // 2, grad_second.to(grad_uvz.dtype.element_ty), mask=inside)
+        if HAS_KEYS:
+            grad_key_first *= key_slope_first
+            grad_key_second *= key_slope_second
+            tl.store(grad_keys + key_at, grad_key_first.to(grad_keys.dtype.element_ty), mask=inside)
+            tl.store(grad_keys + key_at + S // 2, grad_key_second.to(grad_keys.dtype.element_ty), mask=inside)
     for h in tl.static_range(H):
         out = partial + tl.program_id(0).to(tl.int64) * (2 * H * S) + h * S + half
         tl.store(out, tl.sum(sums[4 * h], 0))

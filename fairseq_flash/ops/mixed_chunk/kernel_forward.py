@@ -10,15 +10,48 @@ are therefore activated once a pass, by the kernel that sums them up first.
 
 from __future__ import annotations
 
+import functools
 import os
 
+import torch
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-__all__ = ["copies_kernel", "output_kernel", "scan_kernel", "scores_kernel", "states_kernel"]
+from fairseq_flash.ops.mixed_chunk.linear import LONGEST, kept_of_chunks, linear_denominator
+
+__all__ = [
+    "copies_kernel",
+    "fading_table",
+    "output_kernel",
+    "scan_kernel",
+    "scores_kernel",
+    "states_kernel",
+]
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+#: Chunks after which a fading sum's weights are, in float32, what they are after any number.
+SETTLED = tl.constexpr(25 * LONGEST)
+
+
+@functools.cache
+def fading_table(chunk_size: int, e: int, device: torch.device) -> torch.Tensor:
+    """What a fading mean is made with, computed on the host in float64: once, however long rows are.
+
+    Args:
+        chunk_size: ``c``.
+        e: Columns of the values.
+        device: Where it is to lie.
+
+    Returns:
+        ``(2 + SETTLED, groups)`` in float32: what a sum keeps of earlier chunks; then, for 0, 1, ... chunks
+        that have passed, one over what it is divided by.
+    """
+    kept = kept_of_chunks("fading", e, torch.device("cpu"))
+    count = chunk_size * torch.arange(SETTLED.value + 1, device="cpu")
+    # A column for each group: as many divide their own number.
+    divisors = linear_denominator("fading", chunk_size, count, len(kept), torch.float64)
+    return torch.cat((kept[None], 1 / divisors)).to(device, torch.float32)
 
 
 @triton.jit
@@ -97,19 +130,37 @@ def product(
 
 
 @triton.jit
+def kept_of(fading, column, E: tl.constexpr, GROUPS: tl.constexpr):
+    """What a fading sum keeps of earlier chunks, by column."""
+    return tl.load(fading + column // (E // GROUPS), mask=column < E, other=0.0)
+
+
+@triton.jit
+def fading_scale(fading, count, column, E: tl.constexpr, GROUPS: tl.constexpr, C: tl.constexpr):
+    """What a fading sum of ``count`` tokens, of whole chunks, is multiplied by, by column."""
+    group = column // (E // GROUPS)
+    passed = tl.minimum(count // C, SETTLED)
+    scale = tl.load(fading + (passed + 1) * GROUPS + group, mask=column < E, other=0.0)
+    # The last group forgets nothing.
+    return tl.where(group == GROUPS - 1, 1.0 / tl.maximum(count.to(tl.float32), 1.0), scale)
+
+
+@triton.jit
 def scale_of(
-    counts,
-    b,
-    g,
-    rows,
-    length,
-    C: tl.constexpr,
-    MEAN: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    counts, fading, b, g, rows, length, column,
+    E: tl.constexpr, C: tl.constexpr, NORM: tl.constexpr, GROUPS: tl.constexpr, CAUSAL: tl.constexpr,
     CARRIED: tl.constexpr,
-):
-    """What chunk ``g``'s linear branch is multiplied by: one over what it is divided by."""
-    if MEAN:
+):  # fmt: skip
+    """What chunk ``g``'s linear branch is multiplied by, one over what it is divided by: of a fading mean by
+    ``column``, otherwise a number."""
+    if NORM == "chunk":
+        return 1.0 / C
+    elif NORM == "fading":
+        count = g * rows
+        if CARRIED:
+            count += tl.load(counts + b)
+        return fading_scale(fading, count, column, E, GROUPS, C)
+    else:
         count = length
         if CAUSAL:
             count = tl.minimum(g * rows, length)
@@ -117,8 +168,6 @@ def scale_of(
         if CARRIED:
             count += tl.load(counts + b).to(tl.float32)
         return 1.0 / tl.maximum(count, 1.0)
-    else:
-        return 1.0 / C
 
 
 @triton.jit
@@ -154,10 +203,13 @@ def gate_output(
 
 @triton.jit(do_not_specialize=["n", "chunks", "angle_stride"])
 def copies_kernel(
-    uvz, gamma, beta, cos, sin, copies, n, chunks, rows, copy_stride, angle_stride,
-    E: tl.constexpr, S: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
+    uvz, keys, gamma, beta, cos, sin, copies, n, chunks, rows, copy_stride, angle_stride,
+    E: tl.constexpr, S: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, HAS_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """The ``H`` rotated copies of ``silu(z')``, zero beyond the row: (H, b g, rows, S)."""
+    """The ``H`` rotated copies of ``silu(z')``, zero beyond the row: (H, b g, rows, S).
+
+    ``HAS_KEYS``: every second one of ``silu(keys)``, (b, n, S).
+    """
     copy_stride = copy_stride.to(tl.int64)  # times a copy's number
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     token = row // rows % chunks * rows + row % rows
@@ -167,14 +219,20 @@ def copies_kernel(
     base = uvz + (b * n + token)[:, None] * (2 * E + S) + 2 * E + half
     first = silu(tl.load(base, mask=inside, other=0.0).to(tl.float32))
     second = silu(tl.load(base + S // 2, mask=inside, other=0.0).to(tl.float32))
+    key_first, key_second = first, second
+    if HAS_KEYS:
+        base = keys + (b * n + token)[:, None] * S + half
+        key_first = silu(tl.load(base, mask=inside, other=0.0).to(tl.float32))
+        key_second = silu(tl.load(base + S // 2, mask=inside, other=0.0).to(tl.float32))
     angle = (b * angle_stride + token * (S // 2))[:, None] + half
     # Zero beyond the row, and with it the rotated copies.
     cosine = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)
     sine = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32)
     for h in tl.static_range(H):
         scale, offset = gamma + h * S + half, beta + h * S + half
-        x = tl.load(scale).to(tl.float32) * first + tl.load(offset).to(tl.float32)
-        y = tl.load(scale + S // 2).to(tl.float32) * second + tl.load(offset + S // 2).to(tl.float32)
+        x, y = (key_first, key_second) if h % 2 == 1 else (first, second)
+        x = tl.load(scale).to(tl.float32) * x + tl.load(offset).to(tl.float32)
+        y = tl.load(scale + S // 2).to(tl.float32) * y + tl.load(offset + S // 2).to(tl.float32)
         out = copies + h * copy_stride + row[:, None] * S + half
         tl.store(out, (x * cosine - y * sine).to(copies.dtype.element_ty))
         tl.store(out + S // 2, (x * sine + y * cosine).to(copies.dtype.element_ty))
@@ -217,11 +275,11 @@ def scores_kernel(
 
 @triton.jit(do_not_specialize=["n", "chunks", "first", "last"])
 def states_kernel(
-    source, copies, values, sums, initial, final, lengths, counts, n, chunks, rows, first, last,
+    source, copies, values, sums, initial, final, lengths, counts, fading, n, chunks, rows, first, last,
     E: tl.constexpr, S: tl.constexpr, C: tl.constexpr, STRIDE: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr, SERIAL: tl.constexpr, BACKWARD: tl.constexpr, LIN: tl.constexpr, MEAN: tl.constexpr,
-    CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr, CARRIED: tl.constexpr, FINAL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DEPTH: tl.constexpr, SERIAL: tl.constexpr, BACKWARD: tl.constexpr, LIN: tl.constexpr, NORM: tl.constexpr,
+    GROUPS: tl.constexpr, CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr, CARRIED: tl.constexpr,
+    FINAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``k^T v`` of every chunk, and on the way ``v``: SiLU of ``source``, zero at padding.
 
@@ -246,7 +304,9 @@ def states_kernel(
         if SERIAL:
             g = chunks - 1 - step if BACKWARD else step
         chunk = b * chunks + g
-        scale = scale_of(counts, b, g, rows, length, C, MEAN, CAUSAL, CARRIED)
+        scale = scale_of(
+            counts, fading, b, g, rows, length, column[None, :], E, C, NORM, GROUPS, CAUSAL, CARRIED
+        )
         if SERIAL and CAUSAL:
             state = total if BACKWARD else total * scale
             tl.store(sums + chunk * (S * E) + place, state.to(sums.dtype.element_ty), mask=known)
@@ -265,12 +325,16 @@ def states_kernel(
                 summary = dot(tl.trans(keys), v, summary, PRECISION)
         if BACKWARD and CAUSAL:
             summary *= scale
+        if SERIAL and NORM == "fading":
+            total *= kept_of(fading, column[None, :], E, GROUPS)
         total += summary
         if LIN and not SERIAL:
             needed = known & (g >= first) & (g < last)
             tl.store(sums + chunk * (S * E) + place, summary.to(sums.dtype.element_ty), mask=needed)
     if SERIAL and LIN and not CAUSAL:
-        state = total * scale_of(counts, b, 0, rows, length, C, MEAN, CAUSAL, CARRIED)
+        state = total * scale_of(
+            counts, fading, b, 0, rows, length, column[None, :], E, C, NORM, GROUPS, CAUSAL, CARRIED
+        )
         tl.store(sums + b * (S * E) + place, state.to(sums.dtype.element_ty), mask=known)
         total = state if BACKWARD else total
     if SERIAL and FINAL:
@@ -279,21 +343,24 @@ def states_kernel(
 
 @triton.jit(do_not_specialize=["n", "chunks", "first", "last"])
 def scan_kernel(
-    summaries, states, initial, final, lengths, counts, n, chunks, rows, first, last,
+    summaries, states, initial, final, lengths, counts, fading, n, chunks, rows, first, last,
     E: tl.constexpr, S: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr,
-    MEAN: tl.constexpr, CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr, CARRIED: tl.constexpr,
-    FINAL: tl.constexpr,
+    NORM: tl.constexpr, GROUPS: tl.constexpr, CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    CARRIED: tl.constexpr, FINAL: tl.constexpr,
 ):  # fmt: skip
     """Sums of the summaries of strictly earlier (backward: later) chunks in float32, divided once, narrowed.
 
+    A fading sum keeps its share of what came before whenever a chunk passes, in either direction.
     Bidirectional: the sum over all chunks, one state a row. ``states`` may be ``summaries`` itself.
     """
     blocks = tl.cdiv(S * E, BLOCK)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     place = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside = place < S * E
+    inside, column = place < S * E, place % E
     length = row_length(lengths, b, n, HAS_LENGTHS)
     total = tl.zeros([BLOCK], tl.float32)
+    if NORM == "fading":
+        kept = kept_of(fading, column, E, GROUPS)
     if CARRIED and not BACKWARD:
         total += tl.load(initial + b * (S * E) + place, mask=inside, other=0.0).to(tl.float32)
     for step in range(0, chunks, 4):
@@ -313,12 +380,19 @@ def scan_kernel(
             if CAUSAL:
                 state = total
                 if not BACKWARD:
-                    state = total * scale_of(counts, b, g, rows, length, C, MEAN, CAUSAL, CARRIED)
+                    state = total * scale_of(
+                        counts, fading, b, g, rows, length, column, E, C, NORM, GROUPS, CAUSAL, CARRIED
+                    )
                 out = states + (b * chunks + g) * (S * E) + place
                 tl.store(out, state.to(states.dtype.element_ty), mask=inside & (g >= 0) & (g < chunks))
+            if NORM == "fading":
+                # Beyond the row's end nothing passes.
+                total = tl.where((g >= 0) & (g < chunks), total * kept, total)
             total += x.to(tl.float32)
     if not CAUSAL:
-        state = total * scale_of(counts, b, 0, rows, length, C, MEAN, CAUSAL, CARRIED)
+        state = total * scale_of(
+            counts, fading, b, 0, rows, length, column, E, C, NORM, GROUPS, CAUSAL, CARRIED
+        )
         tl.store(states + b * (S * E) + place, state.to(states.dtype.element_ty), mask=inside)
         total = state if BACKWARD else total
     if FINAL:

@@ -13,7 +13,12 @@ import triton.language as tl
 
 from fairseq_flash.ops.mixed_chunk.gated import Projected
 from fairseq_flash.ops.mixed_chunk.inputs import Options
-from fairseq_flash.ops.mixed_chunk.kernel_forward import INTERPRETED
+from fairseq_flash.ops.mixed_chunk.kernel_forward import (
+    INTERPRETED,
+    fading_scale,
+    fading_table,
+    kept_of,
+)
 from fairseq_flash.ops.mixed_chunk.state import ChunkState
 
 __all__ = ["objections", "run"]
@@ -39,8 +44,6 @@ def objections(projected: Projected, options: Options, state: ChunkState) -> lis
     for name, size in (("attention_dim", s), ("chunk_size", options.chunk_size)):
         if size & (size - 1) or size < 16:
             found.append(f"{name} is {size}; the kernels take powers of two from 16 on")
-    if projected.keys is not None or options.linear_norm == "fading":
-        found.append("shifted keys and fading means are the reference's alone")
     if torch.is_grad_enabled():
         found.append("gradients are enabled; the kernels have no backward pass")
     return found
@@ -48,12 +51,16 @@ def objections(projected: Projected, options: Options, state: ChunkState) -> lis
 
 def run(projected: Projected, options: Options, state: ChunkState) -> tuple[torch.Tensor, ChunkState]:
     """As :func:`~fairseq_flash.ops.gated_mixed_chunk_step`; overwrites ``state`` and returns it."""
-    uvz, gamma, beta, cos, sin, bias, *_ = projected
+    uvz, gamma, beta, cos, sin, bias, _, keys = projected
     b, s = uvz.shape[0], gamma.shape[1]
     e = (uvz.shape[2] - s) // 2
     uvz, cos, sin = uvz.view(b, -1), cos.reshape(-1, s // 2), sin.reshape(-1, s // 2)
     out = torch.empty(b, 1, e, dtype=uvz.dtype, device=uvz.device)
     quad, lin = "quad" in options.branches, "lin" in options.branches
+    keys, fading, groups = None if keys is None else keys.contiguous(), None, 1
+    if lin and options.linear_norm == "fading":
+        fading = fading_table(options.chunk_size, e, uvz.device)
+        groups = fading.shape[1]
     # A branch that there is not passes any tensor, which is not read.
     states = (
         state.kv_sum if lin else out,
@@ -62,19 +69,20 @@ def run(projected: Projected, options: Options, state: ChunkState) -> tuple[torc
         state.v,
         state.position,
     )
-    keys = (uvz, gamma, beta, cos, sin, *states[1:3], state.position)
+    tensors = (uvz, keys, gamma, beta, cos, sin)
     angles = s // 2 if len(cos) == b else 0
-    sizes = dict(E=e, C=options.chunk_size, S=s, QUAD=quad, LIN=lin, ANGLES=angles)
+    sizes = dict(E=e, C=options.chunk_size, S=s, QUAD=quad, LIN=lin, ANGLES=angles, HAS_KEYS=keys is not None)
     slice_of_e = next(slice_of_e for rows, slice_of_e in SLICES.items() if b <= rows)
     _attend[(b, triton.cdiv(e, slice_of_e))](
-        *(uvz, gamma, beta, cos, sin, bias if quad else out),
+        *(*tensors, bias if quad else out, fading),
         *(*states, out),
-        MEAN=options.linear_norm == "mean",
+        NORM=options.linear_norm,
+        GROUPS=groups,
         KEYS=min(KEYS, options.chunk_size),
         SLICE=slice_of_e,
         **sizes,
     )
-    _remember[(b,)](*keys, **sizes)
+    _remember[(b,)](*tensors, *states[1:3], state.position, **sizes)
     return out, state
 
 
@@ -84,10 +92,15 @@ def _silu(x):
 
 
 @triton.jit
-def _copy(uvz, gamma, beta, cos, sin, row, h: tl.constexpr, E, S: tl.constexpr, ANGLES: tl.constexpr):
-    """The rotated copy ``h`` of the base of a row, in two halves."""
+def _copy(
+    uvz, keys, gamma, beta, cos, sin, row, h: tl.constexpr, E,
+    S: tl.constexpr, ANGLES: tl.constexpr, HAS_KEYS: tl.constexpr,
+):  # fmt: skip
+    """The rotated copy ``h`` of the base of a row, in two halves; every second one of ``keys``, if given."""
     half = tl.arange(0, S // 2)
     z = uvz + row.to(tl.int64) * (2 * E + S) + 2 * E + half
+    if HAS_KEYS and h % 2 == 1:
+        z = keys + row.to(tl.int64) * S + half
     z1, z2 = _silu(tl.load(z).to(tl.float32)), _silu(tl.load(z + S // 2).to(tl.float32))
     g, o = gamma + h * S + half, beta + h * S + half
     x1 = tl.load(g).to(tl.float32) * z1 + tl.load(o).to(tl.float32)
@@ -100,11 +113,13 @@ def _copy(uvz, gamma, beta, cos, sin, row, h: tl.constexpr, E, S: tl.constexpr, 
 @triton.jit
 def _attend(
     uvz,
+    new_keys,
     gamma,
     beta,
     cos,
     sin,
     bias,
+    fading,
     kv_sum,
     k_quad,
     k_lin,
@@ -117,7 +132,9 @@ def _attend(
     QUAD: tl.constexpr,
     LIN: tl.constexpr,
     ANGLES: tl.constexpr,
-    MEAN: tl.constexpr,
+    HAS_KEYS: tl.constexpr,
+    NORM: tl.constexpr,
+    GROUPS: tl.constexpr,
     KEYS: tl.constexpr,
     SLICE: tl.constexpr,
 ):
@@ -133,26 +150,37 @@ def _attend(
     total = tl.zeros((SLICE,), tl.float32)
     if LIN:
         first: tl.constexpr = 2 if QUAD else 0
-        q1, q2 = _copy(uvz, gamma, beta, cos, sin, row, first, E, S, ANGLES)
+        q1, q2 = _copy(uvz, new_keys, gamma, beta, cos, sin, row, first, E, S, ANGLES, HAS_KEYS)
         count = (here - slot).to(tl.float32)
-        denominator = tl.maximum(count, 1.0) if MEAN else C * 1.0
+        denominator = tl.maximum(count, 1.0) if NORM == "mean" else C * 1.0
         lin1, lin2 = q1 / denominator, q2 / denominator
+        if NORM == "fading":
+            # Each column has a divisor of its own, and fades when a chunk begins.
+            lin1, lin2 = q1, q2
+            scale = fading_scale(fading, here - slot, columns, E, GROUPS, C)
+            kept = tl.where(slot == 0, kept_of(fading, columns, E, GROUPS), 1.0)
         # The token that leaves the ring joins the sum.
         old_v = tl.load(rings + slot * E + columns, mask=inside, other=0).to(tl.float32)
         old = k_lin + keys + slot * S + half
         cells = kv_sum + (wide_row * S + half[:, None]) * E + columns[None, :]
         kv1 = tl.load(cells, mask=inside[None, :], other=0)
+        if NORM == "fading":
+            kv1 *= kept[None, :]
         kv1 += tl.load(old).to(tl.float32)[:, None] * old_v[None, :]
         tl.store(cells, kv1, mask=inside[None, :])
         total += tl.sum(lin1[:, None] * kv1, axis=0)
         cells += S // 2 * E
         kv2 = tl.load(cells, mask=inside[None, :], other=0)
+        if NORM == "fading":
+            kv2 *= kept[None, :]
         kv2 += tl.load(old + S // 2).to(tl.float32)[:, None] * old_v[None, :]
         tl.store(cells, kv2, mask=inside[None, :])
         total += tl.sum(lin2[:, None] * kv2, axis=0)
+        if NORM == "fading":
+            total *= scale
     if QUAD:
-        quad1, quad2 = _copy(uvz, gamma, beta, cos, sin, row, 0, E, S, ANGLES)
-        own1, own2 = _copy(uvz, gamma, beta, cos, sin, row, 1, E, S, ANGLES)
+        quad1, quad2 = _copy(uvz, new_keys, gamma, beta, cos, sin, row, 0, E, S, ANGLES, HAS_KEYS)
+        own1, own2 = _copy(uvz, new_keys, gamma, beta, cos, sin, row, 1, E, S, ANGLES, HAS_KEYS)
         own = tl.sum(quad1 * own1 + quad2 * own2, axis=0) / C + tl.load(bias).to(tl.float32)
         own = tl.maximum(own, 0.0)
         total += own * own * v
@@ -173,6 +201,8 @@ def _attend(
             weights = tl.where(j > slot, tl.sum(products, axis=1), weights)
         ring = rings + j[:, None] * E + columns[None, :]
         values = tl.load(ring, mask=inside[None, :], other=0).to(tl.float32)
+        if LIN and NORM == "fading":
+            values = tl.where((j > slot)[:, None], values * scale[None, :], values)
         total += tl.sum(weights[:, None] * values, axis=0)
     # Every thread has read the slot before one overwrites it.
     tl.debug_barrier()
@@ -184,6 +214,7 @@ def _attend(
 @triton.jit
 def _remember(
     uvz,
+    keys,
     gamma,
     beta,
     cos,
@@ -197,17 +228,18 @@ def _remember(
     QUAD: tl.constexpr,
     LIN: tl.constexpr,
     ANGLES: tl.constexpr,
+    HAS_KEYS: tl.constexpr,
 ):
     row, half = tl.program_id(0), tl.arange(0, S // 2)
     here = tl.load(position + row)
     at = (row.to(tl.int64) * C + here % C) * S + half
     if QUAD:
-        k1, k2 = _copy(uvz, gamma, beta, cos, sin, row, 1, E, S, ANGLES)
+        k1, k2 = _copy(uvz, keys, gamma, beta, cos, sin, row, 1, E, S, ANGLES, HAS_KEYS)
         tl.store(k_quad + at, k1)
         tl.store(k_quad + at + S // 2, k2)
     if LIN:
         last: tl.constexpr = 3 if QUAD else 1
-        k1, k2 = _copy(uvz, gamma, beta, cos, sin, row, last, E, S, ANGLES)
+        k1, k2 = _copy(uvz, keys, gamma, beta, cos, sin, row, last, E, S, ANGLES, HAS_KEYS)
         tl.store(k_lin + at, k1)
         tl.store(k_lin + at + S // 2, k2)
     tl.debug_barrier()
