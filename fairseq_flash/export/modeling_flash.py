@@ -150,11 +150,11 @@ def waves(length: int, dim: int, dtype: torch.dtype, device: torch.device) -> to
 def kept_shares(e: int, device: torch.device) -> torch.Tensor:
     """Of a fading mean, what share of its weight a chunk keeps when another one has passed: (e,) by column.
 
-    Columns are in groups: half-lives grow evenly in scale from 1 chunk to 64; the last group forgets nothing.
+    Columns are in groups: half-lives grow evenly in scale from 1 chunk to 16.
     """
     exact, groups = torch.float32 if device.type == "mps" else torch.float64, math.gcd(16, e)
-    scale = torch.linspace(0, 1, groups - 1, dtype=exact, device=device)
-    return functional.pad(0.5 ** (1 / 64**scale), (0, 1), value=1.0).repeat_interleave(e // groups)
+    scale = torch.linspace(0, 1, groups, dtype=exact, device=device)
+    return (0.5 ** (1 / 16**scale)).repeat_interleave(e // groups)
 
 
 class RotaryBias(nn.Module):

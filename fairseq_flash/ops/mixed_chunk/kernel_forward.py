@@ -140,9 +140,7 @@ def fading_scale(fading, count, column, E: tl.constexpr, GROUPS: tl.constexpr, C
     """What a fading sum of ``count`` tokens, of whole chunks, is multiplied by, by column."""
     group = column // (E // GROUPS)
     passed = tl.minimum(count // C, SETTLED)
-    scale = tl.load(fading + (passed + 1) * GROUPS + group, mask=column < E, other=0.0)
-    # The last group forgets nothing.
-    return tl.where(group == GROUPS - 1, 1.0 / tl.maximum(count.to(tl.float32), 1.0), scale)
+    return tl.load(fading + (passed + 1) * GROUPS + group, mask=column < E, other=0.0)
 
 
 @triton.jit
