@@ -175,13 +175,15 @@ class GatedAttentionUnit(AttentionLayer):
             out = self.attend.whole(uvz, self.offset_scale, self.bias, rows, keys)
         elif self.attend.gated and is_step(uvz, rows, state, self.training):
             out, state = self.attend.step(uvz, self.offset_scale, self.bias, rows, state, keys)
+            if before is not None:
+                state.before.copy_(z)
         else:
             u, v, active = split_silu(uvz, [self.expanded_dim, self.expanded_dim, self.attention_dim])
             pairs = self.pairs(active, rows, None if before is None else nn.functional.silu(before))
             out, state = self.attend(pairs, v, self.bias, rows, state, self.training)
             out = u * out
-        if state is not None and self.shift_keys:
-            state = state._replace(before=_last(z, before, rows.lengths))
+            if before is not None and state is not None:
+                state = state._replace(before=_last(z, before, rows.lengths))
         return x + self.dropout(self.out(out)), state
 
     def copies(self, z: torch.Tensor, rows: Rows, before: Optional[torch.Tensor] = None) -> torch.Tensor:
@@ -271,7 +273,8 @@ class GatedAttentionUnit(AttentionLayer):
 
 def _last(z: torch.Tensor, before: torch.Tensor, lengths: Optional[torch.Tensor]) -> torch.Tensor:
     """The base (b, 1, s) of the last real token of each row (b, n, s), or before it; shares no memory."""
+    z = z.to(before.dtype)
     if lengths is None:
         return z[:, -1:].clone()
-    rows = torch.cat((before.to(z.dtype), z), dim=1)
+    rows = torch.cat((before, z), dim=1)
     return rows.gather(1, lengths.view(-1, 1, 1).expand(-1, 1, z.shape[2]))
