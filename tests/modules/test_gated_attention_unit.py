@@ -14,7 +14,7 @@ from support.pieces import error
 TOLERANCE = 256 * torch.finfo(torch.float64).eps  # relative; measured: 15 eps
 D, C, N_REF = 8, 4, 13
 SHIFTED = ["mixed_chunk shifted", "local shifted", "global shifted"]
-#: The attention, and whether its keys are shifted and, in causal layers, its mean fades unless chosen otherwise.
+#: The attention, and whether keys are shifted and, in causal layers, the mean fades unless told otherwise.
 KINDS = ["mixed_chunk", "quadratic", "local", "global", *SHIFTED]
 BACKENDS = ["auto", "reference"]
 CHOICES = {
@@ -322,9 +322,9 @@ def test_under_autocast_a_state_keeps_its_dtypes_and_goes_on(attention):
 
 def test_a_state_with_the_token_before_is_for_shifted_keys_alone():
     shifted, plain, x = build("mixed_chunk shifted"), build("mixed_chunk"), torch.randn(1, 2, D)
-    with pytest.raises(ValueError, match="state has kv_sum, .*position, before; allowed: .*, position$"):
+    with pytest.raises(ValueError, match=r"state has kv_sum, .*position, before; allowed: .*, position$"):
         plain(x, None, shifted.empty_state(x))
-    with pytest.raises(ValueError, match="state has kv_sum, .*position; allowed: .*, position, before$"):
+    with pytest.raises(ValueError, match=r"state has kv_sum, .*position; allowed: .*, position, before$"):
         shifted(x, None, plain.empty_state(x))
 
 

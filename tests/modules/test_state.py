@@ -110,7 +110,8 @@ def test_a_file_of_the_format_before_is_read(tmp_path):
     torch.save({"format": "fairseq_flash decoding state 1", "layers": layers, **beside}, path)
     loaded, found = DecodingState.load(path, stack.empty_state(tokens))
     assert found == beside
-    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(*map(fields, (loaded.layers[1], state.layers[1]))))
+    pairs = zip(*(fields(reading.layers[1]) for reading in (loaded, state)), strict=True)
+    assert all(name == other and torch.equal(a, b) for (name, a), (other, b) in pairs)
 
 
 @torch.no_grad()
@@ -187,11 +188,7 @@ def at(name, value):
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
-        (
-            "shifted mixed_chunk",
-            at("before", torch.nan),
-            "layer 1: before holds NaN or infinity; allowed: fi",
-        ),
+        ("shifted mixed_chunk", at("before", torch.nan), "layer 1: before holds NaN or infinity"),
         ("shifted mixed_chunk", put(before=3), "layer 1: before is a int; allowed: Tensor"),
         ("mixed_chunk", at("v", torch.nan), "layer 1: v holds NaN or infinity; allowed: finite numbers"),
         ("mixed_chunk", at("kv_sum", torch.inf), "layer 1: kv_sum holds NaN or infinity"),

@@ -1,4 +1,4 @@
-"""Proves that the sum over earlier chunks is the definition's, and never holds a trace of the chunk itself."""
+"""Proves that sums over earlier chunks are the definition's, without a trace of the chunk itself."""
 
 import pytest
 import torch
