@@ -32,6 +32,17 @@ from fairseq_flash.ops.dispatch import choose
 __all__ = ["GatedAttentionUnit"]
 
 
+class UnitOptions(LayerOptions, total=False):
+    """Further keyword arguments of a gated attention unit.
+
+    Attributes:
+        shift_keys: Whether half of the columns of the keys are of the token before, so that one layer finds
+            what came after an earlier token like this one; False unless given.
+    """
+
+    shift_keys: bool
+
+
 class GatedAttentionUnit(AttentionLayer):
     r"""One layer of FLASH, :math:`y = x + (u \odot \mathrm{attention}(q, k, v)) W_o`, with a residual.
 
@@ -52,10 +63,9 @@ class GatedAttentionUnit(AttentionLayer):
             the life of the weights. Bidirectional scores are divided by the valid tokens of the row.
         adopt_n_ref: Whether weights that are loaded bring their own ``n_ref``, and the length of its table;
             otherwise another one is an error.
-        shift_keys: Whether half of the columns of the keys are of the token before, so that one layer finds
-            what came after an earlier token like this one; not with ``"quadratic"``.
-        options: ``chunk_size``, ``linear_norm``, ``norm``, ``init``, ``dropout`` and ``backend``, as
-            :class:`LayerOptions`; of quadratic attention there is one implementation, ``"reference"``.
+        options: ``shift_keys``, not with ``"quadratic"``, as :class:`UnitOptions`, and ``chunk_size``,
+            ``linear_norm``, ``norm``, ``init``, ``dropout`` and ``backend``, as :class:`LayerOptions`; of
+            quadratic attention there is one implementation, ``"reference"``.
 
     Raises:
         ValueError: an argument has a value that is not allowed.
@@ -74,10 +84,10 @@ class GatedAttentionUnit(AttentionLayer):
         relative_bias: Optional[str] = None,
         n_ref: Optional[int] = None,
         adopt_n_ref: bool = False,
-        shift_keys: bool = False,
-        **options: Unpack[LayerOptions],
+        **options: Unpack[UnitOptions],
     ) -> None:
-        super().__init__(embed_dim, attention, attention_dim, **options)
+        shift_keys = options.pop("shift_keys", False)
+        super().__init__(embed_dim, attention, attention_dim, **options)  # type: ignore[misc]  # is taken out
         quadratic = attention == "quadratic"
         check_backend(self.backend)
         if quadratic:
@@ -175,7 +185,7 @@ class GatedAttentionUnit(AttentionLayer):
             out = self.attend.whole(uvz, self.offset_scale, self.bias, rows, keys)
         elif self.attend.gated and is_step(uvz, rows, state, self.training):
             out, state = self.attend.step(uvz, self.offset_scale, self.bias, rows, state, keys)
-            if before is not None:
+            if isinstance(state, ChunkState) and before is not None:
                 state.before.copy_(z)
         else:
             u, v, active = split_silu(uvz, [self.expanded_dim, self.expanded_dim, self.attention_dim])

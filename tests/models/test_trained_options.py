@@ -327,6 +327,30 @@ def test_an_option_without_effect_is_warned_of_once(kind, option, value, caplog)
     build(kind, **{option: value}).load_state_dict(trained.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (
+            "masked",
+            dict(linear_norm="fading"),
+            "--linear-norm fading is not allowed in a bidirectional stack",
+        ),
+        (
+            "seq2seq",
+            dict(linear_norm="fading"),
+            "--linear-norm fading is not allowed in a bidirectional stack",
+        ),
+        ("quadratic", dict(shift_keys=True), "--shift-keys is not allowed with --block gau --attention quad"),
+        ("transformer", dict(shift_keys=True), "--shift-keys is not allowed with --block transformer"),
+        ("masked", dict(shift_keys=True, attention="quadratic"), "--shift-keys is not allowed with"),
+        ("seq2seq", dict(shift_keys=True, attention="quadratic"), "--shift-keys is not allowed with"),
+    ],
+)
+def test_what_cannot_shift_or_fade_is_refused_by_name(kind, options, message):
+    with pytest.raises(ValueError, match=f"{message}.*; allowed: "):
+        build(kind, **options)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_kind_of_model_is_warned_of_by_itself(kind, caplog):
     _option_checks.warn_once.cache_clear()
