@@ -19,6 +19,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "fairseq_flash" / "configs"
 
 TITLES = {
     "flash_lm": "FLASH",
+    "flash2_lm": "FLASH with shifted keys and a fading mean",
     "flash_quad_lm": "FLASH-Quad",
     "flash_local_lm": "FLASH LocalOnly",
     "flash_global_lm": "FLASH GlobalOnly",

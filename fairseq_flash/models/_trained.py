@@ -47,6 +47,8 @@ FREE = {
     *("vocabulary_loss", "no_graph"),
     "change_trained_options",
 }
+#: What decides as well, and records of before do not name, as there was no choice.
+NEWER = {"shift_keys": False}
 
 
 def trained_options(cfg: Any, config: type) -> dict[str, Any]:
@@ -181,6 +183,7 @@ class RememberingModel(BaseFairseqModel):
         """
         stored = _decode(state_dict[KEY]) if KEY in state_dict else {}
         options = stored.get("options", {})
+        options = options and NEWER | options
         if any(name.startswith("classification_heads.") for name in state_dict):
             options.setdefault("pooling", "first")  # of heads of before there was a choice
         else:

@@ -32,6 +32,17 @@ from fairseq_flash.ops.dispatch import choose
 __all__ = ["GatedAttentionUnit"]
 
 
+class UnitOptions(LayerOptions, total=False):
+    """Further keyword arguments of a gated attention unit.
+
+    Attributes:
+        shift_keys: Whether half of the columns of the keys are of the token before, so that one layer finds
+            what came after an earlier token like this one; False unless given.
+    """
+
+    shift_keys: bool
+
+
 class GatedAttentionUnit(AttentionLayer):
     r"""One layer of FLASH, :math:`y = x + (u \odot \mathrm{attention}(q, k, v)) W_o`, with a residual.
 
@@ -52,10 +63,9 @@ class GatedAttentionUnit(AttentionLayer):
             the life of the weights. Bidirectional scores are divided by the valid tokens of the row.
         adopt_n_ref: Whether weights that are loaded bring their own ``n_ref``, and the length of its table;
             otherwise another one is an error.
-        shift_keys: Whether half of the columns of the keys are of the token before, so that one layer finds
-            what came after an earlier token like this one; not with ``"quadratic"``.
-        options: ``chunk_size``, ``linear_norm``, ``norm``, ``init``, ``dropout`` and ``backend``, as
-            :class:`LayerOptions`; of quadratic attention there is one implementation, ``"reference"``.
+        options: ``shift_keys``, not with ``"quadratic"``, as :class:`UnitOptions`, and ``chunk_size``,
+            ``linear_norm``, ``norm``, ``init``, ``dropout`` and ``backend``, as :class:`LayerOptions`; of
+            quadratic attention there is one implementation, ``"reference"``.
 
     Raises:
         ValueError: an argument has a value that is not allowed.
@@ -74,10 +84,10 @@ class GatedAttentionUnit(AttentionLayer):
         relative_bias: Optional[str] = None,
         n_ref: Optional[int] = None,
         adopt_n_ref: bool = False,
-        shift_keys: bool = False,
-        **options: Unpack[LayerOptions],
+        **options: Unpack[UnitOptions],
     ) -> None:
-        super().__init__(embed_dim, attention, attention_dim, **options)
+        shift_keys = options.pop("shift_keys", False)
+        super().__init__(embed_dim, attention, attention_dim, **options)  # type: ignore[misc]  # is taken out
         quadratic = attention == "quadratic"
         check_backend(self.backend)
         if quadratic:
@@ -177,13 +187,15 @@ class GatedAttentionUnit(AttentionLayer):
             out, state = self.attend.piece(uvz, self.offset_scale, self.bias, rows, state, keys)
         elif self.attend.gated and is_step(uvz, rows, state, self.training):
             out, state = self.attend.step(uvz, self.offset_scale, self.bias, rows, state, keys)
+            if isinstance(state, ChunkState) and before is not None:
+                state.before.copy_(z)
         else:
             u, v, active = split_silu(uvz, [self.expanded_dim, self.expanded_dim, self.attention_dim])
             pairs = self.pairs(active, rows, None if before is None else nn.functional.silu(before))
             out, state = self.attend(pairs, v, self.bias, rows, state, self.training)
             out = u * out
-        if state is not None and self.shift_keys:
-            state = state._replace(before=_last(z, before, rows.lengths))
+            if before is not None and state is not None:
+                state = state._replace(before=_last(z, before, rows.lengths))
         return x + self.dropout(self.out(out)), state
 
     def copies(self, z: torch.Tensor, rows: Rows, before: Optional[torch.Tensor] = None) -> torch.Tensor:
@@ -273,7 +285,8 @@ class GatedAttentionUnit(AttentionLayer):
 
 def _last(z: torch.Tensor, before: torch.Tensor, lengths: Optional[torch.Tensor]) -> torch.Tensor:
     """The base (b, 1, s) of the last real token of each row (b, n, s), or before it; shares no memory."""
+    z = z.to(before.dtype)
     if lengths is None:
         return z[:, -1:].clone()
-    rows = torch.cat((before.to(z.dtype), z), dim=1)
+    rows = torch.cat((before, z), dim=1)
     return rows.gather(1, lengths.view(-1, 1, 1).expand(-1, 1, z.shape[2]))

@@ -12,6 +12,7 @@ from fairseq.data import Dictionary
 from fairseq.logging import metrics
 
 from fairseq_flash.models import _layers
+from fairseq_flash.models._presets import FLASH2
 from fairseq_flash.models.flash_lm import FlashLanguageModel, FlashLanguageModelConfig
 from fairseq_flash.models.flash_masked_lm import FlashMaskedLM, FlashMaskedLMConfig
 from fairseq_flash.models.flash_seq2seq import FlashSeq2Seq, FlashSeq2SeqConfig
@@ -21,6 +22,7 @@ WORDS = 20
 SIZES = dict(embed_dim=8, attention_dim=4, chunk_size=4, dropout=0.0)
 MODELS = {
     "gau": (FlashLanguageModel, FlashLanguageModelConfig, dict(layers=2)),
+    "flash2": (FlashLanguageModel, FlashLanguageModelConfig, dict(layers=2, **FLASH2)),
     "quadratic": (FlashLanguageModel, FlashLanguageModelConfig, dict(layers=2, attention="quadratic")),
     "transformer": (FlashLanguageModel, FlashLanguageModelConfig, dict(layers=2, block="transformer")),
     "masked": (FlashMaskedLM, FlashMaskedLMConfig, dict(layers=2)),
@@ -86,7 +88,7 @@ def test_training_on_six_shapes_is_the_same_in_few_graphs(kind, graphs):
     assert 0 < graphs() <= 3 * (2 if kind == "seq2seq" else 1)
 
 
-@pytest.mark.parametrize("kind", ["gau", "transformer"])
+@pytest.mark.parametrize("kind", ["gau", "flash2", "transformer"])
 def test_two_layers_share_a_graph_with_checkpointing_and_dropout(kind, graphs):
     options = dict(dropout=0.3, checkpoint_activations=True)
     plain, compiled = build(kind, **options), build(kind, compile=True, **options)
@@ -96,7 +98,7 @@ def test_two_layers_share_a_graph_with_checkpointing_and_dropout(kind, graphs):
     assert graphs() == 2
 
 
-@pytest.mark.parametrize("kind", ["gau", "masked", "seq2seq"])
+@pytest.mark.parametrize("kind", ["gau", "flash2", "masked", "seq2seq"])
 def test_layers_go_through_a_graph_in_groups(kind, graphs, monkeypatch):
     monkeypatch.setattr(_layers, "layers_in_a_graph", lambda device: 2)
     layers = dict.fromkeys(("encoder_layers", "decoder_layers") if kind == "seq2seq" else ("layers",), 4)
@@ -166,13 +168,14 @@ def test_a_copy_such_as_emas_computes_with_its_own_weights(graphs):
     assert graphs() > 0
 
 
-def test_decoding_compiles_nothing(graphs):
-    model, tokens = build("gau", compile=True).eval(), tokens_of(2, 6)
+@pytest.mark.parametrize("kind", ["gau", "flash2"])
+def test_decoding_compiles_nothing(kind, graphs):
+    model, tokens = build(kind, compile=True).eval(), tokens_of(2, 6)
     state = {}
     with torch.no_grad():
         steps = [model(tokens[:, : end + 1], incremental_state=state)[0] for end in range(6)]
         assert graphs() == 0
-        assert_close(torch.cat(steps, dim=1), run(build("gau").eval(), tokens))
+        assert_close(torch.cat(steps, dim=1), run(build(kind).eval(), tokens))
 
 
 def test_all_objections_come_at_once_before_training(monkeypatch):

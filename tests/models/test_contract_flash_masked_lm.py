@@ -30,6 +30,7 @@ KINDS = {
         "--untie-weights-roberta",
     ),
     "mixed_chunk rotary scalenorm": ("--relative-bias", "rotary", "--norm", "scalenorm"),
+    "mixed_chunk shifted": ("--shift-keys",),
     "local": ("--attention", "local", "--relative-bias", "toeplitz"),
     "global": ("--attention", "global", "--linear-norm", "chunk"),
     "global mean rmsnorm": ("--attention", "global", "--linear-norm", "mean", "--norm", "rmsnorm"),

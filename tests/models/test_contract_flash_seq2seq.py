@@ -27,6 +27,7 @@ KINDS = {
     "mixed_chunk": ("--linear-norm", "chunk", "--scaled-sin"),
     "mixed_chunk alike": ("--linear-norm", "mean", *ALIKE),
     "mixed_chunk table": ("--relative-bias", "toeplitz", "--norm", "scalenorm"),
+    "mixed_chunk shifted": ("--shift-keys", "--linear-norm", "mean"),
     "local": ("--attention", "local", "--norm", "rmsnorm"),
     "global": ("--attention", "global", "--linear-norm", "chunk", "--share-decoder-input-output-embed"),
     "quadratic": ("--attention", "quadratic", "--scaled-sin"),
@@ -99,7 +100,7 @@ def decode(model, encoder_out, target: torch.Tensor, ends, state: dict | None = 
 
 def expected_logits(model, source: torch.Tensor, target: torch.Tensor, kind: str) -> torch.Tensor:
     """What the oracle says of one row, (n, words), by the options in ``KINDS[kind]``."""
-    words = [word for word in KINDS[kind] if not word.startswith(("--share", "--scaled"))]
+    words = [word for word in KINDS[kind] if not word.startswith(("--share", "--scaled", "--shift"))]
     chosen = dict(zip(words[::2], words[1::2], strict=True))
     attention = chosen.get("--attention", "mixed_chunk")
     norm = {"scalenorm": "scale_norm", "rmsnorm": "rms_norm"}.get(chosen.get("--norm"), "layer_norm")
@@ -113,6 +114,7 @@ def expected_logits(model, source: torch.Tensor, target: torch.Tensor, kind: str
         chunk_size=CHUNK,
         linear_norm=chosen.get("--linear-norm", "mean"),
         bias=None if attention == "global" else chosen.get("--relative-bias", "rotary"),
+        shift_keys="--shift-keys" in KINDS[kind],
     )
 
 

@@ -56,6 +56,7 @@ OPTIONS = {
     "attention": choice(*ATTENTIONS),
     "chunk_size": (["1", "5", "8", "64"], SIZE[1]),
     "linear_norm": choice(*LINEAR_NORMS),
+    "shift_keys": SWITCH,
     "norm": choice(*NORMS),
     "relative_bias": choice(*RELATIVE_BIASES),
     "init": choice(*INITS),
@@ -97,6 +98,7 @@ ELSEWHERE = {"compile"}
 #: What may be refused beside other values, though allowed beside some.
 COMBINED = {
     *("block", "attention", "n_ref", "relative_bias", "ffn_embed_dim", "glu", "attention_dropout"),
+    *("linear_norm", "shift_keys"),
     *(
         "expansion_factor",
         "attention_dim",

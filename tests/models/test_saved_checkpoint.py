@@ -89,10 +89,10 @@ def test_it_has_learnt_something():
     assert loss < 0.9 * torch.tensor(float(scores.shape[1])).log()
 
 
-@pytest.mark.parametrize("option", ["n_ref", "backend", "attention_dropout"])
+@pytest.mark.parametrize("option", ["n_ref", "backend", "attention_dropout", "shift_keys"])
 def test_an_option_that_a_checkpoint_does_not_know_yet_takes_its_default(tmp_path, option):
     state = torch.load(CHECKPOINT)
-    del state["cfg"]["model"][option]
+    state["cfg"]["model"].pop(option, None)
     torch.save(state, tmp_path / "older.pt")
     model, tokens = load(tmp_path / "older.pt")
     with torch.no_grad():

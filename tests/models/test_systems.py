@@ -54,7 +54,7 @@ def theirs(tied, *arch_and_options):
 
 def test_every_system_of_the_paper_has_every_size():
     systems = {
-        *("flash_lm", "flash_quad_lm", "flash_local_lm", "flash_global_lm"),
+        *("flash_lm", "flash2_lm", "flash_quad_lm", "flash_local_lm", "flash_global_lm"),
         *("transformer_plus_lm", "transformer_pp_lm", "mc_transformer_pp_lm"),
     }
     names = {f"{system}{size}" for system in systems for size in ("", "_tiny", "_gpt", "_big")}
@@ -68,6 +68,11 @@ def test_parameters_are_those_of_fairseqs_transformer_within_five_percent(task, 
     for system in SYSTEMS:
         found = ours(f"{system}{size}", task, tied)
         assert abs(found / expected - 1) <= 0.05, f"{system}{size}: {found} and {expected}"
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_flash2_has_the_parameters_of_flash_and_no_others(task, size):
+    assert ours(f"flash2_lm{size}", task, True) == ours(f"flash_lm{size}", task, True)
 
 
 def test_the_papers_settings_change_the_size_by_their_positions_alone(task):

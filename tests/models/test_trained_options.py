@@ -42,6 +42,7 @@ LM, MASKED, SEQ2SEQ = CONFIGS
 #: Systems whose options have another effect: by name, the model and its options.
 KINDS = {
     "gau": (LM, dict(layers=1)),
+    "shifted": (LM, dict(layers=1, shift_keys=True, linear_norm="fading")),
     "quadratic": (LM, dict(layers=1, attention="quadratic")),
     "transformer": (LM, dict(layers=1, block="transformer")),
     "tables": (LM, dict(layers=1, relative_bias="toeplitz")),
@@ -60,7 +61,8 @@ OTHER = dict(
     chunk_size=[3],
     attention=["local", "global", "quadratic", "mixed_chunk"],
     block=["transformer", "gau"],
-    linear_norm=["chunk"],
+    linear_norm=["chunk", "fading"],
+    shift_keys=[True, False],
     norm=["rmsnorm", "scalenorm"],
     relative_bias=["toeplitz", "rotary"],
     init=["paper"],
@@ -107,7 +109,7 @@ FREE = {
 #: What has no effect beside the other options of a kind, is not refused for it, and changes nothing.
 WITHOUT_EFFECT = {("quadratic", "chunk_size"), ("quadratic", "linear_norm")} | {
     (kind, f"adaptive_{side}_factor")
-    for kind in ("gau", "quadratic", "transformer")
+    for kind in ("gau", "shifted", "quadratic", "transformer")
     for side in ("input", "softmax")
 }
 DOORS = ("resume", "fine-tune", "override")
@@ -286,6 +288,9 @@ def judge(trained, door, folder, kind, option, value):
     [
         ("gau", "chunk_size", 3),
         ("gau", "linear_norm", "chunk"),
+        ("gau", "linear_norm", "fading"),
+        ("gau", "shift_keys", True),
+        ("shifted", "shift_keys", False),
         ("transformer", "attention_dim", 2),
         ("masked", "linear_norm", "chunk"),
         ("seq2seq", "chunk_size", 3),
@@ -322,6 +327,30 @@ def test_an_option_without_effect_is_warned_of_once(kind, option, value, caplog)
     build(kind, **{option: value}).load_state_dict(trained.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (
+            "masked",
+            dict(linear_norm="fading"),
+            "--linear-norm fading is not allowed in a bidirectional stack",
+        ),
+        (
+            "seq2seq",
+            dict(linear_norm="fading"),
+            "--linear-norm fading is not allowed in a bidirectional stack",
+        ),
+        ("quadratic", dict(shift_keys=True), "--shift-keys is not allowed with --block gau --attention quad"),
+        ("transformer", dict(shift_keys=True), "--shift-keys is not allowed with --block transformer"),
+        ("masked", dict(shift_keys=True, attention="quadratic"), "--shift-keys is not allowed with"),
+        ("seq2seq", dict(shift_keys=True, attention="quadratic"), "--shift-keys is not allowed with"),
+    ],
+)
+def test_what_cannot_shift_or_fade_is_refused_by_name(kind, options, message):
+    with pytest.raises(ValueError, match=f"{message}.*; allowed: "):
+        build(kind, **options)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_kind_of_model_is_warned_of_by_itself(kind, caplog):
     _option_checks.warn_once.cache_clear()
@@ -342,6 +371,22 @@ def test_a_state_dict_without_a_record_loads():
     other = build("gau")
     other.load_state_dict(state)
     assert torch.equal(output(other), output(trained))
+
+
+def without(state, option):
+    """Weights whose record is of before there was an option."""
+    record = _trained._decode(state["_extra_state"])
+    del record["options"][option]
+    return state | {"_extra_state": _trained._encode(record)}
+
+
+def test_a_record_of_before_shifted_keys_is_of_a_model_without():
+    trained = noisy(build("gau"))
+    other = build("gau")
+    other.load_state_dict(without(trained.state_dict(), "shift_keys"))
+    assert torch.equal(output(other), output(trained))
+    with pytest.raises(ValueError, match=r"--shift-keys True \(trained with False\)"):
+        build("gau", shift_keys=True).load_state_dict(without(trained.state_dict(), "shift_keys"))
 
 
 def test_other_words_in_as_large_a_dictionary_are_warned_of(caplog):

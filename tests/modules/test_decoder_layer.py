@@ -10,11 +10,13 @@ from support.pieces import error
 
 TOLERANCE = 256 * torch.finfo(torch.float64).eps  # relative; measured: 3 eps
 D, M, N = 8, 7, 13
-KINDS = ["mixed_chunk", "quadratic", "local", "global"]
+KINDS = ["mixed_chunk", "quadratic", "local", "global", "mixed_chunk shifted", "local shifted"]
 
 
-def build(attention="mixed_chunk"):
-    own = GatedAttentionUnit(D, attention=attention, attention_dim=6, chunk_size=4, n_ref=N)
+def build(kind="mixed_chunk"):
+    attention, *shifted = kind.split()
+    options = dict(shift_keys=True, linear_norm="fading") if shifted else {}
+    own = GatedAttentionUnit(D, attention=attention, attention_dim=6, chunk_size=4, n_ref=N, **options)
     layer = DecoderLayer(own, GatedCrossAttention(D, attention_dim=6)).eval()
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.5)

@@ -91,6 +91,7 @@ ARGUMENTS = {
         "n_ref": sizes(20, 30),
         "backend": choices(*BACKENDS[:1], "reference"),
         "adopt_n_ref": (FLAGS, NO_FLAGS),
+        "shift_keys": (FLAGS, NO_FLAGS),
     },
     TransformerBlock: {
         **COMMON,
@@ -112,6 +113,13 @@ ARGUMENTS = {
 }
 
 
+def excluded(attention, causal, linear_norm, shift_keys, **_):
+    """Arguments of a unit that are allowed, but not beside each other."""
+    fading = attention != "quadratic" and not causal and linear_norm == "fading"
+    shifted = attention == "quadratic" and shift_keys is True
+    return {name for name, wrong in (("shift_keys", shifted), ("linear_norm", fading)) if wrong}
+
+
 @fuzzed(30, 700)
 def test_constructors_of_layers(tries, robustness):
     def case(draw):
@@ -122,8 +130,9 @@ def test_constructors_of_layers(tries, robustness):
         given_ones.update({name: draw(arguments[name][1], name) for name in spoilt})
         if given_ones.get("n_ref", 1) is None and given_ones["attention"] != "quadratic":
             spoilt -= {"n_ref"}
-        if spoilt:
-            with refused(*spoilt):
+        wrong = spoilt | (excluded(**given_ones) if kind is GatedAttentionUnit else set())
+        if wrong:
+            with refused(*wrong):
                 kind(**given_ones)
             return
         layer = kind(**given_ones).eval()
@@ -136,13 +145,15 @@ def test_constructors_of_layers(tries, robustness):
 
 
 def unit(draw, causal=True):
+    attention = draw(ATTENTIONS, "attention")
     layer = GatedAttentionUnit(
         D,
-        attention=draw(ATTENTIONS, "attention"),
+        attention=attention,
         attention_dim=S,
         chunk_size=draw([1, 3, 4, 5, 20], "chunk_size"),
         causal=causal,
-        linear_norm=draw(LINEAR_NORMS),
+        shift_keys=attention != "quadratic" and draw([True, False], "shift_keys"),
+        linear_norm=draw([norm for norm in LINEAR_NORMS if causal or norm != "fading"]),
         norm=draw(NORMS),
         relative_bias=draw(["toeplitz", "rotary"]),
         n_ref=LONGEST,
@@ -366,7 +377,7 @@ def foreign(like):
     ]
     layers = [GatedAttentionUnit(D, attention=attention, n_ref=9, **chosen) for attention in ATTENTIONS]
     layers += [TransformerBlock(D, attention=attention, **chosen) for attention in ATTENTIONS]
-    layers += [GatedAttentionUnit(D, **size) for size in sizes]
+    layers += [GatedAttentionUnit(D, **size) for size in (*sizes, chosen | dict(shift_keys=True))]
     reader = DecoderLayer(layers[0], GatedCrossAttention(D, attention_dim=2))
     return [
         *(layer.empty_state(like) for layer in layers),

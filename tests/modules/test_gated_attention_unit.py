@@ -1,5 +1,7 @@
 """Proves one layer: the paper's numbers, however a row is padded, cut or continued."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,10 +13,12 @@ from support.pieces import error
 
 TOLERANCE = 256 * torch.finfo(torch.float64).eps  # relative; measured: 15 eps
 D, C, N_REF = 8, 4, 13
-KINDS = ["mixed_chunk", "quadratic", "local", "global"]
+SHIFTED = ["mixed_chunk shifted", "local shifted", "global shifted"]
+#: The attention, and whether keys are shifted and, in causal layers, the mean fades unless told otherwise.
+KINDS = ["mixed_chunk", "quadratic", "local", "global", *SHIFTED]
 BACKENDS = ["auto", "reference"]
 CHOICES = {
-    "linear_norm": ["chunk", "mean"],
+    "linear_norm": ["chunk", "mean", "fading"],
     "norm": ["layernorm", "scalenorm", "rmsnorm"],
     "relative_bias": ["toeplitz", "rotary"],
 }
@@ -28,24 +32,37 @@ COMBINATIONS = [
         ("chunk", "scalenorm", "rotary"),
         ("chunk", "rmsnorm", "toeplitz"),
         ("mean", "rmsnorm", "rotary"),
+        ("fading", "layernorm", "toeplitz"),
+        ("fading", "scalenorm", "rotary"),
     ]
+]
+#: Nothing fades without a direction.
+DIRECTED = [
+    (causal, options)
+    for causal, options in itertools.product([True, False], COMBINATIONS)
+    if causal or options["linear_norm"] != "fading"
 ]
 every_kind = pytest.mark.parametrize("attention", KINDS)
 both_directions = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 
 
-def build(attention, causal=True, **options):
-    layer = GatedAttentionUnit(
-        D, attention=attention, attention_dim=6, chunk_size=C, causal=causal, n_ref=N_REF, **options
-    ).eval()
+def build(kind, causal=True, **options):
+    attention, *shifted = kind.split()
+    if shifted:
+        options = dict(shift_keys=True, linear_norm="fading" if causal else "mean") | options
+    sizes = dict(attention_dim=6, chunk_size=C, n_ref=N_REF)
+    layer = GatedAttentionUnit(D, attention=attention, causal=causal, **sizes, **options).eval()
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.7)
     return layer
 
 
 @every_kind
-@both_directions
-@pytest.mark.parametrize("options", COMBINATIONS, ids=lambda options: "-".join(options.values()))
+@pytest.mark.parametrize(
+    ("causal", "options"),
+    DIRECTED,
+    ids=["-".join((*options.values(), *["causal"] * causal)) for causal, options in DIRECTED],
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_it_is_the_oracle_of_each_row_whatever_lies_in_the_padding(attention, causal, options, backend):
     layer = build(attention, causal, backend=backend, **options)
@@ -138,7 +155,7 @@ def test_one_chunk_that_holds_the_row_is_the_quadratic_layer():
     assert error(mixed(x)[0], quadratic(x)[0]) <= TOLERANCE
 
 
-@pytest.mark.parametrize("attention", ["mixed_chunk", "local", "global"])
+@pytest.mark.parametrize("attention", ["mixed_chunk", "local", "global", *SHIFTED])
 def test_the_state_has_the_promised_size_at_any_position(attention):
     layer = build(attention)
     s, e, c = 6, 2 * D, C
@@ -147,7 +164,9 @@ def test_the_state_has_the_promised_size_at_any_position(attention):
     with torch.no_grad():
         for piece in (1, 1, 30, 7, 1):
             _, state = layer(torch.randn(1, piece, D), None, state)
-            assert sum(x.numel() for x in state if x is not None) == promised[attention] + 1  # the position
+            base = s if "shifted" in attention else 0  # of the last token
+            found = sum(x.numel() for x in state if x is not None)
+            assert found == promised[attention.split()[0]] + base + 1  # the position
 
 
 @pytest.mark.parametrize(
@@ -158,7 +177,13 @@ def test_the_state_has_the_promised_size_at_any_position(attention):
         (dict(attention_dim=-2), "attention_dim=-2 is not allowed"),
         (dict(expansion_factor=0), "expansion_factor=0 is not allowed"),
         (dict(attention="softmax"), "attention='softmax' is unknown; allowed: mixed_chunk, quadratic"),
-        (dict(linear_norm="sum"), "linear_norm='sum' is unknown; allowed: chunk, mean"),
+        (dict(linear_norm="sum"), "linear_norm='sum' is unknown; allowed: chunk, mean, fading"),
+        (dict(linear_norm="fading", causal=False), "linear_norm='fading' with causal=False is not allowed"),
+        (
+            dict(shift_keys=True, attention="quadratic", n_ref=4),
+            "shift_keys=True with attention='quadratic' is not allowed; allowed: mixed_chunk, local, global",
+        ),
+        (dict(shift_keys=1), "shift_keys=1 is not allowed; allowed: True, False"),
         (dict(norm="batchnorm"), "norm='batchnorm' is unknown; allowed: layernorm"),
         (dict(relative_bias="alibi"), "relative_bias='alibi' is unknown; allowed: toeplitz, rotary"),
         (dict(dropout=1.0), "dropout=1.0 is not allowed; allowed: 0 to below 1"),
@@ -263,9 +288,10 @@ def test_a_size_that_is_no_integer_is_refused_by_name():
 @both_directions
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_under_autocast_numbers_and_gradients_are_those_of_float32_nearly(attention, causal, dtype):
-    layer = GatedAttentionUnit(
-        32, attention=attention, attention_dim=16, chunk_size=8, n_ref=32, causal=causal
-    )
+    attention, *shifted = attention.split()
+    sizes = dict(attention_dim=16, chunk_size=8, n_ref=32, shift_keys=bool(shifted))
+    norm = "fading" if shifted and causal else "mean"
+    layer = GatedAttentionUnit(32, attention=attention, causal=causal, linear_norm=norm, **sizes)
     mask = torch.arange(20) >= torch.tensor([[20], [13]])
     x = torch.randn(2, 20, 32)
 
@@ -278,3 +304,32 @@ def test_under_autocast_numbers_and_gradients_are_those_of_float32_nearly(attent
 
     for found, expected in zip(computed(True), computed(False), strict=True):
         assert (found - expected).norm() <= 0.05 * expected.norm()  # measured: 0.02
+
+
+@every_kind
+@torch.no_grad()
+def test_under_autocast_a_state_keeps_its_dtypes_and_goes_on(attention):
+    layer, x = build(attention).float(), torch.randn(2, N_REF, D).float()
+    mask = torch.arange(5) >= torch.tensor([[5], [3]])
+    state, dtypes = layer.empty_state(x), []
+    with torch.autocast("cpu", torch.bfloat16):
+        for piece, padding in ((x[:, :5], mask), (x[:, 5:6], None), (x[:, 6:], None), (x[:, :1], None)):
+            out, state = layer(piece, padding, state)
+            assert torch.isfinite(out).all()
+            dtypes.append([tensor.dtype for tensor in state if isinstance(tensor, torch.Tensor)])
+    assert all(found == dtypes[0] for found in dtypes)
+
+
+def test_a_state_with_the_token_before_is_for_shifted_keys_alone():
+    shifted, plain, x = build("mixed_chunk shifted"), build("mixed_chunk"), torch.randn(1, 2, D)
+    with pytest.raises(ValueError, match=r"state has kv_sum, .*position, before; allowed: .*, position$"):
+        plain(x, None, shifted.empty_state(x))
+    with pytest.raises(ValueError, match=r"state has kv_sum, .*position; allowed: .*, position, before$"):
+        shifted(x, None, plain.empty_state(x))
+
+
+def test_shifted_keys_bring_no_weights_and_change_what_is_computed():
+    shifted, plain, x = build("mixed_chunk", shift_keys=True), build("mixed_chunk"), torch.randn(2, 9, D)
+    shifted.load_state_dict(plain.state_dict())
+    assert shifted.state_dict().keys() == plain.state_dict().keys()
+    assert error(shifted(x)[0], plain(x)[0]) > 1e-3

@@ -1,4 +1,4 @@
-"""Proves that rows over 2 or 4 processes give what one process gives: outputs, all gradients, few bytes."""
+"""Proves that rows over 1 to 4 processes give what one process gives: outputs, all gradients, few bytes."""
 
 import functools
 import itertools
@@ -10,7 +10,7 @@ from fairseq_flash.modules import GatedAttentionUnit, Stack, TransformerBlock, p
 from support.ranks import run_ranks
 
 TOLERANCE = 1e-12  # relative to the largest number; measured: 1.3e-14
-RANKS = [2, 4]
+RANKS = [1, 2, 3, 4]
 D, C = 8, 4
 #: Columns, and of each row its leading and its trailing padding: no real token on a rank, or in a row.
 GEOMETRIES = {
@@ -19,6 +19,7 @@ GEOMETRIES = {
     "ragged": (13, [(0, 0), (0, 9), (3, 1), (0, 13)]),
     "even": (32, [(0, 0)]),
     "long": (35, [(0, 0), (7, 0), (17, 17)]),
+    "parts of several chunks": (70, [(0, 0), (0, 41), (3, 20)]),
 }
 
 
@@ -46,6 +47,18 @@ LAYERS = {
     },
     "local-causal": functools.partial(unit, "local"),
     "local-bidirectional": functools.partial(unit, "local", causal=False),
+    **{
+        f"{attention}-causal-fading{'-shifted' * shifted}": functools.partial(
+            unit, attention, linear_norm="fading", shift_keys=shifted
+        )
+        for attention, shifted in itertools.product(("mixed_chunk", "global"), (True, False))
+    },
+    "mixed_chunk-bidirectional-shifted": functools.partial(unit, causal=False, shift_keys=True),
+    "local-causal-shifted": functools.partial(unit, "local", shift_keys=True),
+    "transformer-fading": functools.partial(transformer, linear_norm="fading"),
+    "stack-fading-shifted": functools.partial(
+        stack, *[functools.partial(unit, linear_norm="fading", shift_keys=True)] * 2
+    ),
     "transformer-mixed_chunk": transformer,
     "transformer-global": functools.partial(transformer, "global", linear_norm="chunk"),
     "transformer-local": functools.partial(transformer, "local"),
@@ -178,7 +191,7 @@ def test_what_cannot_be_shared_is_refused(refused, name, message):
         assert message in messages[name]
 
 
-def traffic(group, attention, n):
+def traffic(group, attention, n, **options):
     """Bytes of each message that a pass forward and backward over two rows of ``n`` tokens sends."""
     sent, send = [], torch.distributed.all_gather
 
@@ -188,13 +201,15 @@ def traffic(group, attention, n):
 
     torch.distributed.all_gather = counted
     x, mask = part_of_rows(torch.randn(2, n, D, requires_grad=True), None, C, group)
-    unit(attention)(x, mask, group=group)[0].sum().backward()
+    unit(attention, **options)(x, mask, group=group)[0].sum().backward()
     torch.distributed.all_gather = send
     return sent
 
 
 def traffics(group):
-    return {(kind, n): traffic(group, kind, n) for kind in ("mixed_chunk", "local") for n in (5, 40, 400)}
+    found = {(kind, n): traffic(group, kind, n) for kind in ("mixed_chunk", "local") for n in (5, 40, 400)}
+    shifted = dict(shift_keys=True, linear_norm="fading")
+    return found | {("shifted", n): traffic(group, "mixed_chunk", n, **shifted) for n in (5, 40, 400)}
 
 
 def test_what_is_sent_does_not_grow_with_the_row():
@@ -204,3 +219,6 @@ def test_what_is_sent_does_not_grow_with_the_row():
             # Where the parts lie; the sums with their counts; their gradients.
             assert sent["mixed_chunk", n] == [2 * 3 * 8, kv_sum + 2 * 8, kv_sum]
             assert sent["local", n] == [2 * 3 * 8]
+            # And the base of one token a row, and its gradient.
+            base = 2 * 6 * 8
+            assert sent["shifted", n] == [2 * 3 * 8, base, kv_sum + 2 * 8, kv_sum, base]

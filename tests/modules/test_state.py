@@ -16,22 +16,29 @@ from fairseq_flash.modules import (
 TOLERANCE = 1024 * torch.finfo(torch.float64).eps  # absolute; measured: 5 eps
 D, N, WORDS = 8, 21, 11
 UNITS = ["mixed_chunk", "quadratic", "local", "global"]
-KINDS = [*UNITS, *(f"transformer {attention}" for attention in UNITS), "decoder"]
+SHIFTED = [f"shifted {attention}" for attention in UNITS if attention != "quadratic"]
+KINDS = [*UNITS, *(f"transformer {attention}" for attention in UNITS), *SHIFTED, "decoder", "shifted decoder"]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def build(kind, layers=2):
     *block, attention = kind.split()
-    if kind == "decoder":
-        unit = [GatedAttentionUnit(D, attention_dim=4, chunk_size=4) for _ in range(layers)]
+    shift = dict(shift_keys=True, linear_norm="fading") if "shifted" in block else {}
+    if attention == "decoder":
+        unit = [GatedAttentionUnit(D, attention_dim=4, chunk_size=4, **shift) for _ in range(layers)]
         blocks = [DecoderLayer(own, GatedCrossAttention(D, attention_dim=4)) for own in unit]
-    elif block:
-        sizes = dict(attention=attention, attention_dim=4, chunk_size=4)
+    elif "transformer" in block:
+        sizes = dict(attention=attention, attention_dim=4, chunk_size=4, linear_norm="fading")
         blocks = [TransformerBlock(D, **sizes) for _ in range(layers)]
     else:
         sizes = dict(attention=attention, attention_dim=4, chunk_size=4, n_ref=N)
-        blocks = [GatedAttentionUnit(D, **sizes) for _ in range(layers)]
+        blocks = [GatedAttentionUnit(D, **sizes, **shift) for _ in range(layers)]
     return Stack(nn.Embedding(WORDS, D), blocks, embed_dim=D, attention_dim=4).eval()
+
+
+def fields(layer):
+    """Name and tensor of what a layer has."""
+    return [(name, x) for name, x in layer._asdict().items() if x is not None]
 
 
 def start(stack, tokens):
@@ -99,11 +106,27 @@ def test_a_file_that_is_no_state_is_refused(tmp_path):
 def test_a_file_of_the_format_before_is_read(tmp_path):
     stack, tokens = build("mixed_chunk"), torch.randint(WORDS, (1, N))
     state, path = stack.read(tokens), tmp_path / "state.pt"
-    layers, beside = [layer._asdict() for layer in state.layers], {"model": "abc", "pending": 3}
+    layers, beside = [dict(fields(layer)) for layer in state.layers], {"model": "abc", "pending": 3}
     torch.save({"format": "fairseq_flash decoding state 1", "layers": layers, **beside}, path)
     loaded, found = DecodingState.load(path, stack.empty_state(tokens))
     assert found == beside
-    assert all(torch.equal(a, b) for a, b in zip(loaded.layers[1], state.layers[1], strict=True))
+    pairs = zip(*(fields(reading.layers[1]) for reading in (loaded, state)), strict=True)
+    assert all(name == other and torch.equal(a, b) for (name, a), (other, b) in pairs)
+
+
+@torch.no_grad()
+def test_a_file_of_before_shifted_keys_is_for_layers_without(tmp_path):
+    """What version 0.1 wrote has no field for the token before."""
+    plain, shifted = build("mixed_chunk"), build("shifted mixed_chunk")
+    tokens, path = torch.randint(WORDS, (2, N)), tmp_path / "state.pt"
+    plain.read(tokens).save(path)
+    assert "before" not in torch.load(path)["layers"][0]
+    DecodingState.load(path, plain.empty_state(tokens))
+    with pytest.raises(ValueError, match=r"layer 0 has kv_sum, .*position; allowed: .*position, before$"):
+        DecodingState.load(path, shifted.empty_state(tokens))
+    shifted.read(tokens).save(path)
+    with pytest.raises(ValueError, match=r"layer 0 has kv_sum, .*position, before; allowed: .*position$"):
+        DecodingState.load(path, plain.empty_state(tokens))
 
 
 def spoilt(change):
@@ -165,6 +188,8 @@ def at(name, value):
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
+        ("shifted mixed_chunk", at("before", torch.nan), "layer 1: before holds NaN or infinity"),
+        ("shifted mixed_chunk", put(before=3), "layer 1: before is a int; allowed: Tensor"),
         ("mixed_chunk", at("v", torch.nan), "layer 1: v holds NaN or infinity; allowed: finite numbers"),
         ("mixed_chunk", at("kv_sum", torch.inf), "layer 1: kv_sum holds NaN or infinity"),
         ("quadratic", at("k", torch.nan), "layer 1: k holds NaN or infinity"),
@@ -246,7 +271,7 @@ def test_code_in_a_file_is_refused_without_advice_to_run_it(tmp_path):
 def test_tensors_of_a_file_that_share_memory_are_taken_apart(tmp_path):
     stack, tokens = build("mixed_chunk"), torch.randint(WORDS, (2, N))
     state = stack.read(tokens)
-    layers = [layer._asdict() for layer in state.layers]
+    layers = [dict(fields(layer)) for layer in state.layers]
     layers[0]["k_quad"] = layers[0]["k_lin"]
     content = {"format": "fairseq_flash decoding state 2", "layers": layers, "beside": {}}
     torch.save(content, tmp_path / "state.pt")

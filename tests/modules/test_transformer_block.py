@@ -12,7 +12,7 @@ from support.pieces import error
 TOLERANCE = 64 * torch.finfo(torch.float64).eps  # relative; measured: 5 eps, gradients 8
 D, R, C, N = 8, 4, 4, 13
 HEADS = D // R
-KINDS = ["quadratic", "mixed_chunk", "local", "global"]
+KINDS = ["quadratic", "mixed_chunk", "local", "global", "mixed_chunk fading", "global fading"]
 #: Every pair of choices at least once, not their full product.
 COMBINATIONS = [
     dict(linear_norm="chunk", norm="layernorm", glu=False),
@@ -21,11 +21,16 @@ COMBINATIONS = [
     dict(linear_norm="mean", norm="rmsnorm", glu=True),
     dict(linear_norm="chunk", norm="rmsnorm", glu=False),
     dict(linear_norm="mean", norm="layernorm", glu=True),
+    dict(linear_norm="fading", norm="layernorm", glu=False),
+    dict(linear_norm="fading", norm="scalenorm", glu=True),
 ]
 every_kind = pytest.mark.parametrize("attention", KINDS)
 
 
-def build(attention, **options):
+def build(kind, **options):
+    attention, *fading = kind.split()
+    if fading:
+        options = dict(linear_norm="fading") | options
     sizes = dict(attention_dim=R, chunk_size=C, ffn_embed_dim=10)
     layer = TransformerBlock(D, attention=attention, **{**sizes, **options}).eval()
     for parameter in layer.parameters():
@@ -58,7 +63,7 @@ def test_it_is_the_oracle_of_each_row_whatever_lies_in_the_padding(attention, op
 @given(data=st.data())
 def test_pieces_of_any_size_give_the_whole(attention, data):
     """Also with padding on either side, and rows that swap half-way."""
-    layer = build(attention, linear_norm=data.draw(st.sampled_from(["chunk", "mean"])))
+    layer = build(attention, linear_norm=data.draw(st.sampled_from(["chunk", "mean", "fading"])))
     drawn = pieces.draw(data, N, D)
     expected = oracle.padded(as_oracle.transformer(layer), drawn.padding_mask, drawn.x)
     ours, position = pieces.run(layer, drawn)
@@ -196,7 +201,7 @@ def test_half_precision_stays_close_in_parallel_and_step_by_step(attention, dtyp
     for ours in (parallel, torch.cat(steps, dim=1)):
         assert ours.dtype == dtype
         assert (ours.double() - exact).norm() <= 8 * torch.finfo(dtype).eps * exact.norm()  # measured: 0.9
-    if attention in ("mixed_chunk", "global"):
+    if attention.split()[0] in ("mixed_chunk", "global"):
         assert state.kv_sum.dtype == torch.float32
 
 
@@ -227,7 +232,7 @@ def test_the_feed_forward_network_has_as_many_parameters_with_a_gate_as_without(
         (dict(embed_dim=0), "embed_dim=0 is not allowed; allowed: 1 or more"),
         (dict(ffn_embed_dim=0), "ffn_embed_dim=0 is not allowed; allowed: 1 or more"),
         (dict(attention="softmax"), "attention='softmax' is unknown; allowed: mixed_chunk, quadratic"),
-        (dict(linear_norm="sum"), "linear_norm='sum' is unknown; allowed: chunk, mean"),
+        (dict(linear_norm="sum"), "linear_norm='sum' is unknown; allowed: chunk, mean, fading"),
         (dict(norm="batchnorm"), "norm='batchnorm' is unknown; allowed: layernorm"),
         (dict(init="zero"), "init='zero' is unknown; allowed: fan_in, paper"),
         (dict(dropout=1.0), "dropout=1.0 is not allowed; allowed: 0 to below 1"),

@@ -14,6 +14,9 @@ TOLERANCE = 256 * torch.finfo(torch.float64).eps  # measured: 20 eps
 S, E = 4, 6
 BRANCHES = {"both": (True, True), "local": (True, False), "global": (False, True)}
 LENGTHS = [1, 3, 4, 5, 7, 8, 13]  # below, at and beyond a chunk of 4, multiples and not
+NORMS = ["chunk", "mean", "fading"]
+#: Fading is for causal attention alone.
+DIRECTIONS = [*itertools.product([True, False], NORMS[:2]), (True, "fading")]
 
 
 def inputs_of(tensors, bias=None, lengths=None):
@@ -68,7 +71,7 @@ def square(table, c):
 
 @pytest.mark.parametrize("n", LENGTHS)
 @pytest.mark.parametrize("branch", BRANCHES)
-@pytest.mark.parametrize(("causal", "linear_norm"), list(itertools.product([True, False], ["chunk", "mean"])))
+@pytest.mark.parametrize(("causal", "linear_norm"), DIRECTIONS)
 def test_a_padded_batch_is_the_oracle_of_each_row(n, branch, causal, linear_norm):
     c = 4
     *tensors, table = draw(3, n, c, branch)
@@ -87,7 +90,7 @@ def test_a_padded_batch_is_the_oracle_of_each_row(n, branch, causal, linear_norm
     pieces=st.lists(st.integers(1, 9), min_size=1, max_size=6),
     ragged=st.lists(st.integers(0, 3), min_size=6, max_size=6),
     c=st.integers(1, 6),
-    linear_norm=st.sampled_from(["chunk", "mean"]),
+    linear_norm=st.sampled_from(NORMS),
 )
 def test_pieces_of_any_size_with_any_padding_give_the_whole(branch, pieces, ragged, c, linear_norm):
     """Every piece may end in padding, another amount in each row, as ragged prompts do."""
@@ -117,7 +120,7 @@ def test_pieces_of_any_size_with_any_padding_give_the_whole(branch, pieces, ragg
 
 @pytest.mark.parametrize("grad", [False, True], ids=["in place", "under autograd"])
 @pytest.mark.parametrize("branch", BRANCHES)
-@pytest.mark.parametrize("linear_norm", ["chunk", "mean"])
+@pytest.mark.parametrize("linear_norm", NORMS)
 def test_token_by_token_gives_the_whole_at_constant_size(grad, branch, linear_norm):
     c, n = 3, 11
     *tensors, table = draw(2, n, c, branch)
@@ -136,18 +139,47 @@ def test_token_by_token_gives_the_whole_at_constant_size(grad, branch, linear_no
     assert error(torch.cat(outs, dim=1), want, mask) <= TOLERANCE
 
 
-def test_stepping_under_autograd_leaves_the_state_that_came_in():
+@pytest.mark.parametrize("linear_norm", NORMS)
+def test_stepping_under_autograd_leaves_the_state_that_came_in(linear_norm):
     c = 3
     *tensors, table = draw(1, 1, c, "both")
     state = ops.ChunkState.empty(tensors[4], c, S, E)
-    before = [x.clone() for x in state[:5]]
+    state.kv_sum.fill_(1)
+    before = state.map(torch.clone)
     inputs = inputs_of(tensors, square(table, c)[:1].expand(1, 1, c))
-    ops.mixed_chunk_step(inputs, ops.Options(c, True, "chunk"), state)
-    assert all(torch.equal(x, y) for x, y in zip(state, before, strict=True))
+    ops.mixed_chunk_step(inputs, ops.Options(c, True, linear_norm), state)
+    assert all(x is y is None or torch.equal(x, y) for x, y in zip(state, before, strict=True))
+
+
+@torch.no_grad()
+def test_a_fading_mean_goes_on_over_many_chunks_in_steps_and_in_pieces():
+    """Beyond a block of chunks, whose weights are one matrix, and of groups of several columns."""
+    c, n, e = 2, 2 * 2 * 64 + 7, 32
+    quad, lin = (ops.Pair(*torch.randn(2, 1, n, S)) for _ in range(2))
+    v, options = torch.randn(1, n, e), ops.Options(c, True, "fading")
+    bias = torch.zeros(c, c)
+    whole, _ = ops.mixed_chunk_attention(ops.Inputs(quad, lin, v, bias), options)
+    zero = [torch.zeros(n, S)] * 2
+    branch = dict(causal=True, chunk_size=c, branch="global", linear_norm="fading")
+    want = oracle.mixed_chunk_attention(*zero, *(x[0] for x in lin), v[0], None, **branch)
+    near, _ = ops.mixed_chunk_attention(ops.Inputs(quad, None, v, bias), options)
+    assert ((whole - near)[0] - want).abs().max() <= TOLERANCE * whole.abs().max()
+    for piece in (1, 3, 150):
+        state, outs = ops.ChunkState.empty(v, c, S, e), []
+        for start in range(0, n, piece):
+            cut = slice(start, start + piece)
+            pairs = (ops.Pair(*(x[:, cut] for x in pair)) for pair in (quad, lin))
+            inputs = ops.Inputs(*pairs, v[:, cut], bias)
+            if piece == 1:
+                out, state = ops.mixed_chunk_step(inputs._replace(bias=torch.zeros(1, 1, c)), options, state)
+            else:
+                out, state = ops.mixed_chunk_attention(inputs, options, state=state)
+            outs.append(out)
+        assert (torch.cat(outs, dim=1) - whole).abs().max() <= TOLERANCE * whole.abs().max()
 
 
 @pytest.mark.parametrize("branch", BRANCHES)
-@pytest.mark.parametrize(("causal", "linear_norm"), list(itertools.product([True, False], ["chunk", "mean"])))
+@pytest.mark.parametrize(("causal", "linear_norm"), DIRECTIONS)
 def test_gradients_pass_gradcheck(branch, causal, linear_norm):
     c, n = 3, 7
     *tensors, table = draw(2, n, c, branch)
@@ -165,7 +197,8 @@ def test_gradients_pass_gradcheck(branch, causal, linear_norm):
 
 
 @pytest.mark.parametrize("branch", BRANCHES)
-def test_changing_the_future_leaves_the_past_bit_equal(branch):
+@pytest.mark.parametrize("linear_norm", NORMS[1:])
+def test_changing_the_future_leaves_the_past_bit_equal(branch, linear_norm):
     c, n = 4, 13
     *tensors, table = draw(2, n, c, branch)
     for cut in range(1, n):
@@ -174,10 +207,10 @@ def test_changing_the_future_leaves_the_past_bit_equal(branch):
             if x is not None:
                 x[:, cut:] = 100 * torch.randn_like(x[:, cut:])
         outs = [
-            ops.mixed_chunk_attention(inputs_of(ts, square(table, c)), ops.Options(c, True))[0][:, :cut]
+            ops.mixed_chunk_attention(inputs_of(ts, square(table, c)), ops.Options(c, True, linear_norm))[0]
             for ts in (tensors, changed)
         ]
-        assert torch.equal(*outs)
+        assert torch.equal(*(out[:, :cut] for out in outs))
 
 
 def test_one_chunk_that_holds_the_row_is_the_quadratic_branch():
@@ -197,13 +230,14 @@ def test_one_chunk_that_holds_the_row_is_the_quadratic_branch():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("magnitude", [1.0, 64.0], ids=["ordinary", "squares overflow float16"])
-def test_half_precision_stays_near_float64(dtype, magnitude):
+@pytest.mark.parametrize("linear_norm", NORMS[1:])
+def test_half_precision_stays_near_float64(dtype, magnitude, linear_norm):
     c, n = 8, 29
     *tensors, table = draw(2, n, c, "both")
     tensors = [magnitude * x if i < 4 else x / magnitude**2 for i, x in enumerate(tensors)]
     halves = [x.to(dtype) for x in tensors]
     assert magnitude == 1 or (tensors[0] @ tensors[1].mT).abs().max() / c > 256
-    options, bias = ops.Options(c, True), square(table, c).to(dtype)
+    options, bias = ops.Options(c, True, linear_norm), square(table, c).to(dtype)
     ours, _ = ops.mixed_chunk_attention(inputs_of(halves, bias), options)
     doubles = inputs_of([x.double() for x in halves], bias.double())
     exact, _ = ops.mixed_chunk_attention(doubles, options)
@@ -241,5 +275,7 @@ def test_bad_arguments_are_refused_by_name():
         ops.mixed_chunk_attention(ops.Inputs(None, None, tensors[4]), ops.Options(2, True))
     with pytest.raises(ValueError, match="softmax=True with causal=False"):
         ops.mixed_chunk_attention(inputs, ops.Options(2, False, softmax=True))
-    with pytest.raises(ValueError, match="linear_norm='none' is unknown; allowed: chunk, mean"):
+    with pytest.raises(ValueError, match="linear_norm='none' is unknown; allowed: chunk, mean, fading"):
         ops.mixed_chunk_attention(inputs, ops.Options(2, True, "none"))
+    with pytest.raises(ValueError, match="linear_norm='fading' with causal=False is not allowed; allowed: c"):
+        ops.mixed_chunk_attention(inputs, ops.Options(2, False, "fading"))

@@ -104,7 +104,10 @@ def test_a_peer_takes_part_where_it_is_installed(benchmark, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--systems", "no_such_lm"], "no_such_lm is unknown in --size tiny; allowed: flash_global_lm"),
+        (
+            ["--systems", "no_such_lm"],
+            "no_such_lm is unknown in --size tiny; allowed: flash2_lm, flash_global_lm",
+        ),
         (["--systems", "FLASH-pytorch"], "is not installed; allowed: pip install"),
     ],
 )

@@ -330,7 +330,7 @@ def test_data_of_another_tool_has_no_counts_and_that_is_said(compare, data, caps
         (("--budget", "5hours"), "'5hours' is not allowed; allowed: such as 1000000tokens"),
         (
             ("--systems", "flash_lm,my_lm"),
-            "--systems my_lm is unknown in --size tiny; allowed: flash_global_lm",
+            "--systems my_lm is unknown in --size tiny; allowed: flash2_lm, flash_global_lm",
         ),
         (("--systems", "flash_lm,flash_lm"), "names flash_lm twice"),
         (

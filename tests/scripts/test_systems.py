@@ -28,7 +28,7 @@ def test_all_systems_have_the_parameters_of_the_baseline(health, size):
         (
             ["flash_lm", "lstm_lm"],
             "tiny",
-            "--systems lstm_lm is unknown in --size tiny; allowed: flash_global_lm",
+            "--systems lstm_lm is unknown in --size tiny; allowed: flash2_lm, flash_global_lm",
         ),
         (["flash_lm_tiny"], "tiny", "--systems flash_lm_tiny is unknown"),
         (["flash_lm"], "huge", "--size huge is unknown; allowed: tiny, base, gpt, big"),

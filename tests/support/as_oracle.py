@@ -40,6 +40,7 @@ def unit(module: GatedAttentionUnit, parameters: dict | None = None):
             norm=kind,
             denominator=int(module.n_ref) if quadratic and module.causal else None,
             bias=bias,
+            shift_keys=module.shift_keys,
         )
 
     return function

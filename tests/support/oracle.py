@@ -148,16 +148,23 @@ def mixed_chunk_attention(
                     out_i = out_i + _relu_squared(score) * v[j]
         if branch != "local":
             seen = [j for j in range(n) if j // c < i // c or not causal]
-            divisor = c if linear_norm == "chunk" else max(1, len(seen))
-            weights = [torch.ones(v.shape[1], dtype=torch.float64) for _ in seen]
-            if linear_norm == "fading" and seen:
-                lives = fading_half_lives(v.shape[1])
-                weights = [0.5 ** ((i // c - j // c - 1) / lives) for j in seen]
-                divisor = sum(weights)
-            for j, weight in zip(seen, weights, strict=True):
-                out_i = out_i + torch.dot(q_lin[i], k_lin[j]) * weight / divisor * v[j]
+            out_i = out_i + _seen_linearly(q_lin[i], k_lin, v, i, seen, c, linear_norm)
         out.append(out_i)
     return _rows(out, v.shape[1])
+
+
+def _seen_linearly(q_i, k, v, i: int, seen: Sequence[int], c: int, linear_norm: str) -> torch.Tensor:
+    """sum over the seen j of (q_i . k_j) w_ij v_j / divisor, as for mixed_chunk_attention."""
+    divisor = c if linear_norm == "chunk" else max(1, len(seen))
+    weights = [torch.ones(v.shape[1], dtype=torch.float64) for _ in seen]
+    if linear_norm == "fading" and seen:
+        lives = fading_half_lives(v.shape[1])
+        weights = [0.5 ** ((i // c - j // c - 1) / lives) for j in seen]
+        divisor = sum(weights)
+    out_i = torch.zeros(v.shape[1], dtype=torch.float64)
+    for j, weight in zip(seen, weights, strict=True):
+        out_i = out_i + torch.dot(q_i, k[j]) * weight / divisor * v[j]
+    return out_i
 
 
 def fading_half_lives(e: int) -> torch.Tensor:
@@ -324,7 +331,7 @@ def softmax_head(
     near_i = softmax over j <= i ("quadratic"), or j <= i with C(j) = C(i) ("mixed_chunk", "local"), of
              q_i . k_j / sqrt(r), times v_j; absent for "global"
     far_i  = sum over j with C(j) < C(i) of (q_lin_i . k_lin_j) v_j / divisor ("mixed_chunk", "global")
-    divisor as in mixed_chunk_attention. q, k, v (n, r) -> (n, r).
+    divisor, and fading, as in mixed_chunk_attention, of each head's own columns. q, k, v (n, r) -> (n, r).
     """
     out = []
     for i in range(len(v)):
@@ -335,9 +342,7 @@ def softmax_head(
             out_i = out_i + _softmax_average(scores, [v[j] for j in seen])
         if attention in ("mixed_chunk", "global"):
             earlier = [j for j in range(i) if j // chunk_size < i // chunk_size]
-            divisor = chunk_size if linear_norm == "chunk" else max(1, len(earlier))
-            for j in earlier:
-                out_i = out_i + torch.dot(q_lin[i], k_lin[j]) / divisor * v[j]
+            out_i = out_i + _seen_linearly(q_lin[i], k_lin, v, i, earlier, chunk_size, linear_norm)
         out.append(out_i)
     return _rows(out, v.shape[1])
 

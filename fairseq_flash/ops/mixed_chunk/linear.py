@@ -86,13 +86,13 @@ def exclusive_sum(
     whole = torch.cat((initial.unsqueeze(1), kv), dim=1)
     if kept is None:
         return whole.cumsum(dim=1)
-    return _fading_sum(whole.unflatten(-1, (len(kept), -1)), kept.to(whole.dtype)).flatten(-2)
+    return _fading_sum(whole.unflatten(-1, (kept.shape[0], -1)), kept.to(whole.dtype)).flatten(-2)
 
 
 def _fading_sum(x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """The running sum of (b, g, s, h, r) along g, in which what came before keeps the share ``kept`` (h,)."""
     g = x.shape[1]
-    if g > BLOCK and not torch.jit.is_tracing():
+    if not torch.jit.is_tracing() and g > BLOCK:
         # Block by block, and then what each block is given by all before it.
         blocks = torch.nn.functional.pad(x, (0, 0) * 3 + (0, -g % BLOCK)).unflatten(1, (-1, BLOCK))
         inside = _fading_sum(blocks.flatten(0, 1), kept).view_as(blocks)

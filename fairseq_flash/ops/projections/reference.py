@@ -44,7 +44,9 @@ def shifted(z: torch.Tensor, before: Optional[torch.Tensor] = None) -> torch.Ten
     if before is None:
         earlier = torch.nn.functional.pad(z, (0, 0, 1, 0))[:, :-1]
     else:
-        earlier = torch.cat((before.to(z.dtype), z[:, :-1]), dim=1)
+        earlier = before.to(z.dtype)
+        if z.shape[1] != 1:
+            earlier = torch.cat((earlier, z[:, :-1]), dim=1)
     return torch.where(torch.arange(s, device=z.device) % (s // 2) % 2 == 1, earlier, z)
 
 
