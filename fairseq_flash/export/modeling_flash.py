@@ -371,8 +371,7 @@ class GatedAttentionUnit(nn.Module):
             return torch.full_like(counts, c)
         if self.config.linear_norm == "fading":
             kept = kept_shares(self.sizes[0], counts.device)
-            weights = c * (1 - kept ** (counts // c)) / (1 - kept).where(kept < 1, 1)
-            counts = weights.where(kept < 1, counts)
+            counts = c * (1 - kept ** (counts // c)) / (1 - kept)
         return counts.clamp(min=1)
 
     def running_sum(self, kv: torch.Tensor) -> torch.Tensor:
