@@ -22,7 +22,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from fairseq_flash.ops.mixed_chunk import kernel  # noqa: E402
+from fairseq_flash.ops.mixed_chunk import kernel, step_kernel  # noqa: E402
 
 TARGET = GPUTarget("cuda", 90, 32)
 #: Bytes of shared memory for a program.
@@ -48,7 +48,7 @@ def compiled(launched, programs, *args, **constants):
     signature, constexprs, attributes = {}, {}, {}
     for place, name in enumerate(launched.arg_names):
         value = args[place] if place < len(args) else constants[name]
-        if place >= len(args) or value is None:
+        if launched.params[place].is_constexpr or value is None:
             signature[name], constexprs[place,] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name], attributes[place,] = f"*{TYPES[value.dtype]}", [["tt.divisibility", 16]]
@@ -72,7 +72,12 @@ def _spilled(cubin):
     return int(re.search(r"STACK:(\d+)", found)[1])
 
 
-@pytest.mark.skipif(not (TOOLS / "cuobjdump").exists(), reason="this Triton comes without NVIDIA's tools")
+needs_tools = pytest.mark.skipif(
+    not (TOOLS / "cuobjdump").exists(), reason="this Triton comes without NVIDIA's tools"
+)
+
+
+@needs_tools
 @pytest.mark.parametrize(
     ("b", "causal", "fading", "dtype"),
     [
@@ -104,6 +109,39 @@ def test_what_is_launched_compiles_and_fits(launches, monkeypatch, tmp_path, b, 
     serial = {constants["SERIAL"] for args, constants in launches if "SERIAL" in constants}
     assert serial == {b > 2}
     for args, constants in once.values():
+        spilled, shared = compiled(*args, **constants)
+        assert shared <= SHARED, args[0].fn.__name__
+        assert spilled <= SPILLED, args[0].fn.__name__
+
+
+@needs_tools
+@torch.no_grad()
+@pytest.mark.parametrize("keyed", [False, True], ids=["", "keys"])
+@pytest.mark.parametrize("norm", ["mean", "fading"])
+def test_a_step_compiles_and_fits(monkeypatch, tmp_path, norm, keyed):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    found, (e, s, c), dtype = [], (1536, 128, 256), torch.bfloat16
+
+    class Recorded:
+        """A kernel whose launches are recorded."""
+
+        def __init__(self, launched):
+            self.launched = launched
+
+        def __getitem__(self, programs):
+            return lambda *args, **constants: found.append(((self.launched, programs, *args), constants))
+
+    for name in ("_attend", "_remember"):
+        monkeypatch.setattr(step_kernel, name, Recorded(getattr(step_kernel, name)))
+    keys = torch.zeros(1, 1, s, dtype=dtype) if keyed else None
+    angles = torch.zeros(2, 1, 1, s // 2).float()
+    gamma = torch.zeros(4, s, dtype=dtype)
+    uvz, bias = torch.zeros(1, 1, 2 * e + s, dtype=dtype), torch.zeros(c, dtype=dtype)
+    projected = ops.Projected(uvz, gamma, gamma, *angles, bias, keys=keys)
+    state = ops.ChunkState.empty(torch.zeros(1, 0, dtype=dtype), c, s, e)
+    step_kernel.run(projected, ops.Options(c, True, norm), state)
+    assert len(found) == 2
+    for args, constants in found:
         spilled, shared = compiled(*args, **constants)
         assert shared <= SHARED, args[0].fn.__name__
         assert spilled <= SPILLED, args[0].fn.__name__
