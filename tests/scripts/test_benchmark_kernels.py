@@ -61,7 +61,7 @@ def test_a_setting_with_other_results_is_not_timed(benchmark, monkeypatch, tmp_p
     def start_wrongly(launched, programs, *args, **constants):
         start(launched, programs, *args, **constants)
         if constants.get("BLOCK") == 16:
-            args[5].zero_()
+            args[6].zero_()
 
     monkeypatch.setattr(benchmark.kernel, "_start", start_wrongly)
     options = benchmark.parse([*WORDS, "--output", str(tmp_path / "kernels.csv")])
