@@ -22,7 +22,7 @@ from report.losses import (
     draw_quality,
     with_loss,
 )
-from report.speed import STEPS, draw_generation, draw_training
+from report.speed import GENERATIONS, STEPS, draw_generation, draw_training
 from report.style import Records, cells, frame, read
 from report.tasks import draw_masked, draw_translation
 
@@ -61,7 +61,7 @@ FIGURES = {
         "generation.csv",
         ("name", "pass", "b", "beam", "n", "median_ms"),
         draw_generation,
-        ("b", "beam"),
+        GENERATIONS,
         3,
         lambda records: records[records["pass"] == "step"],
     ),

@@ -6,35 +6,31 @@ import matplotlib.pyplot as plt
 
 from report.style import Records, cells, draw_lines, legend_below, panels, plain_log, shared, style, values
 
-__all__ = ["STEPS", "draw_generation", "draw_training"]
+__all__ = ["GENERATIONS", "STEPS", "draw_generation", "draw_training"]
 
 #: What records of trainings must share in a panel.
 STEPS = ("size", "device", "dtype", "threads")
+#: Likewise of steps of generation.
+GENERATIONS = ("device", "dtype", "threads", "b", "beam")
 
 
 def draw_generation(records: Records) -> plt.Figure:
-    """A line of panels for each batch and beam; what ran out of memory is missing from the lines.
-
-    Raises:
-        ValueError: the records are of several devices or types, which cannot share a panel.
-    """
-    common = ("device", "threads", "dtype")
-    if (settings := len(cells(records, common))) != 1:
-        raise ValueError(f"there are records of {settings} settings (device, dtype, threads); allowed: one")
+    """A line of panels for each setting, batch and beam; what ran out of memory is missing from the lines."""
     quantities = {
         "median_ms": ("one step, milliseconds", 1.0),
         "state_bytes": ("state, MiB", 2**20),
         "peak_memory": ("peak memory, MiB", 2**20),
     }
-    batches = list(cells(records, ("b", "beam")).values())
+    batches = list(cells(records, GENERATIONS).values())
     figure, axes = panels(len(batches), len(quantities))
     for (index, own), (column, quantity) in product(enumerate(batches), enumerate(quantities)):
         axis, (label, unit) = axes[index][column], quantities[quantity]
         draw_lines(axis, own, "n", quantity, unit)
-        axis.set(ylabel=label, title=f"batch {own['b'].iloc[0]}, beam {own['beam'].iloc[0]}")
+        where = f"{own['device'].iloc[0]}, batch {own['b'].iloc[0]}, beam {own['beam'].iloc[0]}"
+        axis.set(ylabel=label, title=where)
         plain_log(axis, "position" if own is batches[-1] else "", values(own, "n"))
     legend_below(figure)
-    figure.suptitle(shared(records, (*common, "torch")))
+    figure.suptitle(shared(records, ("device", "threads", "dtype", "torch")))
     return figure
 
 

@@ -302,6 +302,15 @@ def test_labels_hide_neither_points_nor_each_other(results):
         assert not any(box.contains(*axis.transData.transform(place)) for place in places.values())
 
 
+def test_steps_on_several_devices_have_panels_of_their_own(results):
+    path = results / "steps.csv"
+    write(path, [{**row, "device": device} for device in ("a card", "cpu") for row in generation()])
+    figure = draw("generation", path)
+    titles = [axis.get_title() for axis in figure.axes[::3]]
+    assert titles == ["a card, batch 1, beam 1", "cpu, batch 1, beam 1"]
+    plt.close(figure)
+
+
 @pytest.mark.parametrize("times", [1.5, 2, 3, 4, 6, 15, 80, 900, 1e4])
 def test_numbers_of_an_axis_do_not_touch(results, times):
     """On the small panels of steps that take up to so many times as long as others."""
