@@ -39,6 +39,7 @@ TIED = ("--share-decoder-input-output-embed",)
 TRANSFORMER = ("--arch", "transformer_lm_gpt", *TIED)
 TRANSFORMER_PP = ("--arch", "transformer_pp_lm_gpt", *TIED, "--compile", *FUSED)
 FLASH = ("--arch", "flash_lm_gpt", *TIED)
+FLASH2 = ("--arch", "flash2_lm_gpt", *TIED)
 SENTENCES = ("--arch", "transformer_iwslt_de_en")
 #: By kind: its task, and by name the words of each contender, the baseline first.
 CONTENDERS = {
@@ -50,6 +51,7 @@ CONTENDERS = {
             "transformer_pp_lm --compile --optimizer fused_adam": TRANSFORMER_PP,
             "flash_lm": (*FLASH, *ADAM),
             "flash_lm --compile --optimizer fused_adam": (*FLASH, "--compile", *FUSED),
+            "flash2_lm --compile --optimizer fused_adam": (*FLASH2, "--compile", *FUSED),
         },
     ),
     "masked_lm": (

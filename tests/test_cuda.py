@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 TOLERANCE = 4096 * torch.finfo(torch.float64).eps  # passed on an H100; other orders of long sums
 KINDS = ["mixed_chunk", "quadratic", "local", "global"]
-EVERY_KIND = [*KINDS, *(f"transformer {attention}" for attention in KINDS)]
+EVERY_KIND = [*KINDS, "flash2", *(f"transformer {attention}" for attention in KINDS)]
 BIDIRECTIONAL = [(kind, False) for kind in KINDS]
 N = 300
 
@@ -32,6 +32,9 @@ def build(kind, causal=True):
         blocks = [TransformerBlock(64, attention=attention, **sizes) for _ in range(3)]
     else:
         sizes = dict(chunk_size=64, causal=causal, n_ref=N)
+        if attention == "flash2":
+            attention = "mixed_chunk"
+            sizes |= dict(shift_keys=True, linear_norm="fading")
         blocks = [GatedAttentionUnit(64, attention=attention, **sizes) for _ in range(3)]
     stack = Stack(nn.Embedding(50, 64), blocks, embed_dim=64, attention_dim=blocks[0].attention_dim)
     return stack.double().eval()
