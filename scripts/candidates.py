@@ -10,10 +10,9 @@ alone:
     decay       norm, and groups forget with fixed half-lives of 1 to 64 chunks, one never; decaylearn: these
                 are a start; data: each token has a factor of its own on them
     fade        the mean over earlier chunks forgets with those half-lives
-                fadeall: of 1 to 16 chunks, and none keeps all
     delta       norm and l2, and a chunk is added less what the state foretells of it
     l2          queries and keys of length 1, with a learned temperature
-    norope      queries and keys without rotary positions; halfrope: half of their columns
+    norope      queries and keys without rotary positions
 
 and of the whole unit:
 

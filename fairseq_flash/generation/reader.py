@@ -26,17 +26,21 @@ class Reader:
         self.device = next(model.parameters()).device
         self.state = model.decoder.stack.empty_state(torch.zeros(1, 1, device=self.device))
         self.pending = start
+        # Nothing has been read yet, as only the host knows.
+        self._fresh = True
         self._graphs = StepGraphs() if record else None
 
     def read(self, tokens: list[int]) -> None:
         """Goes on to the last of ``tokens``, in parallel."""
         context = torch.tensor([[self.pending, *tokens]], device=self.device)
-        self.state = self.model.decoder.stack.read(context[:, :-1], self.state)
+        self.state = self.model.decoder.stack.read(context[:, :-1], None if self._fresh else self.state)
+        self._fresh = False
         self.pending = int(context[0, -1])
 
     @torch.no_grad()
     def predict(self) -> torch.Tensor:
         """Feeds the last token; log-probabilities of the next one, ``(1, vocabulary)``."""
+        self._fresh = False
         decoder, token = self.model.decoder, torch.tensor([[self.pending]], device=self.device)
         if self._graphs is not None and not StepGraphs.objections(decoder.stack, token, self.state):
             features, self.state = self._graphs(decoder.stack, token, self.state)
@@ -86,4 +90,4 @@ class Reader:
         if type(pending) is not int or not 0 <= pending < vocabulary:
             shown = pending if type(pending) is int else f"a {type(pending).__name__}"
             raise ValueError(f"{path} has the last token {shown}; allowed: 0 to {vocabulary - 1}")
-        self.state, self.pending = state, pending
+        self.state, self.pending, self._fresh = state, pending, False

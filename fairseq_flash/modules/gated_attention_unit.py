@@ -100,6 +100,11 @@ class GatedAttentionUnit(AttentionLayer):
         check_sizes(expansion_factor=expansion_factor)
         check_even("attention_dim", attention_dim)
         check_flags(causal=causal, adopt_n_ref=adopt_n_ref, shift_keys=shift_keys)
+        if shift_keys and attention_dim < 4:
+            # Of one rotated pair every second one is none.
+            raise ValueError(
+                f"attention_dim={attention_dim} with shift_keys=True is not allowed; allowed: 4 or more"
+            )
         if shift_keys and quadratic:
             raise ValueError(
                 "shift_keys=True with attention='quadratic' is not allowed; allowed: mixed_chunk, local, "
@@ -187,15 +192,13 @@ class GatedAttentionUnit(AttentionLayer):
             out, state = self.attend.piece(uvz, self.offset_scale, self.bias, rows, state, keys)
         elif self.attend.gated and is_step(uvz, rows, state, self.training):
             out, state = self.attend.step(uvz, self.offset_scale, self.bias, rows, state, keys)
-            if isinstance(state, ChunkState) and before is not None:
-                state.before.copy_(z)
         else:
             u, v, active = split_silu(uvz, [self.expanded_dim, self.expanded_dim, self.attention_dim])
             pairs = self.pairs(active, rows, None if before is None else nn.functional.silu(before))
             out, state = self.attend(pairs, v, self.bias, rows, state, self.training)
             out = u * out
-            if before is not None and state is not None:
-                state = state._replace(before=_last(z, before, rows.lengths))
+        if isinstance(state, ChunkState) and before is not None:
+            state = _passed(state, z, rows.lengths, is_step(uvz, rows, state, self.training))
         return x + self.dropout(self.out(out)), state
 
     def copies(self, z: torch.Tensor, rows: Rows, before: Optional[torch.Tensor] = None) -> torch.Tensor:
@@ -283,10 +286,14 @@ class GatedAttentionUnit(AttentionLayer):
         self.set_n_ref(n_ref)
 
 
-def _last(z: torch.Tensor, before: torch.Tensor, lengths: Optional[torch.Tensor]) -> torch.Tensor:
-    """The base (b, 1, s) of the last real token of each row (b, n, s), or before it; shares no memory."""
-    z = z.to(before.dtype)
-    if lengths is None:
-        return z[:, -1:].clone()
-    rows = torch.cat((before, z), dim=1)
-    return rows.gather(1, lengths.view(-1, 1, 1).expand(-1, 1, z.shape[2]))
+def _passed(state: ChunkState, z: torch.Tensor, lengths: Optional[torch.Tensor], step: bool) -> ChunkState:
+    """The state with the base of each row's last real token of ``z`` (b, n, s); a step writes in place."""
+    before = state.before
+    if step:
+        before.copy_(z)
+    elif lengths is None:
+        before = z[:, -1:].to(before.dtype, copy=True)
+    else:
+        rows = torch.cat((before, z.to(before.dtype)), dim=1)
+        before = rows.gather(1, lengths.view(-1, 1, 1).expand(-1, 1, z.shape[2]))
+    return state._replace(before=before)

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 #: Log-probabilities held at a time while a prompt is read; its length does not enter the memory.
 PIECE_NUMBERS = 2**25
 #: Tokens of a prompt that are read at a time, at least.
-LEAST_PIECE = 256
+LEAST_PIECE = 512
 
 
 class PromptPassGenerator(SequenceGenerator):

@@ -47,12 +47,11 @@ class Choice:
         conv: Of what pre-activations, ``"z"`` or ``"zv"``, each column is convolved with its last 4 tokens.
         norm: Whether the linear branch reads sums, normalised by groups of values, in place of a mean.
         decay: One of ``DECAYS``, with ``norm``.
-        fade: Whether the mean over earlier tokens is weighted, by fixed half-lives of the groups in chunks;
-            ``"all"`` of 1 to 16 chunks, with no group that keeps all.
+        fade: Whether the mean over earlier tokens is weighted, by fixed half-lives of the groups in chunks.
         delta: Whether chunks are added by the delta rule, with ``norm`` and ``unit_length``.
         unit_length: Whether linear queries and keys have length 1, with a learned temperature.
         sigmoid: Whether the gate is a sigmoid in place of SiLU.
-        plain_linear: Whether linear queries and keys are not rotated; ``"half"``: half of their pairs.
+        plain_linear: Whether linear queries and keys are not rotated.
         random_chunk: Whether the chunk's size is drawn for each update.
         hybrid: Whether every sixth layer is softmax attention over the whole row.
         groups: Of values, at most.
@@ -62,11 +61,11 @@ class Choice:
     conv: str = ""
     norm: bool = False
     decay: str = ""
-    fade: str = ""
+    fade: bool = False
     delta: bool = False
     unit_length: bool = False
     sigmoid: bool = False
-    plain_linear: str = ""
+    plain_linear: bool = False
     random_chunk: bool = False
     hybrid: bool = False
     groups: int = 16
@@ -153,11 +152,6 @@ class CandidateUnit(GatedAttentionUnit):
             copies = torch.stack((queries, keys), dim=1).flatten(0, 1)
         if self.choice.plain_linear:
             rotated = apply_rotary(copies[:-2], rows.cos, rows.sin)
-            if self.choice.plain_linear == "half":
-                # Pairs of which both halves, the shifted and the other, are rotated or not.
-                still = torch.arange(rows.cos.shape[-1], device=z.device) // 2 % 2 == 1
-                cos, sin = rows.cos.masked_fill(still, 1), rows.sin.masked_fill(still, 0)
-                return torch.cat((rotated, apply_rotary(copies[-2:], cos, sin)))
             return torch.cat((rotated, copies[-2:]))
         return apply_rotary(copies, rows.cos, rows.sin)
 
@@ -181,7 +175,9 @@ class CandidateUnit(GatedAttentionUnit):
         """The linear branch on the grid (b, g, c, .)."""
         log_decay = self._log_decay(normed) if self.choice.decay else None
         if self.choice.fade:
-            return read_states(q, faded_means(k, v, self._kept(v)), v.dtype)
+            kept = 0.5 ** (self.chunk_size / half_lives(self.groups, self.chunk_size))
+            kept = nn.functional.pad(kept, (0, 1), value=1.0).to(v.device, widened(v.dtype))
+            return read_states(q, faded_means(k, v, kept), v.dtype)
         if self.choice.delta:
             states_of = delta_states if v.shape[1] <= MOST_UNROLLED else _uncompiled_delta_states
             states = states_of(k, v, self.write(normed).squeeze(-1).sigmoid(), log_decay)
@@ -194,13 +190,6 @@ class CandidateUnit(GatedAttentionUnit):
         counts = torch.arange(v.shape[1], device=v.device) * v.shape[2]
         denominator = linear_denominator(self.linear_norm, self.chunk_size, counts, v.shape[3], states.dtype)
         return read_states(q, states / denominator.unsqueeze(1), v.dtype)
-
-    def _kept(self, v: torch.Tensor) -> torch.Tensor:
-        if self.choice.fade == "all":
-            lives = half_lives(self.groups + 1, self.chunk_size, 16)
-        else:
-            lives = nn.functional.pad(half_lives(self.groups, self.chunk_size), (0, 1), value=math.inf)
-        return (0.5 ** (self.chunk_size / lives)).to(v.device, widened(v.dtype))
 
     def _log_decay(self, normed: torch.Tensor) -> torch.Tensor:
         """Of each token and group, (b, g, c, h) in float32 or wider; the last group keeps all."""

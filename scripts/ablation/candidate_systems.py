@@ -37,12 +37,10 @@ OF_LINEAR: dict[str, dict[str, Any]] = {
     "decay": dict(_NORM, decay="fixed"),
     "decaylearn": dict(_NORM, decay="learned"),
     "data": dict(_NORM, decay="data"),
-    "fade": dict(fade="most"),
-    "fadeall": dict(fade="all"),
+    "fade": dict(fade=True),
     "delta": _DELTA,
     "l2": dict(unit_length=True),
-    "norope": dict(plain_linear="all"),
-    "halfrope": dict(plain_linear="half"),
+    "norope": dict(plain_linear=True),
 }
 CHANGES: dict[str, dict[str, Any]] = {
     **OF_LINEAR,

@@ -183,6 +183,7 @@ def test_the_state_has_the_promised_size_at_any_position(attention):
             dict(shift_keys=True, attention="quadratic", n_ref=4),
             "shift_keys=True with attention='quadratic' is not allowed; allowed: mixed_chunk, local, global",
         ),
+        (dict(shift_keys=True, attention_dim=2), "attention_dim=2 with shift_keys=True is not allowed"),
         (dict(shift_keys=1), "shift_keys=1 is not allowed; allowed: True, False"),
         (dict(norm="batchnorm"), "norm='batchnorm' is unknown; allowed: layernorm"),
         (dict(relative_bias="alibi"), "relative_bias='alibi' is unknown; allowed: toeplitz, rotary"),

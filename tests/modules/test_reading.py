@@ -1,9 +1,12 @@
 """Proves that a prompt is read as fast implementations of whole rows read it, and leaves the same state."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
+from fairseq_flash.generation.reader import Reader
 from fairseq_flash.modules import GatedAttentionUnit, Stack, attention
 
 KINDS = [
@@ -57,3 +60,23 @@ def test_pieces_of_whole_chunks_go_through_the_fast_op(stack, monkeypatch, piece
     tokens = torch.randint(0, 20, (1, 8))
     stack.read(tokens, stack.empty_state(tokens))
     assert not found  # where a state of the caller's stands, only the device knows
+
+
+def test_the_first_read_of_a_reader_is_fast_and_only_it(stack, monkeypatch):
+    found, original = [], attention.gated_mixed_chunk_piece
+    monkeypatch.setattr(
+        attention, "gated_mixed_chunk_piece", lambda *args, **kw: found.append(1) or original(*args, **kw)
+    )
+    decoder = SimpleNamespace(stack=stack, output_layer=lambda features: features)
+    model = SimpleNamespace(
+        decoder=decoder,
+        parameters=stack.parameters,
+        get_normalized_probs=lambda output, log_probs, sample: output[0],
+    )
+    reader, tokens = Reader(model, 2), torch.randint(0, 20, (1, 14)).tolist()[0]
+    reader.read(tokens[:9])
+    assert len(found) == 2
+    reader.read(tokens[9:])
+    assert len(found) == 2
+    row = torch.tensor([[2, *tokens]])
+    torch.testing.assert_close(reader.predict(), stack(row)[0][:, -1], rtol=0, atol=1e-12)

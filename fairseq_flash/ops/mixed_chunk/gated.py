@@ -42,6 +42,11 @@ class Projected(NamedTuple):
     lengths: Optional[torch.Tensor] = None
     keys: Optional[torch.Tensor] = None
 
+    @property
+    def key_base(self) -> Optional[torch.Tensor]:
+        """The base of the keys after SiLU; None where it is that of the queries."""
+        return None if self.keys is None else torch.nn.functional.silu(self.keys)
+
 
 def gated_mixed_chunk(
     projected: Projected,
@@ -110,12 +115,11 @@ def _from_others(projected: Projected, options: Options, group: distributed.Proc
 
 def _summary(projected: Projected, options: Options) -> torch.Tensor:
     """``k^T v`` of the linear branch over whole rows: (b, s, e)."""
-    uvz, gamma, beta, cos, sin, _, lengths, keys = projected
-    s = gamma.shape[1]
+    uvz, gamma, beta, cos, sin, _, lengths, _ = projected
+    s, keys = gamma.shape[1], projected.key_base
     e = (uvz.shape[2] - s) // 2
     v, z = split_silu(uvz[..., e:], [e, s])
-    z = z if keys is None else torch.nn.functional.silu(keys)
-    k = rotated_copies(z, gamma[-1:], beta[-1:], cos, sin)[0]
+    k = rotated_copies(z if keys is None else keys, gamma[-1:], beta[-1:], cos, sin)[0]
     return part_summary(k, v, lengths, options)
 
 
@@ -124,8 +128,7 @@ def run(projected: Projected, options: Options, carry: Optional[Carry]) -> torch
     n, s = projected.uvz.shape[1], projected.gamma.shape[1]
     e, c = (projected.uvz.shape[2] - s) // 2, options.chunk_of(n)
     u, v, z = split_silu(projected.uvz, [e, e, s])
-    keys = projected.keys if projected.keys is None else torch.nn.functional.silu(projected.keys)
-    copies = rotated_copies(z, *projected[1:5], keys)
+    copies = rotated_copies(z, *projected[1:5], projected.key_base)
     # Cut into chunks once, all copies together.
     pairs = (Pair(q, k) for q, k in to_chunks(copies, c).unflatten(0, (-1, 2)))
     branches = dict(zip(options.branches, pairs, strict=True))

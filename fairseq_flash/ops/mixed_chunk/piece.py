@@ -36,7 +36,7 @@ def gated_mixed_chunk_piece(
     carry = state.carry_at_border(kept) if "lin" in options.branches else None
     out = gated_mixed_chunk(projected, options, carry=carry, backend=backend)
     v, z = split_silu(projected.uvz[..., e:], [e, s])
-    keys = z if projected.keys is None else torch.nn.functional.silu(projected.keys)
+    keys = z if projected.keys is None else projected.key_base
     found = rotated_copies(keys, projected.gamma[1::2], projected.beta[1::2], projected.cos, projected.sin)
     of = dict(zip(options.branches, found, strict=True))
     return out, state.after_border(of.get("quad"), of.get("lin"), v, kept)

@@ -137,14 +137,20 @@ class ChunkState(NamedTuple):
             A state that shares no memory with this one, but for ``before``, which is not changed.
         """
         n, c = v.shape[1], self.v.shape[1]
-        pairs = ((self.k_quad, k_quad), (self.k_lin, k_lin), (self.v, v))
-        tokens = [None if old is None else torch.cat((old, new.to(old.dtype)), dim=1) for old, new in pairs]
-        # The last c tokens stay, each in its slot; the first n leave.
-        rings = [None if x is None else x[:, n:].roll(n % c, dims=1) for x in tokens]
+
+        def ring(old: Optional[torch.Tensor], new: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+            """The last c tokens, each in its slot."""
+            if old is None:
+                return None
+            return torch.cat((old, new[:, -c:].to(old.dtype)), dim=1)[:, -c:].roll(n % c, dims=1)
+
+        rings = (ring(self.k_quad, k_quad), ring(self.k_lin, k_lin), ring(self.v, v))
         kv_sum = self.kv_sum
         if kv_sum is not None:
-            size = n if kept is None else c
-            chunks = (torch.nn.functional.pad(x[:, :n], (0, 0, 0, -n % size)) for x in tokens[1:])
+            # The first n tokens of ring and piece leave.
+            size, pairs = n if kept is None else c, ((self.k_lin, k_lin), (self.v, v))
+            leaving = (torch.cat((old, new.to(old.dtype)), dim=1)[:, :n] for old, new in pairs)
+            chunks = (torch.nn.functional.pad(x, (0, 0, 0, -n % size)) for x in leaving)
             kv = chunk_summaries(*(x.unflatten(1, (-1, size)) for x in chunks))
             kv_sum = exclusive_sum(kv, kv_sum, kept)[:, -1].clone()
         return ChunkState(kv_sum, *rings, self.position + n, self.before)

@@ -52,8 +52,9 @@ def run(projected: Projected, options: Options, state: ChunkState) -> tuple[torc
     s = projected.gamma.shape[1]
     e = (projected.uvz.shape[2] - s) // 2
     u, v, z = split_silu(projected.uvz, [e, e, s])
-    keys = projected.keys if projected.keys is None else torch.nn.functional.silu(projected.keys)
-    pairs = (Pair(q, k) for q, k in rotated_copies(z, *projected[1:5], keys).unflatten(0, (-1, 2)))
+    pairs = (
+        Pair(q, k) for q, k in rotated_copies(z, *projected[1:5], projected.key_base).unflatten(0, (-1, 2))
+    )
     branches = dict(zip(options.branches, pairs, strict=True))
     bias = projected.bias
     if bias is not None:

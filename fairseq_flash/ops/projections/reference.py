@@ -66,8 +66,10 @@ def offset_scale(
 
     Source: Hua et al. 2022, section 3.1.
     """
-    base = z if keys is None else torch.stack((z, keys) * (len(gamma) // 2))
-    return base * gamma[:, None, None] + beta[:, None, None]
+    if keys is None:
+        return z * gamma[:, None, None] + beta[:, None, None]
+    scale, offset = (x.unflatten(0, (-1, 2))[:, :, None, None] for x in (gamma, beta))
+    return (torch.stack((z, keys)) * scale + offset).flatten(0, 1)
 
 
 def rotated_copies(
