@@ -54,7 +54,8 @@ def kept_of_chunks(linear_norm: str, e: int, device: torch.device) -> Optional[t
         device: Of the result.
 
     Returns:
-        ``(groups,)`` in float64, each for ``e / groups`` columns side by side; None unless ``"fading"``.
+        ``(groups,)`` in float64, each for ``e / groups`` columns side by side; None unless ``"fading"``. One
+        group, of odd ``e``, has a half-life of a chunk.
 
     Source: ours; several scales as in RetNet (Sun et al. 2023), groups of values as in Mamba-2 (Dao and Gu
     2024), on the chunk's border, where the state is read.

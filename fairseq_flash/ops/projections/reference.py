@@ -27,7 +27,7 @@ def split_silu(projected: torch.Tensor, sizes: list[int]) -> tuple[torch.Tensor,
 
 
 def shifted(z: torch.Tensor, before: Optional[torch.Tensor] = None) -> torch.Tensor:
-    """The base of shifted keys: every second rotated pair of columns is that of the token before.
+    """The base of shifted keys: every second rotated pair of columns, half of them, is of the token before.
 
     So a layer finds, by what a token is, the token that came after the same one earlier.
 
