@@ -289,7 +289,7 @@ def test_every_name_says_what_is_different():
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("flush", "'flush' is unknown; allowed: flash, flash_chunk, local"),
+        ("flush", "'flush' is unknown; allowed: flash, flash2, flash_chunk, local"),
         ("flash+smear", "'smear' is not allowed with flash; allowed: norm, decay"),
         ("local+decay", "'decay' is not allowed with local; allowed: shift, shiftz"),
         ("quad+conv", "'conv' is not allowed with quad; allowed: no change"),

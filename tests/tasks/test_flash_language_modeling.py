@@ -162,13 +162,13 @@ def test_a_prompt_costs_one_pass_and_not_one_step_a_token(monkeypatch):
     task = build_task()
     model = build_model(task)
     lengths = []
-    forward = type(model.decoder.stack).forward
+    features = type(model.decoder.stack)._features
 
     def counted(self, tokens, *args, **kwargs):
         lengths.append(tokens.shape[1])
-        return forward(self, tokens, *args, **kwargs)
+        return features(self, tokens, *args, **kwargs)
 
-    monkeypatch.setattr(type(model.decoder.stack), "forward", counted)
+    monkeypatch.setattr(type(model.decoder.stack), "_features", counted)
     generator = task.build_generator([model], argparse.Namespace(beam=1, max_len_b=103))
     task.inference_step(generator, [model], batch_of([[5, 6, 7, 8] * 25]))
     assert lengths[0] == 100
