@@ -21,9 +21,10 @@ __all__ = [
     *("numbers", "panels", "plain_log", "read", "shared", "style", "values", "whiskers"),
 ]
 
-#: Okabe and Ito's palette, told apart by every eye; the markers without colours as well.
+#: Okabe and Ito's palette and three more, told apart by every eye; the markers without colours as well.
 STYLES = {
     "flash_lm": ("#0072B2", "o"),
+    "flash2_lm": ("#332288", "*"),
     "transformer_lm": ("#D55E00", "s"),
     "transformer_pp_lm": ("#009E73", "^"),
     "flash_quad_lm": ("#56B4E9", "D"),
