@@ -113,11 +113,13 @@ ARGUMENTS = {
 }
 
 
-def excluded(attention, causal, linear_norm, shift_keys, **_):
+def excluded(attention, attention_dim, causal, linear_norm, shift_keys, **_):
     """Arguments of a unit that are allowed, but not beside each other."""
     fading = attention != "quadratic" and not causal and linear_norm == "fading"
     shifted = attention == "quadratic" and shift_keys is True
-    return {name for name, wrong in (("shift_keys", shifted), ("linear_norm", fading)) if wrong}
+    single = shift_keys is True and type(attention_dim) is int and attention_dim == 2
+    found = (("shift_keys", shifted), ("linear_norm", fading), ("attention_dim", single))
+    return {name for name, wrong in found if wrong}
 
 
 @fuzzed(30, 700)
