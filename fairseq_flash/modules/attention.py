@@ -64,16 +64,20 @@ class MixedChunk:
         offset_scale: OffsetScale,
         bias: Optional[nn.Module],
         rows: Rows,
+        state: Optional[ChunkState] = None,
         keys: Optional[torch.Tensor] = None,
-    ) -> torch.Tensor:
-        """Gated attention of rows that start here, from pre-activations ``(b, n, 2e + s)``: ``(b, n, e)``.
+    ) -> Attended:
+        """Gated attention of rows that begin a chunk, from pre-activations ``(b, n, 2e + s)``: ``(b, n, e)``.
 
-        ``keys`` are the base of the keys, ``(b, n, s)``, if another than that of the queries.
+        ``state`` is None where the rows start here; if not, nothing is padded. ``keys`` are the base of the
+        keys, ``(b, n, s)``, if another than that of the queries.
         """
         matrix = None if bias is None else bias.matrix(self.options.chunk_of(uvz.shape[1]))
         copies = offset_scale.gamma, offset_scale.beta
         projected = Projected(uvz, *copies, rows.cos, rows.sin, matrix, rows.lengths, keys)
-        return gated_mixed_chunk(projected, self.options, group=rows.group, backend=self.backend)
+        if state is not None:
+            return gated_mixed_chunk_piece(projected, self.options, state, backend=self.backend)
+        return gated_mixed_chunk(projected, self.options, group=rows.group, backend=self.backend), None
 
     def step(
         self,
@@ -89,21 +93,6 @@ class MixedChunk:
         copies = offset_scale.gamma, offset_scale.beta
         projected = Projected(uvz, *copies, rows.cos, rows.sin, by_distance, keys=keys)
         return gated_mixed_chunk_step(projected, self.options, state, backend=self.backend)
-
-    def piece(
-        self,
-        uvz: torch.Tensor,
-        offset_scale: OffsetScale,
-        bias: Optional[nn.Module],
-        rows: Rows,
-        state: ChunkState,
-        keys: Optional[torch.Tensor] = None,
-    ) -> Attended:
-        """As :meth:`whole`, of rows that continue ``state`` at the begin of a chunk, without padding."""
-        matrix = None if bias is None else bias.matrix(self.options.chunk_of(uvz.shape[1]))
-        copies = offset_scale.gamma, offset_scale.beta
-        projected = Projected(uvz, *copies, rows.cos, rows.sin, matrix, keys=keys)
-        return gated_mixed_chunk_piece(projected, self.options, state, backend=self.backend)
 
     def __call__(
         self,

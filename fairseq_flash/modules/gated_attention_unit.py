@@ -186,10 +186,9 @@ class GatedAttentionUnit(AttentionLayer):
         if self.shift_keys:
             before = self._before(z, rows, state)
             keys = shifted(z, before)
-        if state is None and self.attend.gated:
-            out = self.attend.whole(uvz, self.offset_scale, self.bias, rows, keys)
-        elif self.attend.gated and rows.begins is not None and rows.begins % self.chunk_size == 0:
-            out, state = self.attend.piece(uvz, self.offset_scale, self.bias, rows, state, keys)
+        at_border = rows.begins is not None and rows.begins % self.chunk_size == 0
+        if self.attend.gated and (state is None or at_border):
+            out, state = self.attend.whole(uvz, self.offset_scale, self.bias, rows, state, keys)
         elif self.attend.gated and is_step(uvz, rows, state, self.training):
             out, state = self.attend.step(uvz, self.offset_scale, self.bias, rows, state, keys)
         else:

@@ -81,12 +81,11 @@ def faded_means(k: torch.Tensor, v: torch.Tensor, kept: torch.Tensor) -> torch.T
     Returns:
         ``(b, g, s, e)`` in float32 or wider; with ``a = 1`` the mean of the package.
     """
-    kv = chunk_summaries(k[:, :-1], v[:, :-1])
-    g = k.shape[1]
-    back = torch.arange(g, device=k.device)[:, None] - torch.arange(1, g, device=k.device)
-    weights = torch.where((back >= 0)[..., None], kept ** back.clamp(min=0)[..., None], 0.0)
-    weights = weights / (k.shape[2] * weights.sum(1, keepdim=True)).clamp(min=1.0)
-    return torch.einsum("gph,bpshr->bgshr", weights, kv.unflatten(-1, (len(kept), -1))).flatten(-2)
+    kv, h = chunk_summaries(k[:, :-1], v[:, :-1]), len(kept)
+    sums = exclusive_sum(kv, kv.new_zeros(kv.shape[0], *kv.shape[2:]), kept)
+    # Of chunks that each weigh what they have tokens.
+    weights = exclusive_sum(kv.new_full((1, kv.shape[1], 1, h), k.shape[2]), kv.new_zeros(1, 1, h), kept)
+    return sums / weights.clamp(min=1.0).repeat_interleave(v.shape[-1] // h, dim=-1)
 
 
 @without_autocast

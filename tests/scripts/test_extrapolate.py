@@ -49,18 +49,17 @@ def test_the_loss_by_position_is_that_of_each_row_alone(data_bin, checkpoint, tm
     assert output.read_bytes() == before
 
 
+def words_of(data_bin, folder):
+    """The words that read a folder's last checkpoint on a CPU."""
+    checkpoint = folder / "checkpoint_last.pt"
+    return ["--data", str(data_bin), "--checkpoints", str(checkpoint), "--device", "cpu"]
+
+
 def test_a_row_beyond_a_table_is_a_row_with_the_error(data_bin, tmp_path):
     kind = ("--attention", "quadratic", "--relative-bias", "toeplitz")
     tools.train(data_bin, tmp_path, *kind, updates=1)
     output = tmp_path / "out.csv"
-    words = [
-        "--data",
-        str(data_bin),
-        "--checkpoints",
-        str(tmp_path / "checkpoint_last.pt"),
-        "--device",
-        "cpu",
-    ]
+    words = words_of(data_bin, tmp_path)
     extrapolate.main([*words, "--split", "valid", "--lengths", "32", "64", "--output", str(output)])
     rows = rows_of(output)
     assert rows[32, "all"]["status"] == "ok"
@@ -94,14 +93,7 @@ def test_data_that_are_none_are_named(data_bin, checkpoint, capsys, command, wor
 def test_shifted_keys_are_read_plain_and_a_fading_branch_has_no_window(data_bin, tmp_path):
     small = ("--embed-dim", "32", "--layers", "2", "--attention-dim", "16", "--chunk-size", "8")
     tools.train(data_bin, tmp_path, "--arch", "flash2_lm_tiny", *small, updates=2)
-    words = [
-        "--data",
-        str(data_bin),
-        "--checkpoints",
-        str(tmp_path / "checkpoint_last.pt"),
-        "--device",
-        "cpu",
-    ]
+    words = words_of(data_bin, tmp_path)
     words += ["--split", "valid", "--lengths", "32", "--output", str(tmp_path / "out.csv")]
     for change in ((), ("--plain-linear",), ("--linear-window", "2")):
         extrapolate.main([*words, *change])

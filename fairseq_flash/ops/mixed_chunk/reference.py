@@ -61,7 +61,7 @@ def continued(inputs: Inputs, options: Options, state: ChunkState) -> tuple[torc
     grid, sums, counts = inputs._replace(quad=quad, lin=lin, v=v), None, None
     kept = kept_of_chunks(options.linear_norm, v.shape[-1], v.device)
     if lin is not None:
-        sums, counts = _seen_by_each_chunk(lin.k, v, options, state.carry(places, kept))
+        sums, counts = _seen_by_each_chunk(lin.k, v, kept, state.carry(places, kept))
     out = places.take(_outputs(grid, options, sums, counts), n)
     return out, state.after(places, quad and quad.k, lin and lin.k, v, sums, kept)
 
@@ -97,21 +97,21 @@ def on_grid(grid: Inputs, options: Options, carry: Optional[Carry], n: int) -> t
     if n == 0:
         return grid.v.flatten(1, 2)
     if grid.lin is not None and options.causal:
-        sums, counts = _seen_by_each_chunk(grid.lin.k, grid.v, options, carry)
+        kept = kept_of_chunks(options.linear_norm, grid.v.shape[-1], grid.v.device)
+        sums, counts = _seen_by_each_chunk(grid.lin.k, grid.v, kept, carry)
     elif grid.lin is not None:
         sums, counts = _seen_by_all(grid.lin.k, grid.v, n if grid.lengths is None else grid.lengths, carry)
     return _outputs(grid, options, sums, counts).flatten(1, 2)[:, :n]
 
 
 def _seen_by_each_chunk(
-    k_lin: torch.Tensor, v: torch.Tensor, options: Options, carry: Optional[Carry]
+    k_lin: torch.Tensor, v: torch.Tensor, kept: Optional[torch.Tensor], carry: Optional[Carry]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums over strictly earlier chunks (b, g, s, e), and the tokens in them (b, g)."""
     b, g, c, s = k_lin.shape
     # Nobody reads the summary of the last chunk.
     kv = chunk_summaries(k_lin[:, :-1], v[:, :-1])
     counts = (torch.arange(g, device=v.device) * c).expand(b, g)
-    kept = kept_of_chunks(options.linear_norm, v.shape[-1], v.device)
     if carry is None:
         return exclusive_sum(kv, kv.new_zeros(b, s, v.shape[-1]), kept), counts
     return exclusive_sum(kv, carry.kv_sum, kept), counts + carry.count.unsqueeze(1)
