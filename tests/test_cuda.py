@@ -10,7 +10,9 @@ from fairseq_flash.modules import (
     GatedCrossAttention,
     Stack,
     TransformerBlock,
+    pass_graph,
 )
+from fairseq_flash.modules.pass_graph import PATIENCE, PassGraphs
 from fairseq_flash.modules.step_graph import StepGraphs
 from fairseq_flash.ops import dispatch
 from support import tools
@@ -103,6 +105,51 @@ def test_fairseq_trains_in_reduced_precision(arch, options, data_bin, tmp_path, 
     losses = [float(loss) for _, loss in train(30)]
     assert sum(losses[-5:]) < sum(losses[:5])
     assert train(32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_a_recorded_pass_of_training_is_the_pass(kind, dtype):
+    stack, graphs = build(kind).to("cuda", dtype).train(), PassGraphs()
+    optimizer = torch.optim.SGD(stack.parameters(), lr=1e-2)
+    tokens, mask = (x.cuda() for x in batch())
+
+    def gradients(run, update):
+        optimizer.zero_grad()
+        outs = []
+        for turn in (1, 2):
+            out = run(tokens.roll(turn * update, 1), mask.roll(turn, 0))
+            (out * torch.linspace(-1, 1, 64, dtype=dtype, device="cuda")).sum().backward()
+            outs.append(out)
+        return [*outs, *(p.grad.clone() for p in stack.parameters())]
+
+    for update in range(PATIENCE + 2):
+        found = gradients(lambda *inputs: graphs(stack, lambda *x: stack(*x)[0], inputs), update)
+        expected = gradients(lambda *inputs: stack(*inputs)[0], update)
+        bound = TOLERANCE if dtype == torch.float64 else 0.05
+        for one, other in zip(found, expected, strict=True):
+            assert (one - other).abs().max() <= bound * other.abs().max()
+        optimizer.step()
+    assert graphs._recordings
+
+
+@pytest.mark.parametrize("arch", ["flash2_lm", "transformer_pp_lm"])
+def test_a_compiled_training_records_its_passes_and_learns_the_same(
+    arch, data_bin, tmp_path, capsys, recwarn, monkeypatch
+):
+    made, found, recording = [], {}, pass_graph._Recording
+    monkeypatch.setattr(pass_graph, "_Recording", lambda *given: made.append(recording(*given)) or made[-1])
+    recipe = [*(option for option in tools.RECIPE if option != "--cpu"), *tools.ADAM]
+    words = ["--arch", f"{arch}_tiny", *tools.SMALL, "--bf16", "--update-freq", "2", "--dropout", "0"]
+    for options in ((), ("--compile",)):
+        folder = tmp_path / str(len(options))
+        output = tools.train(data_bin, folder, *words, *options, updates=12, recipe=recipe)
+        rows = tools.losses(output) or tools.losses(capsys.readouterr().err)
+        found[options] = torch.tensor([float(loss) for _, loss in rows])
+    assert made
+    assert not [warning for warning in recwarn if "CUDA graphs" in str(warning.message)]
+    plain, compiled = found.values()
+    assert (plain - compiled).abs().max() <= 0.05
 
 
 def build_decoder():

@@ -14,7 +14,7 @@
     where it begins, goes on and ends;
 ``ending``
     how it ends when a scheduler asks for it;
-``half_precision``
+``update``
     weights of 16 bits are copied all at once;
 ``data``
     rows that fairseq would drop, garble or refuse;
@@ -43,12 +43,12 @@ from fairseq_flash._compat import (
     data,
     ending,
     generation,
-    half_precision,
     hub,
     losses,
     messages,
     saving,
     training,
+    update,
     values,
     versions,
 )
@@ -63,6 +63,6 @@ def prepare_host() -> None:
     registered.
     """
     # Messages first: the others import the modules whose noise is to be hidden.
-    first = (messages, versions, checkpoints, hub, saving, training, half_precision, ending, data)
+    first = (messages, versions, checkpoints, hub, saving, training, update, ending, data)
     for kind in (*first, losses, generation, choices, values):
         kind.prepare()

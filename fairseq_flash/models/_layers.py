@@ -8,7 +8,7 @@ from typing import Any, Optional
 
 import torch
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
-from torch import nn
+from torch import distributed, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fairseq_flash.models._embedding import embed_scale
@@ -23,6 +23,7 @@ from fairseq_flash.modules import (
     Stack,
     TransformerBlock,
 )
+from fairseq_flash.modules.pass_graph import PassGraphs, is_watched
 
 __all__ = [
     "build_stack",
@@ -78,6 +79,7 @@ def build_stack(
     )
     if cfg.compile and not (cfg.checkpoint_activations or cfg.offload_activations):
         stack.through = functools.partial(_through, stack)
+        stack.forward = functools.partial(_pass, stack, PassGraphs())
     return stack
 
 
@@ -158,6 +160,29 @@ def _forward(
     return _compiled([layer], x, rows, source), None
 
 
+def _pass(
+    stack: Stack,
+    graphs: PassGraphs,
+    tokens: torch.Tensor,
+    padding_mask: Optional[torch.Tensor] = None,
+    state: Optional[DecodingState] = None,
+    *,
+    group: Optional[distributed.ProcessGroup] = None,
+    **source: Optional[torch.Tensor],
+) -> tuple[torch.Tensor, Optional[DecodingState]]:
+    """A stack; on a GPU its kernels are recorded where batches of a shape come again and again."""
+    whole = type(stack).forward
+    if state is not None or group is not None or graphs.objections(stack, tokens):
+        return whole(stack, tokens, padding_mask, state, group=group, **source)
+
+    def run(
+        tokens: torch.Tensor, mask: Optional[torch.Tensor], *given: Optional[torch.Tensor]
+    ) -> torch.Tensor:
+        return whole(stack, tokens, mask, **dict(zip(source, given, strict=True)))[0]
+
+    return graphs(stack, run, (tokens, padding_mask, *source.values())), None
+
+
 def _through(
     stack: Stack,
     x: torch.Tensor,
@@ -190,10 +215,7 @@ def _changed(block: nn.Module) -> bool:
 
 def _watched(layer: nn.Module) -> bool:
     """Whether hooks are on a layer or its parts: compiled code would run them always or never."""
-    return _has_any_global_hook() or any(
-        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-        for part in layer.modules()
-    )
+    return _has_any_global_hook() or any(map(is_watched, layer.modules()))
 
 
 def _compiled(

@@ -14,6 +14,7 @@ from torch import nn
 from ablation.candidate_layers import CandidateUnit
 from fairseq_flash.models._layers import GRAPHS, whole_rows
 from fairseq_flash.models.flash_lm import FlashDecoder
+from fairseq_flash.modules.pass_graph import PassGraphs
 
 __all__ = ["UNASKED", "Recipe", "batches", "compile_layers", "open_stream", "rows_of", "train"]
 
@@ -136,14 +137,21 @@ def train(model: FlashDecoder, examples: Iterable[tuple[torch.Tensor, torch.Tens
     loss_of = torch.compile(_loss, dynamic=False) if recipe.compile else _loss
     drawn = random.Random(recipe.seed)
     model.train()
+    graphs = PassGraphs() if cuda and recipe.compile and not _random_chunks(model) else None
+
+    def features_of(tokens: torch.Tensor) -> torch.Tensor:
+        # In here, so that a recording narrows the weights of the moment.
+        with recipe.autocast():
+            return model.stack(tokens)[0]
+
     losses = torch.zeros(recipe.updates, device=recipe.device)
     clock = _Clock(recipe, losses)
     for update, example in enumerate(examples):
         pinned = (part.pin_memory() if cuda else part for part in example)
         tokens, targets = (part.to(recipe.device, non_blocking=True) for part in pinned)
         draw_chunk(model, drawn)
+        features = features_of(tokens) if graphs is None else graphs(model.stack, features_of, (tokens,))
         with recipe.autocast():
-            features, _ = model.stack(tokens)
             loss = loss_of(features, model.output_projection.weight, targets)
         loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0, foreach=cuda)
@@ -158,14 +166,18 @@ def train(model: FlashDecoder, examples: Iterable[tuple[torch.Tensor, torch.Tens
 
 def draw_chunk(model: FlashDecoder, drawn: random.Random | None) -> None:
     """Gives layers of random chunks the size for an update; None for the model's own."""
-    layers = [layer for layer in model.stack.blocks if isinstance(layer, CandidateUnit)]
-    layers = [layer for layer in layers if layer.choice.random_chunk]
+    layers = _random_chunks(model)
     if layers:
         largest = layers[0].chunk_size
         sizes = [largest >> power for power in range(SMALLEST.bit_length()) if largest >> power]
         size = largest if drawn is None else drawn.choice(sizes)
         for layer in layers:
             layer.current_chunk = size
+
+
+def _random_chunks(model: FlashDecoder) -> list[CandidateUnit]:
+    layers = [layer for layer in model.stack.blocks if isinstance(layer, CandidateUnit)]
+    return [layer for layer in layers if layer.choice.random_chunk]
 
 
 def _loss(features: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -59,9 +59,10 @@ class Options(NamedTuple):
     def chunk_of(self, n: int) -> int:
         """Tokens of a chunk of rows of ``n``: the last one is no longer than they are.
 
-        A trace is for rows of any length, whatever that of its example, and so takes whole chunks.
+        A trace is for rows of any length, whatever that of its example, and so takes whole chunks. Compared,
+        not ``min``: a compiler then has a graph for either, whose chunks are numbers to it.
         """
-        return self.chunk_size if torch.jit.is_tracing() else max(1, min(self.chunk_size, n))
+        return self.chunk_size if torch.jit.is_tracing() or n >= self.chunk_size else max(1, n)
 
 
 def check_options(options: Options) -> None:

@@ -55,7 +55,7 @@ def run(projected: Projected, options: Options, carry: Optional[Carry]) -> Tenso
     n = uvz.shape[1]
     if n == 0:
         return uvz[..., : (uvz.shape[2] - gamma.shape[1]) // 2]
-    missing = -n % min(options.chunk_size, n)
+    missing = -n % options.chunk_of(n)
     if missing:
         # Zeros need no mask: their values are silu(0) = 0.
         uvz, cos, sin, keys = (
@@ -66,7 +66,7 @@ def run(projected: Projected, options: Options, carry: Optional[Carry]) -> Tenso
         lengths = uvz.new_full((uvz.shape[0],), n, dtype=torch.long)
     # Under autocast they are as wide as the weights.
     gamma, beta = gamma.to(uvz.dtype), beta.to(uvz.dtype)
-    fixed = _Fixed(options, min(options.chunk_size, n))
+    fixed = _Fixed(options, options.chunk_of(n))
     given = _Given(uvz, keys, gamma, beta, bias, kv_sum, cos, sin, lengths, count, fixed)
     return _Recomputed.apply(*given)[:, :n]
 

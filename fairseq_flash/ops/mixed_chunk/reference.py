@@ -84,11 +84,10 @@ def part_summary(
 
 def to_chunks(x: torch.Tensor, c: int) -> torch.Tensor:
     """(..., n, s) to (..., g, c, s), the last chunk filled up with zeros."""
-    n = x.shape[-2]
-    g = -(-n // c)
-    if g * c != n or torch.jit.is_tracing():
-        x = torch.nn.functional.pad(x, (0, 0, 0, g * c - n))
-    return x.unflatten(-2, (g, c))
+    missing = -x.shape[-2] % c
+    if missing or torch.jit.is_tracing():
+        x = torch.nn.functional.pad(x, (0, 0, 0, missing))
+    return x.unflatten(-2, (x.shape[-2] // c, c))
 
 
 def on_grid(grid: Inputs, options: Options, carry: Optional[Carry], n: int) -> torch.Tensor:

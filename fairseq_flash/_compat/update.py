@@ -1,4 +1,4 @@
-"""Weights of 16 bits and the copies of 32 that an update is made on are copied all at once, not each."""
+"""What the host does around each update is done once, not for each weight or kind of device: a GPU waits."""
 
 from collections.abc import Callable
 from typing import Any, Optional
@@ -11,6 +11,12 @@ __all__ = ["prepare"]
 
 
 def prepare() -> None:
+    """Applies every healing of this file."""
+    _copy_all_weights_at_once()
+    _seed_what_is_there()
+
+
+def _copy_all_weights_at_once() -> None:
     """Blanks and copies all gradients at once, then all weights; fairseq 0.12 goes through them singly.
 
     With ``--bf16`` and ``--fp16`` a GPU waits while the host starts three kernels for each weight. The
@@ -38,7 +44,7 @@ def prepare() -> None:
             if wide is None:
                 sync(self)
             else:
-                _copy([p.data for p in self.fp16_params if p.requires_grad], wide)
+                _copy([p for p in self.fp16_params if p.requires_grad], wide)
 
         return healed
 
@@ -61,12 +67,35 @@ def prepare() -> None:
     wrap(_FP16OptimizerMixin, "_sync_fp32_params_to_fp16", heal_weights)
 
 
+def _seed_what_is_there() -> None:
+    """Seeds the CPU and this process's GPU before each update, not every kind of device that torch knows.
+
+    For each kind that is not there ``torch.manual_seed`` formats the stack of calls, while the GPU waits.
+    """
+    from fairseq import utils
+
+    def heal(seed_all: Callable) -> Callable:
+        def healed(self: Any, seed: int) -> None:
+            if utils.xm is not None:
+                seed_all(self, seed)
+                return
+            self.rng_state = utils.get_rng_state()
+            torch.default_generator.manual_seed(seed)
+            if torch.cuda.is_available():
+                torch.cuda.manual_seed(seed)
+
+        return healed
+
+    wrap(utils.set_torch_seed, "__init__", heal)
+
+
 def _copies(optimizer: Any, name: str) -> Optional[list[torch.Tensor]]:
     """Data or gradients in float32 of all weights that learn; None where there are not all in one place."""
     wide, narrow = optimizer.fp32_params, optimizer.fp16_params
     learns = [p.requires_grad for p in narrow]
     if not optimizer.has_flat_params:
-        found = [getattr(p, name) for p, wanted in zip(wide, learns, strict=True) if wanted]
+        learning = [p for p, wanted in zip(wide, learns, strict=True) if wanted]
+        found = learning if name == "data" else [p.grad for p in learning]
         return None if any(x is None for x in found) else found
     if not isinstance(wide, dict) or len(wide) != 1 or not all(learns):
         return None
@@ -75,4 +104,6 @@ def _copies(optimizer: Any, name: str) -> Optional[list[torch.Tensor]]:
 
 @torch.no_grad()
 def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
-    torch._foreach_copy_(targets, [x.reshape(y.shape) for x, y in zip(sources, targets, strict=True)])
+    # Even a view that changes nothing takes the host as long as a kernel.
+    same = [x if x.shape == y.shape else x.reshape(y.shape) for x, y in zip(sources, targets, strict=True)]
+    torch._foreach_copy_(targets, same)

@@ -1,0 +1,204 @@
+"""A pass of training recorded as two CUDA graphs, which the host starts in place of each kernel."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any, Optional
+
+import torch
+from torch import distributed, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
+
+__all__ = ["PassGraphs", "is_watched"]
+
+#: Passes of a shape before it is recorded: in these, kernels are compiled and tables made.
+PATIENCE = 2
+#: Shapes that are recorded; each keeps its inputs, its output and its gradients.
+SHAPES = 4
+#: Shapes that are remembered while they wait.
+WAITING = 1000
+
+
+class PassGraphs:
+    """The passes of a stack in training, recorded once for each shape of a batch and replayed.
+
+    A replay computes what the pass itself would, with the weights of the moment and dropout of its own, and
+    its gradients are copied out, so that they can be summed over several batches. Where a recorded pass
+    still waits for its backward pass, the next one runs as it is, as do batches of other shapes. All
+    recordings share their memory.
+    """
+
+    def __init__(self) -> None:
+        self._recordings: dict[Any, _Recording] = {}
+        self._seen: dict[Any, int] = {}
+        self._turn: Optional[weakref.ref] = None
+        self._failed = False
+
+    def __deepcopy__(self, memo: dict) -> PassGraphs:
+        """A copy of a model records anew."""
+        return PassGraphs()
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return PassGraphs, ()
+
+    def objections(self, stack: nn.Module, tokens: torch.Tensor) -> list[str]:
+        """Why a pass cannot be recorded; nothing if it can."""
+        found = []
+        if not tokens.is_cuda:
+            found.append(f"tokens are on {tokens.device.type}, not on a CUDA device")
+        if not (stack.training and torch.is_grad_enabled()):
+            found.append("the stack does not train, or gradients are disabled")
+        if torch.is_autocast_enabled(tokens.device.type):
+            found.append("autocast keeps copies of the weights that a recording would not renew")
+        if distributed.is_initialized() and distributed.get_world_size() > 1:
+            found.append("gradients are sent to other processes while others are still computed")
+        if self._failed:
+            found.append("an earlier recording has failed")
+        return found
+
+    def __call__(
+        self, stack: nn.Module, run: Callable[..., torch.Tensor], inputs: tuple[Optional[torch.Tensor], ...]
+    ) -> torch.Tensor:
+        """As ``run(*inputs)``, a pass through ``stack`` that may be recorded.
+
+        Args:
+            stack: Always the same.
+            run: Turns the inputs into one tensor by the weights of ``stack``, and waits for no number.
+            inputs: On the device; those that are floating point may have gradients.
+
+        Returns:
+            What ``run`` does.
+        """
+        key = tuple(None if x is None else (x.shape, x.dtype, x.requires_grad) for x in inputs)
+        if self._turn is not None and self._turn() is not None:
+            return run(*inputs)
+        if key not in self._recordings and not self._record(key, stack, run, inputs):
+            return run(*inputs)
+        recording, turn = self._recordings[key], _Turn()
+        self._turn = weakref.ref(turn)
+        out = _Play.apply(recording, turn, self, *inputs, *recording.weights)
+        # Looked at while the device is at work.
+        if recording.described == _describe(stack):
+            return out
+        self._recordings.clear()
+        return run(*inputs)
+
+    def _record(self, key: Any, stack: nn.Module, run: Callable, inputs: tuple) -> bool:
+        """Whether there is a recording for ``key`` now."""
+        self._seen[key] = self._seen.get(key, 0) + 1
+        if self._seen[key] <= PATIENCE or len(self._recordings) >= SHAPES:
+            if len(self._seen) > WAITING:
+                self._seen.clear()
+            return False
+        described = _describe(stack)
+        if described is None:
+            return False
+        others = list(self._recordings.values())
+        try:
+            self._recordings[key] = _Recording(stack, run, inputs, described, others[0] if others else None)
+        except RuntimeError as error:
+            # What runs well may not be recordable on another card, or need memory that it has not.
+            self._failed = True
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            warnings.warn(f"passes run without CUDA graphs, as recording one failed: {reason}", stacklevel=2)
+        return not self._failed
+
+    def waits_for(self, turn: _Turn) -> bool:
+        """Whether the pass of ``turn`` was the last to be replayed, and has not been differentiated."""
+        return self._turn is not None and self._turn() is turn
+
+    def end(self) -> None:
+        """Lets the next pass be replayed."""
+        self._turn = None
+
+
+class _Turn:
+    """Alive as long as a pass waits for its backward pass."""
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether hooks want to see each pass of a module."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def _describe(stack: nn.Module) -> Optional[list]:
+    """What a recording relies on beside the values of weights; None where hooks want to see each pass."""
+    if _has_any_global_hook():
+        return None
+    found: list = []
+    for module in stack.modules():
+        if is_watched(module):
+            return None
+        found.append((module.training, getattr(module, "p", None)))
+        for held in (module._parameters, module._buffers):
+            found += [(x.data_ptr(), x.requires_grad) for x in held.values() if x is not None]
+    return found
+
+
+class _Recording:
+    """Two graphs with their tensors."""
+
+    def __init__(
+        self,
+        stack: nn.Module,
+        run: Callable,
+        inputs: tuple,
+        described: list,
+        other: Optional[_Recording],
+    ) -> None:
+        self.described = described
+        self.inputs = [x if x is None else x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
+        self.weights = [weight for weight in stack.parameters() if weight.requires_grad]
+        wanted = [x for x in (*self.inputs, *self.weights) if x is not None and x.requires_grad]
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        self.pool = torch.cuda.graph_pool_handle() if other is None else other.pool
+        # Threads that load batches may ask for memory meanwhile.
+        options = dict(pool=self.pool, capture_error_mode="thread_local")
+        with torch.cuda.graph(self.forward, **options):
+            out = run(*self.inputs)
+        self.grad_out = torch.empty_like(out)
+        with torch.cuda.graph(self.backward, **options):
+            grads = torch.autograd.grad(out, wanted, self.grad_out, allow_unused=True)
+        self.out = out.detach()
+        found = iter(grads)
+        self.grads = [
+            next(found) if x is not None and x.requires_grad else None for x in (*self.inputs, *self.weights)
+        ]
+
+
+class _Play(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, recording: _Recording, turn: _Turn, graphs: PassGraphs, *tensors: Optional[torch.Tensor]
+    ) -> torch.Tensor:
+        ctx.recording, ctx.turn, ctx.graphs = recording, turn, graphs
+        for ours, given in zip(recording.inputs, tensors, strict=False):
+            if ours is not None:
+                ours.copy_(given)
+        recording.forward.replay()
+        return recording.out.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
+        if not ctx.graphs.waits_for(ctx.turn):
+            raise RuntimeError(
+                "a recorded pass is differentiated twice, or after another one; allowed: once, before the "
+                "next pass, or without --compile"
+            )
+        recording = ctx.recording
+        recording.grad_out.copy_(grad)
+        recording.backward.replay()
+        ctx.graphs.end()
+        theirs = [x for x in recording.grads if x is not None]
+        found = iter(copied := [torch.empty_like(x) for x in theirs])
+        torch._foreach_copy_(copied, theirs)
+        return None, None, None, *(x if x is None else next(found) for x in recording.grads)

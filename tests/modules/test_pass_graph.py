@@ -1,0 +1,248 @@
+"""Proves that a recorded pass of training changes speed alone; on a CPU, a replay runs what was recorded.
+
+The graphs themselves are tested on a GPU, in tests/test_cuda.py.
+"""
+
+import argparse
+import copy
+import pickle
+
+import pytest
+import torch
+
+from fairseq_flash.modules import GatedAttentionUnit, Stack, pass_graph
+from fairseq_flash.modules.pass_graph import PATIENCE, SHAPES, PassGraphs
+
+WORDS = 12
+
+
+class Recording:
+    """Stands for the recording of a GPU: same places of tensors, and work that is done again at a replay."""
+
+    made = 0
+
+    def __init__(self, stack, run, inputs, described, other):
+        Recording.made += 1
+        self.described, self.run, self.replays = described, run, 0
+        self.inputs = [x if x is None else x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
+        self.weights = [weight for weight in stack.parameters() if weight.requires_grad]
+        self.out = run(*self.inputs).detach()
+        self.grad_out = torch.zeros_like(self.out)
+        self.grads = [
+            torch.zeros_like(x) if x is not None and x.requires_grad else None
+            for x in (*self.inputs, *self.weights)
+        ]
+        self.forward, self.backward = (
+            argparse.Namespace(replay=f) for f in (self.attend, self.differentiate)
+        )
+
+    @torch.enable_grad()
+    def attend(self):
+        self.pending = self.run(*self.inputs)
+        self.out.copy_(self.pending.detach())
+
+    def differentiate(self):
+        wanted = [x for x in (*self.inputs, *self.weights) if x is not None and x.requires_grad]
+        grads = torch.autograd.grad(self.pending, wanted, self.grad_out)
+        for place, grad in zip([x for x in self.grads if x is not None], grads, strict=True):
+            place.copy_(grad)
+        self.replays += 1
+
+
+@pytest.fixture(autouse=True)
+def recording(monkeypatch):
+    monkeypatch.setattr(pass_graph, "_Recording", Recording)
+    monkeypatch.setattr(Recording, "made", 0)
+
+
+def build(dropout=0.0):
+    torch.manual_seed(0)
+    embed = torch.nn.Embedding(WORDS, 8)
+    units = [GatedAttentionUnit(8, attention_dim=4, chunk_size=4, dropout=dropout) for _ in range(2)]
+    return Stack(embed, units, embed_dim=8, attention_dim=4).double()
+
+
+def plain(stack):
+    return lambda tokens, mask: stack(tokens, mask)[0]
+
+
+def step(stack, graphs, tokens, mask=None):
+    """Gradients of a pass are added to those that are there."""
+    out = graphs(stack, plain(stack), (tokens, mask))
+    out.square().sum().backward()
+    return out
+
+
+def batch(n=9, seed=1):
+    return torch.randint(2, WORDS, (2, n), generator=torch.Generator().manual_seed(seed))
+
+
+def grads(stack):
+    return [p.grad.clone() for p in stack.parameters()]
+
+
+def warm(stack, graphs, tokens):
+    for _ in range(PATIENCE + 1):
+        stack.zero_grad()
+        step(stack, graphs, tokens)
+    assert Recording.made == 1
+
+
+def assert_equal(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_the_passes_of_a_shape_are_recorded_once_and_replayed_with_the_weights_and_tokens_of_the_moment():
+    stack, graphs = build(), PassGraphs()
+    warm(stack, graphs, batch())
+    with torch.no_grad():
+        for weight in stack.parameters():
+            weight.mul_(1.25)
+    stack.zero_grad()
+    out = step(stack, graphs, batch(seed=2))
+    found = grads(stack)
+    stack.zero_grad()
+    expected = plain(stack)(batch(seed=2), None)
+    expected.square().sum().backward()
+    assert_equal([out, *found], [expected, *grads(stack)])
+    (recording,) = graphs._recordings.values()
+    assert Recording.made == 1
+    assert recording.replays == 2
+
+
+def test_gradients_of_several_batches_add_up_and_outlive_the_next_pass():
+    stack, graphs = build(), PassGraphs()
+    warm(stack, graphs, batch())
+    stack.zero_grad()
+    one = step(stack, graphs, batch(seed=2))
+    kept, first, values = stack.blocks[0].uvz.weight.grad, grads(stack), one.clone()
+    step(stack, graphs, batch(seed=3))
+    both = grads(stack)
+    assert kept is stack.blocks[0].uvz.weight.grad
+    stack.zero_grad()
+    step(stack, graphs, batch(seed=3))
+    assert_equal(both, [a + b for a, b in zip(first, grads(stack), strict=True)])
+    assert torch.equal(one, values)
+
+
+def test_a_pass_that_waits_for_its_backward_pass_is_not_overwritten():
+    stack, graphs = build(), PassGraphs()
+    warm(stack, graphs, batch())
+    stack.zero_grad()
+    first = graphs(stack, plain(stack), (batch(seed=2), None))
+    second = graphs(stack, plain(stack), (batch(seed=3), None))
+    (first.square().sum() + second.square().sum()).backward()
+    found = grads(stack)
+    stack.zero_grad()
+    for seed in (2, 3):
+        plain(stack)(batch(seed=seed), None).square().sum().backward()
+    assert_equal(found, grads(stack))
+
+
+def test_a_pass_without_a_backward_pass_blocks_no_other():
+    stack, graphs = build(), PassGraphs()
+    warm(stack, graphs, batch())
+    graphs(stack, plain(stack), (batch(), None))
+    stack.zero_grad()
+    step(stack, graphs, batch())
+    (recording,) = graphs._recordings.values()
+    # The one that was not differentiated left its work behind.
+    assert recording.replays == 2
+
+
+def test_a_pass_is_differentiated_once_and_before_the_next():
+    stack, graphs = build(), PassGraphs()
+    warm(stack, graphs, batch())
+    out = graphs(stack, plain(stack), (batch(), None)).square().sum()
+    out.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        out.backward()
+
+
+@pytest.mark.parametrize("change", ["eval", "frozen", "moved", "replaced", "hook", "dropout"])
+def test_what_changes_a_stack_is_seen(change):
+    stack, graphs = build(), PassGraphs()
+    warm(stack, graphs, batch())
+    unit, seen = stack.blocks[1], []
+    if change == "eval":
+        unit.eval()
+    elif change == "frozen":
+        unit.uvz.weight.requires_grad = False
+    elif change == "moved":
+        unit.uvz.weight.data = 2 * unit.uvz.weight.data
+    elif change == "replaced":
+        unit.uvz.weight = torch.nn.Parameter(2 * unit.uvz.weight.detach())
+    elif change == "hook":
+        unit.register_forward_hook(lambda *_: seen.append(True))
+    else:
+        stack.dropout.p = 0.5
+    stack.zero_grad()
+    torch.manual_seed(3)
+    out = step(stack, graphs, batch())
+    found = [p.grad for p in stack.parameters()]
+    stack.zero_grad()
+    torch.manual_seed(3)
+    expected = plain(stack)(batch(), None)
+    expected.square().sum().backward()
+    # Dropout has drawn in the pass that was thrown away.
+    if change != "dropout":
+        assert_equal([out], [expected])
+        for one, weight in zip(found, stack.parameters(), strict=True):
+            assert (one is None) == (weight.grad is None)
+            assert one is None or torch.allclose(one, weight.grad, rtol=1e-12, atol=1e-12)
+    assert not graphs._recordings or change == "dropout"
+    assert bool(seen) == (change == "hook")
+
+
+def test_shapes_and_masks_have_recordings_of_their_own_and_there_are_few():
+    stack, graphs = build(), PassGraphs()
+    lengths = range(4, 4 + SHAPES + 2)
+    for _ in range(PATIENCE + 2):
+        for n in lengths:
+            mask = torch.zeros(2, n, dtype=torch.bool)
+            mask[0, -1] = True
+            stack.zero_grad()
+            out = step(stack, graphs, batch(n), mask)
+            assert not out[0, -1].any()
+            assert out[1].any()
+    assert Recording.made == SHAPES
+
+
+def test_gradients_reach_inputs_that_have_them():
+    linear, graphs = torch.nn.Linear(3, 2).double(), PassGraphs()
+    for _ in range(PATIENCE + 2):
+        x = torch.randn(4, 3, dtype=torch.double, requires_grad=True)
+        y = graphs(linear, lambda x, none: linear(x), (x, None))
+        y.sum().backward()
+        torch.testing.assert_close(x.grad, linear.weight.sum(0).expand(4, 3))
+    assert Recording.made == 1
+
+
+def test_what_cannot_be_recorded_runs_with_one_warning(monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
+
+    monkeypatch.setattr(pass_graph, "_Recording", fail)
+    stack, graphs = build(), PassGraphs()
+    for _ in range(PATIENCE):
+        step(stack, graphs, batch())
+    with pytest.warns(UserWarning, match="recording one failed: OutOfMemoryError: CUDA out of memory.$"):
+        out = step(stack, graphs, batch())
+    assert_equal([out], [plain(stack)(batch(), None)])
+    assert "failed" in graphs.objections(stack, batch())[-1]
+
+
+def test_copies_and_saved_models_have_no_recording():
+    stack, graphs = build(), PassGraphs()
+    warm(stack, graphs, batch())
+    for other in (copy.deepcopy(graphs), pickle.loads(pickle.dumps(graphs))):
+        assert not other._recordings
+        assert not other._seen
+
+
+def test_objections_say_why_a_pass_is_not_recorded():
+    stack, graphs = build().eval(), PassGraphs()
+    cpu, training = graphs.objections(stack, batch())
+    assert "not on a CUDA device" in cpu
+    assert "does not train" in training
