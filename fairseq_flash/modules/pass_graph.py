@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Optional
 
 import torch
@@ -12,7 +14,7 @@ from torch import distributed, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 
-__all__ = ["PassGraphs", "is_watched"]
+__all__ = ["PassGraphs", "aliased", "is_watched"]
 
 #: Passes of a shape before it is recorded: in these, kernels are compiled and tables made.
 PATIENCE = 2
@@ -73,7 +75,7 @@ class PassGraphs:
             What ``run`` does.
         """
         key = tuple(None if x is None else (x.shape, x.dtype, x.requires_grad) for x in inputs)
-        if self._turn is not None and self._turn() is not None:
+        if self._failed or (self._turn is not None and self._turn() is not None):
             return run(*inputs)
         if key not in self._recordings and not self._record(key, stack, run, inputs):
             return run(*inputs)
@@ -102,8 +104,12 @@ class PassGraphs:
         except RuntimeError as error:
             # What runs well may not be recordable on another card, or need memory that it has not.
             self._failed = True
+            self._recordings.clear()
             reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             warnings.warn(f"passes run without CUDA graphs, as recording one failed: {reason}", stacklevel=2)
+        if self._failed:
+            # Of what the half-made recording held.
+            gc.collect()
         return not self._failed
 
     def waits_for(self, turn: _Turn) -> bool:
@@ -143,6 +149,26 @@ def _describe(stack: nn.Module) -> Optional[list]:
     return found
 
 
+@contextlib.contextmanager
+def aliased(stack: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
+    """Gives a stack other weights that lie in the same places; yields them by the stack's own.
+
+    What autograd knows of a weight lives as long as anybody has a loss that it led to, and belongs to the
+    stream of that pass: a recording, on a stream of its own, would have to wait for it, and fails.
+    """
+    aliases: dict = {}
+    places = [(module._parameters, name) for module in stack.modules() for name in module._parameters]
+    own = [held[name] for held, name in places]
+    try:
+        for (held, name), weight in zip(places, own, strict=True):
+            if weight is not None:
+                held[name] = aliases.setdefault(weight, nn.Parameter(weight.detach(), weight.requires_grad))
+        yield aliases
+    finally:
+        for (held, name), weight in zip(places, own, strict=True):
+            held[name] = weight
+
+
 class _Recording:
     """Two graphs with their tensors."""
 
@@ -157,21 +183,20 @@ class _Recording:
         self.described = described
         self.inputs = [x if x is None else x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
         self.weights = [weight for weight in stack.parameters() if weight.requires_grad]
-        wanted = [x for x in (*self.inputs, *self.weights) if x is not None and x.requires_grad]
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         self.pool = torch.cuda.graph_pool_handle() if other is None else other.pool
         # Threads that load batches may ask for memory meanwhile.
         options = dict(pool=self.pool, capture_error_mode="thread_local")
-        with torch.cuda.graph(self.forward, **options):
-            out = run(*self.inputs)
-        self.grad_out = torch.empty_like(out)
-        with torch.cuda.graph(self.backward, **options):
-            grads = torch.autograd.grad(out, wanted, self.grad_out, allow_unused=True)
+        with aliased(stack) as aliases:
+            places = (*self.inputs, *(aliases[weight] for weight in self.weights))
+            wanted = [x for x in places if x is not None and x.requires_grad]
+            with torch.cuda.graph(self.forward, **options):
+                out = run(*self.inputs)
+            self.grad_out = torch.empty_like(out)
+            with torch.cuda.graph(self.backward, **options):
+                grads = iter(torch.autograd.grad(out, wanted, self.grad_out, allow_unused=True))
         self.out = out.detach()
-        found = iter(grads)
-        self.grads = [
-            next(found) if x is not None and x.requires_grad else None for x in (*self.inputs, *self.weights)
-        ]
+        self.grads = [next(grads) if x is not None and x.requires_grad else None for x in places]
 
 
 class _Play(torch.autograd.Function):

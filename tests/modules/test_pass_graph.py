@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fairseq_flash.modules import GatedAttentionUnit, Stack, pass_graph
-from fairseq_flash.modules.pass_graph import PATIENCE, SHAPES, PassGraphs
+from fairseq_flash.modules.pass_graph import PATIENCE, SHAPES, PassGraphs, aliased
 
 WORDS = 12
 
@@ -230,6 +230,7 @@ def test_what_cannot_be_recorded_runs_with_one_warning(monkeypatch):
     with pytest.warns(UserWarning, match="recording one failed: OutOfMemoryError: CUDA out of memory.$"):
         out = step(stack, graphs, batch())
     assert_equal([out], [plain(stack)(batch(), None)])
+    step(stack, graphs, batch())
     assert "failed" in graphs.objections(stack, batch())[-1]
 
 
@@ -246,3 +247,18 @@ def test_objections_say_why_a_pass_is_not_recorded():
     cpu, training = graphs.objections(stack, batch())
     assert "not on a CUDA device" in cpu
     assert "does not train" in training
+
+
+def test_aliases_lie_in_the_same_places_and_have_gradients_of_their_own():
+    stack = build()
+    stack.blocks[1].uvz.weight = stack.blocks[0].uvz.weight
+    own = dict(stack.named_parameters())
+    loss = plain(stack)(batch(), None).square().sum()
+    expected = torch.autograd.grad(loss, own.values())
+    with aliased(stack) as aliases:
+        assert stack.blocks[1].uvz.weight is stack.blocks[0].uvz.weight is aliases[own["blocks.0.uvz.weight"]]
+        assert not any(weight is own[name] for name, weight in stack.named_parameters())
+        assert [x.data_ptr() for x in aliases.values()] == [x.data_ptr() for x in own.values()]
+        found = torch.autograd.grad(plain(stack)(batch(), None).square().sum(), aliases.values())
+    assert_equal(found, expected)
+    assert all(weight is own[name] for name, weight in stack.named_parameters())
