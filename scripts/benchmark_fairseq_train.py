@@ -8,7 +8,8 @@ Everything counts: model, loss over the vocabulary, clipping, optimizer, logging
 of its own, as a user would start it, ``--rounds`` times in turn, with the options of ``CONTENDERS``. A record
 says the median over all intervals of ``--log-interval`` updates after the first ``--skip`` updates, in which
 code is compiled; ``ratio`` is that over the first contender's; ``first_update_s`` are seconds from the start
-of the command to the end of its first interval; ``peak_memory`` is what fairseq logs, in bytes, on a GPU.
+of the command to the end of its first interval; ``peak_memory`` is what a GPU holds for it, in bytes, at the
+end of an interval (in the rows of 2026-11-25 what fairseq logs, which leaves out recorded passes).
 """
 
 import argparse
@@ -97,6 +98,14 @@ def words_of(kind: str, name: str, n: int, options: argparse.Namespace) -> list[
     return [str(word) for word in words]
 
 
+def held_by_a_gpu() -> int | None:
+    """Bytes that all processes have of the GPU; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    free, whole = torch.cuda.mem_get_info()
+    return whole - free
+
+
 def run(words: list[str], skip: int, limit: float) -> dict:
     """One training.
 
@@ -106,7 +115,7 @@ def run(words: list[str], skip: int, limit: float) -> dict:
     """
     found: dict = {"rates": [], "peak_memory": "", "first_update_s": "", "status": "ok"}
     lines = []
-    begin = time.perf_counter()
+    before, begin = held_by_a_gpu(), time.perf_counter()
     # fairseq's folder of logs is the working folder.
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "fairseq_cli.train", *words]
@@ -123,11 +132,8 @@ def run(words: list[str], skip: int, limit: float) -> dict:
                     found["first_update_s"] = f"{time.perf_counter() - begin:.1f}"
                 if int(row["num_updates"]) > skip:
                     found["rates"].append(float(row["wps"]))
-                if "gb_free" in row and torch.cuda.is_available():
-                    whole = torch.cuda.get_device_properties(0).total_memory
-                    found["peak_memory"] = max(
-                        found["peak_memory"] or 0, round(whole - float(row["gb_free"]) * 2**30)
-                    )
+                if before is not None:
+                    found["peak_memory"] = max(found["peak_memory"] or 0, held_by_a_gpu() - before)
                 if time.perf_counter() - begin > limit:
                     process.kill()
         finally:

@@ -107,7 +107,8 @@ def test_fairseq_trains_in_reduced_precision(arch, options, data_bin, tmp_path, 
     assert train(32)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+# By the reference, and in float32 by the kernels.
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", EVERY_KIND)
 def test_a_recorded_pass_of_training_is_the_pass(kind, dtype):
     stack, graphs = build(kind).to("cuda", dtype).train(), PassGraphs()
@@ -126,7 +127,7 @@ def test_a_recorded_pass_of_training_is_the_pass(kind, dtype):
     for update in range(PATIENCE + 2):
         found = gradients(lambda *inputs: graphs(stack, lambda *x: stack(*x)[0], inputs), update)
         expected = gradients(lambda *inputs: stack(*inputs)[0], update)
-        bound = TOLERANCE if dtype == torch.float64 else 0.05
+        bound = TOLERANCE if dtype == torch.float64 else 1e-3
         for one, other in zip(found, expected, strict=True):
             assert (one - other).abs().max() <= bound * other.abs().max()
         optimizer.step()

@@ -108,7 +108,10 @@ class UnitConfig(FairseqDataclass):
     )
     compile: bool = field(
         default=False,
-        metadata={"help": "torch.compile for each layer, one graph; decoding stays as it is"},
+        metadata={
+            "help": "torch.compile for the layers; on a GPU passes of training are recorded as CUDA graphs; "
+            "decoding stays as it is"
+        },
     )
     backend: ChoiceEnum(list(BACKENDS)) = field(
         default="auto",

@@ -23,11 +23,14 @@ from fairseq_flash.modules.layer import Layer
 from fairseq_flash.modules.normalization import build_norm
 from fairseq_flash.modules.positions import ScaledSin
 from fairseq_flash.modules.state import DecodingState, check_state
+from fairseq_flash.ops import ChunkState
 
 __all__ = ["Stack"]
 
 #: Tokens of a prompt that are read at a time.
 PIECE = 4096
+#: As many of them on a GPU, of all rows together.
+GPU_PIECES = 8
 
 
 class Stack(nn.Module):
@@ -179,7 +182,7 @@ class Stack(nn.Module):
         tokens: torch.Tensor,
         state: Optional[DecodingState] = None,
         *,
-        piece: int = PIECE,
+        piece: Optional[int] = None,
         use: Callable[[torch.Tensor], None] = lambda features: None,
     ) -> DecodingState:
         """Reads tokens of any number, piece by piece: their number does not enter the memory.
@@ -188,7 +191,9 @@ class Stack(nn.Module):
             tokens: Indices ``(b, n)``, without padding.
             state: What came before; None for an empty one, from which on pieces of whole chunks are read as
                 fast as whole rows.
-            piece: Tokens that are read at a time.
+            piece: Tokens of each row that are read at a time; None for 4096, or, on a GPU and for states of
+                constant size, 32 768 of all rows together if that is more: there the host, not their number,
+                decides what a piece takes.
             use: Called with the features ``(b, m, d)`` of each piece, in order.
 
         Returns:
@@ -197,9 +202,12 @@ class Stack(nn.Module):
         Raises:
             ValueError: as :meth:`forward`, or ``piece`` is below 1.
         """
-        check_sizes(piece=piece)
         begins = 0 if state is None else None
         state = self.empty_state(tokens) if state is None else state
+        if piece is None:
+            wide = tokens.is_cuda and all(isinstance(layer, ChunkState) for layer in state.layers)
+            piece = PIECE * (max(1, GPU_PIECES // max(1, len(tokens))) if wide else 1)
+        check_sizes(piece=piece)
         for part in tokens.split(piece, dim=1) if tokens.shape[1] else ():
             features, state = self._features(part, None, state, begins, None, {})
             begins = None if begins is None else begins + part.shape[1]

@@ -66,7 +66,15 @@ FIGURES = {
         lambda records: records[records["pass"] == "step"],
     ),
     "training": Source("training.csv", _STEP, draw_training, STEPS, 2),
-    "gpu": Source("fairseq_train.csv", _STEP, draw_training, STEPS, 2),
+    "gpu": Source(
+        "fairseq_train.csv",
+        (*_STEP, "tokens"),
+        draw_training,
+        STEPS,
+        2,
+        # Of the batch that most were measured with.
+        lambda records: records[records["tokens"] == records["tokens"].mode().iat[0]],
+    ),
     "masked": Source(
         "masked_lm.csv",
         ("name", "stage", "n", "pretraining", "valid_perplexity", "test_accuracy"),

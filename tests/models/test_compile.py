@@ -79,6 +79,15 @@ def assert_same(compiled, plain, tokens):
         assert_close(found[name], expected)
 
 
+@pytest.mark.parametrize("n", [8, pytest.param(9, marks=pytest.mark.long)])
+def test_the_compiler_itself_takes_rows(n):
+    if not torch._dynamo.is_dynamo_supported() or _layers.compile_objections():
+        pytest.skip("nothing can be compiled here")
+    torch._dynamo.reset()
+    plain, compiled = build("gau"), build("gau", compile=True)
+    assert_same(compiled, plain, tokens_of(3, n))
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("kind", MODELS)
 def test_training_on_six_shapes_is_the_same_in_few_graphs(kind, graphs):

@@ -59,7 +59,9 @@ def gpu():
     for name in ("flash_lm", "flash_lm --compile", "transformer_lm"):
         for n in (1024, 8192):
             row = {"name": name, "n": n, "dtype": "bf16", **COMMON, "device": "a card"}
-            yield {**row, "tokens_per_s": 1e9 / n, "peak_memory": 1e9}
+            yield {**row, "tokens": 32768, "tokens_per_s": 1e9 / n, "peak_memory": 1e9}
+    # One with another batch is no point of these lines.
+    yield {**row, "tokens": 131072, "tokens_per_s": 1, "peak_memory": 1}
 
 
 def masked():
@@ -182,6 +184,7 @@ def test_a_system_with_options_keeps_its_colour_and_stands_out_from_the_bare_one
     bare, other, tuned = figure.axes[0].get_lines()
     assert bare.get_color() == tuned.get_color() != other.get_color()
     assert [line.get_linestyle() for line in (bare, tuned, other)] == [":", "-", "-"]
+    assert min(line.get_ydata().min() for line in (bare, tuned, other)) > 1
 
 
 def test_perplexity_by_position_is_that_of_the_longest_rows(results):
