@@ -137,6 +137,26 @@ def test_a_recorded_pass_of_training_is_the_pass(kind, dtype):
     assert kept.requires_grad
 
 
+def test_a_recorded_pass_draws_dropout_anew_and_by_the_seed_of_the_moment():
+    torch.manual_seed(0)
+    units = [GatedAttentionUnit(64, chunk_size=64, dropout=0.3) for _ in range(2)]
+    stack = Stack(nn.Embedding(50, 64), units, embed_dim=64, attention_dim=128).cuda()
+    graphs, (tokens, mask) = PassGraphs(), (x.cuda() for x in batch())
+
+    def passed(seed):
+        torch.cuda.manual_seed(seed)
+        out = graphs(stack, lambda *x: stack(*x)[0], (tokens, mask))
+        out.sum().backward()
+        return out
+
+    for seed in range(PATIENCE + 1):
+        passed(seed)
+    assert graphs._recordings
+    first, second, again = passed(1), passed(2), passed(1)
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, second, atol=0.1)
+
+
 @pytest.mark.parametrize("arch", ["flash2_lm", "transformer_pp_lm"])
 def test_a_compiled_training_records_its_passes_and_learns_the_same(
     arch, data_bin, tmp_path, capsys, recwarn, monkeypatch

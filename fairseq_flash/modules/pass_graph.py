@@ -96,7 +96,7 @@ class PassGraphs:
                 self._seen.clear()
             return False
         described = _describe(stack)
-        if described is None:
+        if described is None or not any(weight.requires_grad for weight in stack.parameters()):
             return False
         others = list(self._recordings.values())
         try:
@@ -187,7 +187,7 @@ class _Recording:
         self.pool = torch.cuda.graph_pool_handle() if other is None else other.pool
         # Threads that load batches may ask for memory meanwhile.
         options = dict(pool=self.pool, capture_error_mode="thread_local")
-        with aliased(stack) as aliases:
+        with torch.cuda.device(inputs[0].device), aliased(stack) as aliases:
             places = (*self.inputs, *(aliases[weight] for weight in self.weights))
             wanted = [x for x in places if x is not None and x.requires_grad]
             with torch.cuda.graph(self.forward, **options):

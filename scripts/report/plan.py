@@ -49,6 +49,8 @@ class Cluster(NamedTuple):
         outside: Bytes a second that it exchanges with other machines.
         latency: Seconds of a message, however short.
         tokens_per_parameter: Tokens to train on.
+        sharing: Time that a token of a shared row takes of a GPU, over one of a whole row: 1.59 and 1.62 on two
+            H200s (scripts/results/sequence_parallel.csv).
     """
 
     memory: float = 72e9
@@ -58,6 +60,7 @@ class Cluster(NamedTuple):
     outside: float = 40e9
     latency: float = 30e-6
     tokens_per_parameter: float = 20.0
+    sharing: float = 1.6
 
     def bandwidth(self, gpus: int) -> float:
         """Of each of so many that all exchange with each other."""
@@ -134,6 +137,8 @@ def step_seconds(
     """Of an update in which each group of ``ranks`` GPUs takes ``rows`` rows of ``n`` tokens."""
     tokens = rows * n / ranks
     seconds = tokens * (8 if recomputes else 6) * cost.multiply_adds / rate
+    if ranks > 1:
+        seconds *= cluster.sharing
     if gpus > 1:
         # A ring sends and receives the gradients twice; none of it is hidden behind the backward pass.
         sent = 2 * 2 * cost.parameters * (gpus - 1) / gpus
@@ -195,6 +200,7 @@ def assumptions(cluster: Cluster) -> Iterator[str]:
         f"                    {cluster.tokens_per_parameter:.0f} tokens a parameter, {VOCABULARY} words, "
         "Adam, bfloat16 with float32 weights in the optimizer"
     )
+    yield f"                    a row that GPUs share: {cluster.sharing} times the time a token, as two took"
     yield "                    batch: as the size wants, or one row a group where that is more"
 
 

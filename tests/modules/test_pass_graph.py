@@ -234,6 +234,14 @@ def test_what_cannot_be_recorded_runs_with_one_warning(monkeypatch):
     assert "failed" in graphs.objections(stack, batch())[-1]
 
 
+def test_a_stack_that_learns_nothing_is_not_recorded():
+    stack, graphs = build().requires_grad_(False), PassGraphs()
+    for _ in range(PATIENCE + 2):
+        out = graphs(stack, plain(stack), (batch(), None))
+    assert_equal([out], [plain(stack)(batch(), None)])
+    assert Recording.made == 0
+
+
 def test_copies_and_saved_models_have_no_recording():
     stack, graphs = build(), PassGraphs()
     warm(stack, graphs, batch())

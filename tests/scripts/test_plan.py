@@ -5,6 +5,8 @@ import re
 import pytest
 
 from report import plan
+from runs.provenance import ROOT
+from runs.table import read
 from support import tools
 
 CLUSTER = plan.Cluster()
@@ -51,10 +53,21 @@ def test_an_update_is_its_work_its_gradients_and_its_gathers(cost):
     _, rate = plan.measured_rate()
     n, rows, gpus, ranks = 2**17, 3, 16, 8
     seconds = plan.step_seconds(cost, n, rows, gpus, ranks, True, rate, CLUSTER)
-    work = 8 * cost.multiply_adds * rows * n / ranks / rate
+    work = CLUSTER.sharing * 8 * cost.multiply_adds * rows * n / ranks / rate
     gradients = 2 * 2 * cost.parameters * 15 / 16 / CLUSTER.outside
     gathers = rows * 24 * 3 * (7 * cost.state / CLUSTER.inside + CLUSTER.latency)
     assert seconds == pytest.approx(work + gradients + gathers, rel=1e-12)
+
+
+def test_rows_over_one_and_two_gpus_take_what_was_measured():
+    _, rate = plan.measured_rate()
+    cost = plan.Cost(["--arch", "flash_lm_gpt"], 32_768)
+    records = list(read(ROOT / "scripts" / "results" / "sequence_parallel.csv"))
+    assert {record["ranks"] for record in records} == {"1", "2"}
+    for record in records:
+        n, ranks = int(record["n"]), int(record["ranks"])
+        seconds = plan.step_seconds(cost, n, 1, ranks, ranks, True, rate, CLUSTER)
+        assert 1000 * seconds == pytest.approx(float(record["median_ms"]), rel=0.1)
 
 
 def test_what_does_not_fit_shares_more_or_is_told(cost):
