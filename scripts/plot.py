@@ -10,6 +10,7 @@
     masked      masked_lm.csv           perplexity of masked words by rate, accuracy once fine-tuned
     translation translation.csv         loss by rate, BLEU
     positions   extrapolation.csv       perplexity by position in rows longer than those of training
+    candidates  candidates.csv          loss by distance and in longer rows, of the longest trainings
     tokens      comparison_curves.csv   loss against tokens
     seconds     comparison_curves.csv   loss against seconds
     quality     comparison.csv          loss against training speed

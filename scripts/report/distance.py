@@ -17,7 +17,7 @@ from report.style import (
     values,
 )
 
-__all__ = ["YARDSTICKS", "draw_positions", "draw_yardstick"]
+__all__ = ["DISTANCES", "YARDSTICKS", "draw_candidates", "draw_positions", "draw_yardstick"]
 
 
 def draw_positions(records: Records) -> plt.Figure:
@@ -70,5 +70,42 @@ def draw_yardstick(records: Records, yardstick: str) -> plt.Figure:
         axis.set(xlabel=x, ylabel=words, xticks=range(len(places)), xticklabels=places)
         axis.set_title(textwrap.fill(title, 90), fontsize=9)
         axis.grid(alpha=0.3)
+    legend_below(figure)
+    return figure
+
+
+#: Where the token was last seen in its row, by the column with the loss of such tokens.
+DISTANCES = {
+    "loss_near": "a chunk",
+    "loss_mid": "4 chunks",
+    "loss_far": "the row",
+    "loss_new": "never",
+}
+#: Rows that are longer than those of training, by the factor.
+LONGER = ("4n", "16n")
+
+
+def draw_candidates(records: Records) -> plt.Figure:
+    """Loss by distance, and what longer rows cost the same tokens: means over seeds, at the best rate."""
+    told = records.assign(tokens=records["tokens"] + "tokens")
+    settings, names = cells(told, ("data", "tokens")), values(records, "name")
+    figure, axes = panels(len(settings), 2)
+    figure.set_size_inches(10, 3.8 * len(settings))
+    for (distance, longer), (title, own) in zip(axes, settings.items(), strict=True):
+        for name in names:
+            mine = own[own["name"] == name]
+            rates = numbers(mine, "valid_loss").groupby(mine["lr"]).mean()
+            if not len(rates):
+                continue
+            mine, look = mine[mine["lr"] == rates.idxmin()], style(name, names)
+            losses = [numbers(mine, column).mean() for column in DISTANCES]
+            more = [(numbers(mine, f"loss_{x}") - numbers(mine, f"alone_{x}")).mean() for x in LONGER]
+            distance.plot(list(DISTANCES.values()), losses, label=name, **look)
+            longer.plot(["1", *(x.removesuffix("n") for x in LONGER)], [0, *more], label=name, **look)
+        distance.set(title=title, xlabel="last seen within", ylabel="loss, nats a token")
+        longer.set(xlabel="length of the row, of that in training", ylabel="more for the same tokens, nats")
+        longer.set_yscale("symlog", linthresh=0.1)
+        for axis in (distance, longer):
+            axis.grid(alpha=0.3)
     legend_below(figure)
     return figure

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import pandas
 from PIL import Image
 
-from report.distance import YARDSTICKS, draw_positions, draw_yardstick
+from report.distance import DISTANCES, YARDSTICKS, draw_candidates, draw_positions, draw_yardstick
 from report.losses import (
     BASES,
     RUNS,
@@ -23,7 +23,7 @@ from report.losses import (
     with_loss,
 )
 from report.speed import GENERATIONS, STEPS, draw_generation, draw_training
-from report.style import Records, cells, frame, read
+from report.style import Records, cells, finished, frame, numbers, read
 from report.tasks import draw_masked, draw_translation
 
 __all__ = ["FIGURES", "PANELS", "draw", "frame", "pages", "png", "stem_of", "svg"]
@@ -86,6 +86,15 @@ FIGURES = {
     "positions": Source(
         "extrapolation.csv", ("name", "n", "split", "positions", "perplexity"), draw_positions
     ),
+    "candidates": Source(
+        "candidates.csv",
+        ("name", "data", "tokens", "lr", "valid_loss", *DISTANCES),
+        draw_candidates,
+        ("data",),
+        2,
+        # The longest trainings that succeeded.
+        lambda records: _longest(finished(records, "valid_loss")),
+    ),
     "tokens": Source(
         "comparison_curves.csv", (*_CURVE, "tokens"), partial(draw_curves, x="tokens"), ("n", *RUNS), 2
     ),
@@ -121,6 +130,10 @@ FIGURES = {
         kept=lambda records: with_loss(records[records["stage"] == "factor"]),
     ),
 }
+
+
+def _longest(records: Records) -> Records:
+    return records[numbers(records, "tokens") == numbers(records, "tokens").max()]
 
 
 def draw(name: str, path: Path) -> list[plt.Figure]:

@@ -49,8 +49,8 @@ class Cluster(NamedTuple):
         outside: Bytes a second that it exchanges with other machines.
         latency: Seconds of a message, however short.
         tokens_per_parameter: Tokens to train on.
-        sharing: Time that a token of a shared row takes of a GPU, over one of a whole row: 1.59 and 1.62 on two
-            H200s (scripts/results/sequence_parallel.csv).
+        sharing: Time that a token of a shared row takes of a GPU, over one of a whole row: 1.59 and 1.62 on
+            two H200s (scripts/results/sequence_parallel.csv).
     """
 
     memory: float = 72e9

@@ -118,6 +118,16 @@ def yardsticks():
             yield {**row, "against": "-", "loss": loss, "accuracy": (loss - 4) / x}
 
 
+def candidates():
+    for name, loss in (("flash", 3), ("transformer_pp", 4), ("flash+norm", 5)):
+        for lr, seed, tokens in (("1e-3", 1, 100), ("1e-3", 2, 100), ("2e-3", 1, 100), ("1e-3", 1, 10)):
+            found = loss + float(lr) * 10 + (tokens == 10)
+            row = {"name": name, "data": "d", "lr": lr, "seed": seed, "tokens": tokens, **COMMON}
+            row |= {f"loss_{part}": found for part in ("near", "mid", "far", "new")}
+            row |= {f"alone_{x}": found for x in ("4n", "16n")}
+            yield {**row, "valid_loss": found, "loss_4n": found + 1, "loss_16n": found + loss}
+
+
 @pytest.fixture
 def results(tmp_path):
     """A folder of measurements of three systems, one of them unknown."""
@@ -132,6 +142,7 @@ def results(tmp_path):
         ("masked_lm", masked()),
         ("translation", translation()),
         ("yardsticks", yardsticks()),
+        ("candidates", candidates()),
     ):
         write(tmp_path / f"{name}.csv", list(rows))
     return tmp_path
@@ -155,6 +166,7 @@ def test_every_figure_becomes_a_png_and_where_asked_an_svg(results):
     stems = [
         "generation",
         "training",
+        "candidates",
         *("ablation", "fairseq_train", "extrapolation", "masked_lm", "translation"),
         *(f"comparison_{f}" for f in ("tokens", "seconds", "quality", "ablation")),
         *(f"yardsticks_{f}" for f in ("recurrence", "copy", "context", "passkey")),
@@ -192,6 +204,15 @@ def test_perplexity_by_position_is_that_of_the_longest_rows(results):
     for line in axis.get_lines():
         assert line.get_xdata().tolist() == [1024, 2048]
         assert line.get_ydata().tolist() == [103, 104]
+
+
+def test_candidates_show_loss_by_distance_and_what_longer_rows_cost_at_the_best_rate(results):
+    distance, longer = draw("candidates", results / "candidates.csv").axes
+    lines = {line.get_label(): line.get_ydata().tolist() for line in distance.get_lines()}
+    expected = {"flash": 3.01, "transformer_pp": 4.01, "flash+norm": 5.01}
+    assert lines == {name: pytest.approx([loss] * 4) for name, loss in expected.items()}
+    more = {line.get_label(): line.get_ydata().tolist() for line in longer.get_lines()}
+    assert more == {name: pytest.approx([0, 1, int(loss)]) for name, loss in expected.items()}
 
 
 def test_masked_models_show_perplexity_by_rate_and_accuracy_over_the_seeds(results):
