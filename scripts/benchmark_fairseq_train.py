@@ -9,7 +9,7 @@ of its own, as a user would start it, ``--rounds`` times in turn, with the optio
 says the median over all intervals of ``--log-interval`` updates after the first ``--skip`` updates, in which
 code is compiled; ``ratio`` is that over the first contender's; ``first_update_s`` are seconds from the start
 of the command to the end of its first interval; ``peak_memory`` is what a GPU holds for it, in bytes, at the
-end of an interval (in the rows of 2026-11-25 what fairseq logs, which leaves out recorded passes).
+end of an interval (in rows of commits f6630c6 and f43c7af what fairseq logs, which is less).
 """
 
 import argparse

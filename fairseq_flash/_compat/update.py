@@ -1,4 +1,4 @@
-"""What the host does around each update is done once, not for each weight or kind of device: a GPU waits."""
+"""Around an update a GPU waits for the host: what fairseq does there for each weight is done at once."""
 
 from collections.abc import Callable
 from typing import Any, Optional
@@ -68,7 +68,7 @@ def _copy_all_weights_at_once() -> None:
 
 
 def _seed_what_is_there() -> None:
-    """Seeds the CPU and this process's GPU before each update, not every kind of device that torch knows.
+    """Seeds the CPU and the CUDA devices before each update, not every kind of device that torch knows.
 
     For each kind that is not there ``torch.manual_seed`` formats the stack of calls, while the GPU waits.
     """
@@ -76,13 +76,13 @@ def _seed_what_is_there() -> None:
 
     def heal(seed_all: Callable) -> Callable:
         def healed(self: Any, seed: int) -> None:
-            if utils.xm is not None:
+            if utils.xm is not None or torch.backends.mps.is_available():
                 seed_all(self, seed)
                 return
             self.rng_state = utils.get_rng_state()
             torch.default_generator.manual_seed(seed)
             if torch.cuda.is_available():
-                torch.cuda.manual_seed(seed)
+                torch.cuda.manual_seed_all(seed)
 
         return healed
 

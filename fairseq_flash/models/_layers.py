@@ -9,7 +9,6 @@ from typing import Any, Optional
 import torch
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import distributed, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from fairseq_flash.models._embedding import embed_scale
 from fairseq_flash.models._option_checks import check_layers, check_sizes
@@ -79,7 +78,9 @@ def build_stack(
     )
     if cfg.compile and not (cfg.checkpoint_activations or cfg.offload_activations):
         stack.through = functools.partial(_through, stack)
-        stack.forward = functools.partial(_pass, stack, PassGraphs())
+        # An adaptive input waits for the number of tokens of each kind.
+        if isinstance(embed_tokens, nn.Embedding):
+            stack.forward = functools.partial(_pass, stack, PassGraphs())
     return stack
 
 
@@ -155,7 +156,7 @@ def _forward(
     **source: Optional[torch.Tensor],
 ) -> tuple[torch.Tensor, Any]:
     """A layer on whole rows through its compiled code, which all layers of its kind share."""
-    if state is not None or rows is None or _watched(layer):
+    if state is not None or rows is None or is_watched(layer):
         return type(layer).forward(layer, x, padding_mask, state, rows=rows, **source)
     return _compiled([layer], x, rows, source), None
 
@@ -192,7 +193,7 @@ def _through(
 ) -> tuple[torch.Tensor, Optional[DecodingState]]:
     """All layers, several in a graph; one by one where somebody has put something in between."""
     blocks, size = list(stack.blocks), layers_in_a_graph(x.device.type)
-    if state is not None or size == 1 or any(_changed(block) or _watched(block) for block in blocks):
+    if state is not None or size == 1 or any(_changed(block) or is_watched(block) for block in blocks):
         return type(stack).through(stack, x, state, rows, source)
     for first in range(0, len(blocks), size):
         x = _compiled(blocks[first : first + size], x, rows, source)
@@ -211,11 +212,6 @@ def layers_in_a_graph(device: str) -> int:
 def _changed(block: nn.Module) -> bool:
     """Whether its ``forward`` is no longer what was built here."""
     return getattr(block.forward, "func", None) is not _forward
-
-
-def _watched(layer: nn.Module) -> bool:
-    """Whether hooks are on a layer or its parts: compiled code would run them always or never."""
-    return _has_any_global_hook() or any(map(is_watched, layer.modules()))
 
 
 def _compiled(

@@ -16,12 +16,12 @@ from torch.nn.modules.module import _has_any_global_hook
 
 __all__ = ["PassGraphs", "aliased", "is_watched"]
 
-#: Passes of a shape before it is recorded: in these, kernels are compiled and tables made.
+#: Passes of a shape in a row before it is recorded: in these, kernels are compiled and tables made.
 PATIENCE = 2
 #: Shapes that are recorded; each keeps its inputs, its output and its gradients.
 SHAPES = 4
-#: Shapes that are remembered while they wait.
-WAITING = 1000
+#: Recordings in a training: a stack that changes again and again is faster without.
+MOST = 12
 
 
 class PassGraphs:
@@ -30,13 +30,14 @@ class PassGraphs:
     A replay computes what the pass itself would, with the weights of the moment and dropout of its own, and
     its gradients are copied out, so that they can be summed over several batches. Where a recorded pass
     still waits for its backward pass, the next one runs as it is, as do batches of other shapes. All
-    recordings share their memory.
+    recordings share their memory, which holds one pass and is given back where another pass lacks it.
     """
 
     def __init__(self) -> None:
         self._recordings: dict[Any, _Recording] = {}
-        self._seen: dict[Any, int] = {}
-        self._turn: Optional[weakref.ref] = None
+        self._last: Any = None
+        self._in_a_row = self._made = 0
+        self._pending: Optional[weakref.ref] = None
         self._failed = False
 
     def __deepcopy__(self, memo: dict) -> PassGraphs:
@@ -51,6 +52,8 @@ class PassGraphs:
         found = []
         if not tokens.is_cuda:
             found.append(f"tokens are on {tokens.device.type}, not on a CUDA device")
+        elif tokens.device.index != torch.cuda.current_device():
+            found.append(f"tokens are on {tokens.device}, which is not the current device")
         if not (stack.training and torch.is_grad_enabled()):
             found.append("the stack does not train, or gradients are disabled")
         if torch.is_autocast_enabled(tokens.device.type):
@@ -58,7 +61,7 @@ class PassGraphs:
         if distributed.is_initialized() and distributed.get_world_size() > 1:
             found.append("gradients are sent to other processes while others are still computed")
         if self._failed:
-            found.append("an earlier recording has failed")
+            found.append("an earlier recording has failed, or its memory was needed")
         return found
 
     def __call__(
@@ -68,84 +71,97 @@ class PassGraphs:
 
         Args:
             stack: Always the same.
-            run: Turns the inputs into one tensor by the weights of ``stack``, and waits for no number.
-            inputs: On the device; those that are floating point may have gradients.
+            run: Turns the inputs into one tensor by the weights of ``stack``.
+            inputs: On the device, the first not None; those that are floating point may have gradients.
 
         Returns:
             What ``run`` does.
         """
-        key = tuple(None if x is None else (x.shape, x.dtype, x.requires_grad) for x in inputs)
-        if self._failed or (self._turn is not None and self._turn() is not None):
-            return run(*inputs)
+        key = tuple(None if x is None else (x.shape, x.dtype, x.device, x.requires_grad) for x in inputs)
+        self._in_a_row = self._in_a_row + 1 if key == self._last else 1
+        self._last = key
+        if self._failed or (self._pending is not None and self._pending() is not None):
+            return self._plain(run, inputs)
         if key not in self._recordings and not self._record(key, stack, run, inputs):
-            return run(*inputs)
-        recording, turn = self._recordings[key], _Turn()
-        self._turn = weakref.ref(turn)
-        out = _Play.apply(recording, turn, self, *inputs, *recording.weights)
+            return self._plain(run, inputs)
+        recording, pending = self._recordings[key], _Pending()
+        self._pending = weakref.ref(pending)
+        out = _Play.apply(recording, pending, self, *inputs, *recording.weights)
         # Looked at while the device is at work.
         if recording.described == _describe(stack):
             return out
         self._recordings.clear()
+        self._in_a_row = 1
+        return self._plain(run, inputs)
+
+    def _plain(self, run: Callable, inputs: tuple) -> torch.Tensor:
+        try:
+            return run(*inputs)
+        except torch.OutOfMemoryError:
+            if not self._recordings:
+                raise
+        self._give_up()
+        torch.cuda.empty_cache()
         return run(*inputs)
+
+    def _give_up(self) -> None:
+        self._failed = True
+        self._recordings.clear()
+        # Behind the error's end, whose traceback holds what a half-made recording did.
+        gc.collect()
 
     def _record(self, key: Any, stack: nn.Module, run: Callable, inputs: tuple) -> bool:
         """Whether there is a recording for ``key`` now."""
-        self._seen[key] = self._seen.get(key, 0) + 1
-        if self._seen[key] <= PATIENCE or len(self._recordings) >= SHAPES:
-            if len(self._seen) > WAITING:
-                self._seen.clear()
+        if self._in_a_row <= PATIENCE or len(self._recordings) == SHAPES or self._made == MOST:
             return False
         described = _describe(stack)
         if described is None or not any(weight.requires_grad for weight in stack.parameters()):
             return False
-        others = list(self._recordings.values())
+        others, reason = list(self._recordings.values()), ""
         try:
-            self._recordings[key] = _Recording(stack, run, inputs, described, others[0] if others else None)
+            made = _Recording(stack, run, inputs, described, others[0] if others else None)
         except RuntimeError as error:
             # What runs well may not be recordable on another card, or need memory that it has not.
-            self._failed = True
-            self._recordings.clear()
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        if reason:
+            self._give_up()
             warnings.warn(f"passes run without CUDA graphs, as recording one failed: {reason}", stacklevel=2)
-        if self._failed:
-            # Of what the half-made recording held.
-            gc.collect()
-        return not self._failed
+            return False
+        self._recordings[key] = made
+        self._made += 1
+        return True
 
-    def waits_for(self, turn: _Turn) -> bool:
-        """Whether the pass of ``turn`` was the last to be replayed, and has not been differentiated."""
-        return self._turn is not None and self._turn() is turn
+    def waits_for(self, pending: _Pending) -> bool:
+        """Whether this pass was the last to be replayed, and has not been differentiated."""
+        return self._pending is not None and self._pending() is pending
 
     def end(self) -> None:
         """Lets the next pass be replayed."""
-        self._turn = None
+        self._pending = None
 
 
-class _Turn:
+class _Pending:
     """Alive as long as a pass waits for its backward pass."""
 
 
-def is_watched(module: nn.Module) -> bool:
-    """Whether hooks want to see each pass of a module."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+def is_watched(layer: nn.Module) -> bool:
+    """Whether hooks, on a layer, its parts or everything, want to see each pass."""
+    return _has_any_global_hook() or any(
+        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+        for part in layer.modules()
     )
 
 
 def _describe(stack: nn.Module) -> Optional[list]:
     """What a recording relies on beside the values of weights; None where hooks want to see each pass."""
-    if _has_any_global_hook():
+    if is_watched(stack):
         return None
     found: list = []
     for module in stack.modules():
-        if is_watched(module):
-            return None
-        found.append((module.training, getattr(module, "p", None)))
+        # Rates of dropout, and what an attention takes as numbers.
+        found.append((module.training, getattr(module, "p", None), getattr(module, "attend", None)))
         for held in (module._parameters, module._buffers):
-            found += [(x.data_ptr(), x.requires_grad) for x in held.values() if x is not None]
+            found += [(id(x), x.data_ptr(), x.requires_grad) for x in held.values() if x is not None]
     return found
 
 
@@ -170,7 +186,7 @@ def aliased(stack: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
 
 
 class _Recording:
-    """Two graphs with their tensors."""
+    """Two graphs with their tensors, on a stream and in memory that they share with other recordings."""
 
     def __init__(
         self,
@@ -180,14 +196,17 @@ class _Recording:
         described: list,
         other: Optional[_Recording],
     ) -> None:
+        _refuse_to_wait(run, inputs)
+        device = inputs[0].device
         self.described = described
         self.inputs = [x if x is None else x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
         self.weights = [weight for weight in stack.parameters() if weight.requires_grad]
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         self.pool = torch.cuda.graph_pool_handle() if other is None else other.pool
+        self.stream = torch.cuda.Stream(device) if other is None else other.stream
         # Threads that load batches may ask for memory meanwhile.
-        options = dict(pool=self.pool, capture_error_mode="thread_local")
-        with torch.cuda.device(inputs[0].device), aliased(stack) as aliases:
+        options = dict(pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
+        with _mended(device, self.pool), aliased(stack) as aliases:
             places = (*self.inputs, *(aliases[weight] for weight in self.weights))
             wanted = [x for x in places if x is not None and x.requires_grad]
             with torch.cuda.graph(self.forward, **options):
@@ -197,14 +216,50 @@ class _Recording:
                 grads = iter(torch.autograd.grad(out, wanted, self.grad_out, allow_unused=True))
         self.out = out.detach()
         self.grads = [next(grads) if x is not None and x.requires_grad else None for x in places]
+        # The memory that is read stays, where weights have moved, until that is seen.
+        self.aliases = aliases
+
+
+def _refuse_to_wait(run: Callable, inputs: tuple) -> None:
+    """Fails where a pass waits for a number of the device, which would leave a recording half made.
+
+    Raises:
+        RuntimeError: it does.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(*inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@contextlib.contextmanager
+def _mended(device: torch.device, pool: Any) -> Iterator[None]:
+    """Behind a recording that failed: the stream of before, and no part of PyTorch that still records."""
+    try:
+        with torch.cuda.stream(torch.cuda.current_stream(device)):
+            yield
+    except BaseException:
+        # Versions before the middle of 2026 leave these to the caller; later ones have no need of it.
+        with contextlib.suppress(Exception):
+            torch._C._cuda_endAllocateToPool(device.index, pool)
+        generator = torch.cuda.default_generators[device.index]
+        with contextlib.suppress(Exception):
+            generator.graphsafe_set_state(generator.clone_state())
+        raise
 
 
 class _Play(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, recording: _Recording, turn: _Turn, graphs: PassGraphs, *tensors: Optional[torch.Tensor]
+        ctx: Any,
+        recording: _Recording,
+        pending: _Pending,
+        graphs: PassGraphs,
+        *tensors: Optional[torch.Tensor],
     ) -> torch.Tensor:
-        ctx.recording, ctx.turn, ctx.graphs = recording, turn, graphs
+        ctx.recording, ctx.pending, ctx.graphs = recording, pending, graphs
         for ours, given in zip(recording.inputs, tensors, strict=False):
             if ours is not None:
                 ours.copy_(given)
@@ -214,7 +269,7 @@ class _Play(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:
-        if not ctx.graphs.waits_for(ctx.turn):
+        if not ctx.graphs.waits_for(ctx.pending):
             raise RuntimeError(
                 "a recorded pass is differentiated twice, or after another one; allowed: once, before the "
                 "next pass, or without --compile"

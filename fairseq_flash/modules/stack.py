@@ -29,7 +29,7 @@ __all__ = ["Stack"]
 
 #: Tokens of a prompt that are read at a time.
 PIECE = 4096
-#: As many of them on a GPU, of all rows together.
+#: Pieces that are read as one on a GPU, those of all rows counted.
 GPU_PIECES = 8
 
 
@@ -191,9 +191,9 @@ class Stack(nn.Module):
             tokens: Indices ``(b, n)``, without padding.
             state: What came before; None for an empty one, from which on pieces of whole chunks are read as
                 fast as whole rows.
-            piece: Tokens of each row that are read at a time; None for 4096, or, on a GPU and for states of
-                constant size, 32 768 of all rows together if that is more: there the host, not their number,
-                decides what a piece takes.
+            piece: Tokens of each row that are read at a time; None for 4096, and on a GPU, for states of
+                constant size, for a multiple of it, of all rows together up to 32 768: there the host, not
+                their number, decides what a piece takes.
             use: Called with the features ``(b, m, d)`` of each piece, in order.
 
         Returns:

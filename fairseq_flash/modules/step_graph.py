@@ -43,6 +43,8 @@ class StepGraphs:
         found = []
         if not tokens.is_cuda:
             found.append(f"tokens are on {tokens.device.type}, not on a CUDA device")
+        elif tokens.device.index != torch.cuda.current_device():
+            found.append(f"tokens are on {tokens.device}, which is not the current device")
         if not all(isinstance(layer, ChunkState) for layer in state.layers):
             found.append("a state grows with the position, or holds a source")
         if stack.training or torch.is_grad_enabled():
@@ -102,7 +104,8 @@ class _Recording:
                 self._advance(stack)
         torch.cuda.current_stream(device).wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # PyTorch's own stream is on the device that was first recorded on.
+        with torch.cuda.graph(self.graph, stream=side):
             self.features = self._advance(stack)
 
     def _advance(self, stack: nn.Module) -> torch.Tensor:

@@ -5,13 +5,14 @@ The graphs themselves are tested on a GPU, in tests/test_cuda.py.
 
 import argparse
 import copy
+import dataclasses
 import pickle
 
 import pytest
 import torch
 
 from fairseq_flash.modules import GatedAttentionUnit, Stack, pass_graph
-from fairseq_flash.modules.pass_graph import PATIENCE, SHAPES, PassGraphs, aliased
+from fairseq_flash.modules.pass_graph import MOST, PATIENCE, SHAPES, PassGraphs, aliased
 
 WORDS = 12
 
@@ -160,7 +161,9 @@ def test_a_pass_is_differentiated_once_and_before_the_next():
         out.backward()
 
 
-@pytest.mark.parametrize("change", ["eval", "frozen", "moved", "replaced", "hook", "dropout"])
+@pytest.mark.parametrize(
+    "change", ["eval", "frozen", "moved", "replaced", "replaced in place", "number", "hook", "dropout"]
+)
 def test_what_changes_a_stack_is_seen(change):
     stack, graphs = build(), PassGraphs()
     warm(stack, graphs, batch())
@@ -173,6 +176,10 @@ def test_what_changes_a_stack_is_seen(change):
         unit.uvz.weight.data = 2 * unit.uvz.weight.data
     elif change == "replaced":
         unit.uvz.weight = torch.nn.Parameter(2 * unit.uvz.weight.detach())
+    elif change == "replaced in place":
+        unit.uvz.weight = torch.nn.Parameter(unit.uvz.weight.detach())
+    elif change == "number":
+        unit.attend = dataclasses.replace(unit.attend, backend="recomputed")
     elif change == "hook":
         unit.register_forward_hook(lambda *_: seen.append(True))
     else:
@@ -191,15 +198,15 @@ def test_what_changes_a_stack_is_seen(change):
         for one, weight in zip(found, stack.parameters(), strict=True):
             assert (one is None) == (weight.grad is None)
             assert one is None or torch.allclose(one, weight.grad, rtol=1e-12, atol=1e-12)
-    assert not graphs._recordings or change == "dropout"
+    assert not graphs._recordings
     assert bool(seen) == (change == "hook")
 
 
 def test_shapes_and_masks_have_recordings_of_their_own_and_there_are_few():
     stack, graphs = build(), PassGraphs()
     lengths = range(4, 4 + SHAPES + 2)
-    for _ in range(PATIENCE + 2):
-        for n in lengths:
+    for n in lengths:
+        for _ in range(PATIENCE + 2):
             mask = torch.zeros(2, n, dtype=torch.bool)
             mask[0, -1] = True
             stack.zero_grad()
@@ -207,6 +214,39 @@ def test_shapes_and_masks_have_recordings_of_their_own_and_there_are_few():
             assert not out[0, -1].any()
             assert out[1].any()
     assert Recording.made == SHAPES
+
+
+def test_shapes_that_take_turns_are_not_recorded():
+    stack, graphs = build(), PassGraphs()
+    for n in (5, 6) * (PATIENCE + 2):
+        step(stack, graphs, batch(n))
+    assert Recording.made == 0
+
+
+def test_a_stack_that_changes_again_and_again_is_left_alone():
+    stack, graphs = build(), PassGraphs()
+    for rate in range((MOST + 3) * (PATIENCE + 1)):
+        step(stack, graphs, batch())
+        stack.dropout.p = (rate % (PATIENCE + 2)) / 100
+    assert 1 < Recording.made <= MOST
+
+
+def test_memory_that_another_pass_lacks_is_given_back():
+    stack, graphs = build(), PassGraphs()
+    warm(stack, graphs, batch())
+    failures = [torch.OutOfMemoryError("CUDA out of memory.")]
+
+    def run(tokens, mask):
+        if failures:
+            raise failures.pop()
+        return stack(tokens, mask)[0]
+
+    out = graphs(stack, run, (batch(5), None))
+    assert_equal([out], [plain(stack)(batch(5), None)])
+    assert not graphs._recordings
+    failures.append(torch.OutOfMemoryError("CUDA out of memory."))
+    with pytest.raises(torch.OutOfMemoryError):
+        graphs(stack, run, (batch(5), None))
 
 
 def test_gradients_reach_inputs_that_have_them():
@@ -247,7 +287,7 @@ def test_copies_and_saved_models_have_no_recording():
     warm(stack, graphs, batch())
     for other in (copy.deepcopy(graphs), pickle.loads(pickle.dumps(graphs))):
         assert not other._recordings
-        assert not other._seen
+        assert not other._in_a_row
 
 
 def test_objections_say_why_a_pass_is_not_recorded():
