@@ -149,7 +149,7 @@ def copied(folder: Path) -> Path:
     ignored = shutil.ignore_patterns(
         ".*", "__pycache__", "build", "*.egg-info", "figures", "quickstart", "outputs"
     )
-    for name in ("fairseq_flash", "scripts"):
+    for name in ("fairseq_flash", "scripts", "docs"):
         shutil.copytree(tools.REPOSITORY / name, folder / name, ignore=ignored)
     for name in ("setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(tools.REPOSITORY / name, folder / name)
@@ -216,7 +216,9 @@ def test_a_wheel_holds_every_file_that_a_command_needs(wheel):
     lacking = {name for name in wanted if re.sub("^scripts/", "fairseq_flash_commands/", name) not in held}
     assert not lacking
     assert f"fairseq_flash-{fairseq_flash.__version__}-" in wheel.name
-    assert not [name for name in held if name.startswith(("tests", "scripts"))]
+    # docs/ holds a trained model.
+    assert not [name for name in held if name.startswith(("tests", "scripts", "docs"))]
+    assert not [name for name in held if name.endswith((".safetensors", ".model"))]
 
 
 @pytest.mark.long

@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from fairseq import checkpoint_utils
 
@@ -90,6 +90,7 @@ def _training(checkpoint: Path, splits: dict[str, dict[str, int]], causal: bool)
         f"- {updates:,} updates, each of {parts} x {processes} batches of at most {most}",
         f"- {cfg['optimizer']['_name']}, rate {optimization['lr'][0]:g}, {cfg['lr_scheduler']['_name']}",
         f"- rows of {cfg['task']['tokens_per_sample']:,} tokens",
+        *_spent(state["extra_state"], splits.get(dataset["train_subset"], {}).get("tokens")),
     ]
     loss, metric = state["extra_state"].get("val_loss"), cfg["checkpoint"]["best_checkpoint_metric"]
     criterion, steps = cfg["criterion"], dataset["max_valid_steps"]
@@ -107,3 +108,19 @@ def _training(checkpoint: Path, splits: dict[str, dict[str, int]], causal: bool)
     elif causal and valid.get("bytes"):
         line += f", {loss * valid['tokens'] / valid['bytes']:.4g} bits a byte"
     return "\n".join([*told, line])
+
+
+def _spent(recorded: dict[str, Any], length: Optional[int]) -> list[str]:
+    """Tokens and time of a training on a text of so many tokens, as far as they are recorded."""
+    meters = {name: meter for _, name, _, meter in recorded.get("metrics", {}).get("default", ())}
+    told, tokens = (
+        [],
+        int(meters.get("wpb", {}).get("sum") or 0),
+    )  # words per batch: their sum over all updates
+    if tokens:
+        told.append(
+            f"- {tokens:,} tokens in all" + (f", {tokens / length:.2g} times the text" if length else "")
+        )
+    if seconds := recorded.get("previous_training_time"):
+        told.append(f"- {seconds / 60:.2g} minutes, with validation and what was compiled")
+    return told

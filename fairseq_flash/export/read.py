@@ -17,7 +17,27 @@ from safetensors.torch import load_file
 from fairseq_flash.export.names import CLASSES, FILES, MODEL_TYPE, PREFIXES, TASKS, TIED, options_of
 from fairseq_flash.models.flash_lm import FlashLanguageModel
 
-__all__ = ["import_folder", "save_checkpoint"]
+__all__ = ["import_folder", "load_folder", "save_checkpoint"]
+
+
+def load_folder(folder: Path) -> tuple[FlashLanguageModel, Any, Path]:
+    """Loads a language model from what :func:`export_checkpoint` wrote. Runs no code from the folder.
+
+    Args:
+        folder: As that of :func:`import_folder`.
+
+    Returns:
+        The model in evaluation mode, in float32; its task; and the folder, which holds its dictionary.
+
+    Raises:
+        ValueError: something is missing or cannot be read, or the model is of masked words.
+    """
+    settings, kind = _settings(folder)
+    if kind is not FlashLanguageModel:
+        found, allowed = settings["architectures"][0], CLASSES[FlashLanguageModel]
+        raise ValueError(f"{folder} holds a {found}; allowed: {allowed}")
+    _, task, model = _build(folder, settings, kind)
+    return model.eval(), task, folder
 
 
 def import_folder(folder: Path, checkpoint: Path) -> None:
@@ -32,20 +52,14 @@ def import_folder(folder: Path, checkpoint: Path) -> None:
     Raises:
         ValueError: something is missing, of another kind, or there already.
     """
-    settings = _settings(folder)
-    kind = next(kind for kind, name in CLASSES.items() if settings["architectures"] == [name])
+    settings, kind = _settings(folder)
     if checkpoint.exists():
         raise ValueError(f"{checkpoint} exists already; allowed: a file that does not")
     copied = [(folder / name, checkpoint.parent / name) for name in FILES if (folder / name).exists()]
     for source, target in copied:
         if target.exists() and target.read_bytes() != source.read_bytes():
             raise ValueError(f"{target} is another one than {source}; allowed: a folder of its own")
-    cfg = _configuration(folder, settings, kind)
-    try:
-        model = tasks.setup_task(cfg.task).build_model(cfg.model)
-        model.load_state_dict(_weights(folder, kind, model))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{folder} cannot be read: {error}") from None
+    cfg, _, model = _build(folder, settings, kind)
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     for source, target in copied:
         if not target.exists():
@@ -79,19 +93,33 @@ def save_checkpoint(path: Path, cfg: DictConfig, model: torch.nn.Module) -> None
     os.replace(new, path)
 
 
-def _settings(folder: Path) -> dict[str, Any]:
+def _build(folder: Path, settings: dict[str, Any], kind: type) -> tuple[DictConfig, Any, Any]:
+    """The configuration, the task and the model, with the folder's weights."""
+    cfg = _configuration(folder, settings, kind)
+    try:
+        task = tasks.setup_task(cfg.task)
+        model = task.build_model(cfg.model)
+        model.load_state_dict(_weights(folder, kind, model))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{folder} cannot be read: {error}") from None
+    return cfg, task, model
+
+
+def _settings(folder: Path) -> tuple[dict[str, Any], type]:
+    """The content of ``config.json``, and the class of the model."""
     try:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder / 'config.json'} cannot be read: {error}") from None
     if not isinstance(settings, dict) or settings.get("model_type") != MODEL_TYPE:
         raise ValueError(f"{folder / 'config.json'} is of another model; allowed: model_type {MODEL_TYPE!r}")
-    allowed = [[name] for name in CLASSES.values()]
-    if settings.get("architectures") not in allowed:
+    kinds = [kind for kind, name in CLASSES.items() if settings.get("architectures") == [name]]
+    if not kinds:
+        allowed = [[name] for name in CLASSES.values()]
         raise ValueError(f"config.json: architectures is {settings.get('architectures')}; allowed: {allowed}")
     if not (folder / "dict.txt").exists():
         raise ValueError(f"{folder} holds no dict.txt, the tokenizer's file")
-    return settings
+    return settings, kinds[0]
 
 
 def _configuration(folder: Path, settings: dict[str, Any], kind: type) -> DictConfig:

@@ -3,12 +3,15 @@
     flash-generate checkpoints/ --data data-bin/books --prompt "It was" --top-k 10
     flash-generate checkpoints/ --data data-bin/books --save-state book.pt --tokens 0 < book.txt
     flash-generate checkpoints/ --data data-bin/books --load-state book.pt --prompt "And then"
+    flash-generate docs/pretrained/gutenberg --prompt "It was" --top-k 10
 
-(In a clone, python scripts/generate.py is the same command.) The prompt is read in one pass, and every token
-after it costs the same however long the prompt was. What is written is what follows the prompt, and nothing
-else. A line of the prompt is a paragraph, as in prepare_lm.py: it ends with </s>, the last one if a line end
-follows. Without --prompt it comes from the standard input, less one line end. --greedy gives the text of
-fairseq-generate --beam 1.
+(In a clone, python scripts/generate.py is the same command, and the last line's folder is there.) A folder
+holds checkpoint_best.pt or checkpoint_last.pt, or is what export-hf wrote, of which no code is run.
+
+The prompt is read in one pass, and every token after it costs the same however long the prompt was. What is
+written is what follows the prompt, and nothing else. A line of the prompt is a paragraph, as in
+prepare_lm.py: it ends with </s>, the last one if a line end follows. Without --prompt it comes from the
+standard input, less one line end. --greedy gives the text of fairseq-generate --beam 1.
 
 On a GPU a step is recorded as a CUDA graph and replayed, with the same tokens; --no-graph computes it anew.
 --bf16 halves the memory of the weights and of most of the state; its tokens are not those of float32.
@@ -24,7 +27,7 @@ import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import torch
 
@@ -41,10 +44,14 @@ MOST_TOKENS = 2**30
 COLDEST = 1e-6  # a temperature below would make infinities of log-probabilities
 
 
-def write(options: argparse.Namespace) -> None:
+#: Takes a checkpoint and the folder of its dictionary, and gives what :func:`load_model` gives.
+Load = Callable[[Path, Optional[Path]], tuple[Any, Any, Path]]
+
+
+def write(options: argparse.Namespace, load: Load = load_model) -> None:
     """Reads the prompt and streams what follows it."""
     _check_place(options.save_state)
-    model, task, data = load_model(options.checkpoint, options.data)
+    model, task, data = load(options.checkpoint, options.data)
     dictionary, pieces = task.source_dictionary, data / SENTENCEPIECE
     mark = fingerprint(model, dictionary) if options.load_state or options.save_state else ""
     if options.bf16:
@@ -134,7 +141,7 @@ def parse(arguments: list[str], program: Optional[str] = None) -> argparse.Names
     seeds = _number(int, 0, 2**63 - 1, "0 to 2**63 - 1")
     likeliest = _number(int, 1, 2**31, "1 or more, up to all words")
     share = _number(float, 5e-324, 1.0, "above 0, up to 1")
-    add("checkpoint", type=Path, help="a checkpoint, or a folder with checkpoint_best.pt or _last.pt")
+    add("checkpoint", type=Path, help="a checkpoint, or a folder that holds one or is of export-hf")
     add("--data", type=Path, metavar="DIR", help="with dict.txt and, if used, sentencepiece.bpe.model")
     add("--prompt", metavar="TEXT", help="what the text begins with; default: the standard input")
     add("--tokens", type=count, default=200, metavar="N", help="to write at most (200)")
@@ -166,19 +173,20 @@ def _standard_input() -> str:
         raise ValueError(f"the prompt from the standard input is not {error.encoding}: {error}") from None
 
 
-def main(arguments: list[str], program: Optional[str] = None) -> int:
+def main(arguments: list[str], program: Optional[str] = None, load: Load = load_model) -> int:
     """Runs the command line.
 
     Args:
         arguments: Without the program's name.
         program: How messages name it; by default as it was started.
+        load: What loads the model; checkpoints alone by default.
 
     Returns:
         The exit status.
     """
     program = program or Path(sys.argv[0]).name
     try:
-        write(parse(arguments, program))
+        write(parse(arguments, program), load)
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError):
             # The reader has seen enough; Python would complain again when it flushes at the end.

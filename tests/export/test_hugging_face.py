@@ -495,6 +495,10 @@ def test_the_card_tells_data_training_loss_and_limits(pieces_trained, flash, tmp
     assert f"- train: {counts['documents']:,} documents, {counts['tokens']:,} tokens, " in card
     assert "- 4 updates, each of 1 x 1 batches of at most 256 tokens and 4 rows\n" in card
     assert "- adam, rate 0.01, fixed\n- rows of 32 tokens\n" in card
+    seen = re.search(r"\n- (\d+) tokens in all, (\S+) times the text\n- \S+ minutes, with validation", card)
+    rows, length = 4 * 4 * 32, counts["tokens"]
+    assert 0 < int(seen[1]) <= rows
+    assert float(seen[2]) == pytest.approx(int(seen[1]) / length, rel=0.05)
     bits = load_checkpoint_to_cpu(str(path))["extra_state"]["val_loss"]
     assert f"- validation loss: {bits * math.log(2):.4g} nats a token, perplexity {2**bits:.4g}, " in card
     assert "weights in bfloat16." in card
