@@ -113,14 +113,11 @@ def _training(checkpoint: Path, splits: dict[str, dict[str, int]], causal: bool)
 def _spent(recorded: dict[str, Any], length: Optional[int]) -> list[str]:
     """Tokens and time of a training on a text of so many tokens, as far as they are recorded."""
     meters = {name: meter for _, name, _, meter in recorded.get("metrics", {}).get("default", ())}
-    told, tokens = (
-        [],
-        int(meters.get("wpb", {}).get("sum") or 0),
-    )  # words per batch: their sum over all updates
+    # Words per batch, whose meter keeps the sum over all updates.
+    told, tokens = [], int(meters.get("wpb", {}).get("sum") or 0)
     if tokens:
-        told.append(
-            f"- {tokens:,} tokens in all" + (f", {tokens / length:.2g} times the text" if length else "")
-        )
+        times = f", {tokens / length:.2g} times the text" if length else ""
+        told.append(f"- {tokens:,} tokens in all{times}")
     if seconds := recorded.get("previous_training_time"):
         told.append(f"- {seconds / 60:.2g} minutes, with validation and what was compiled")
     return told

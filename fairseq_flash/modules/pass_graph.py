@@ -202,10 +202,10 @@ class _Recording:
         self.inputs = [x if x is None else x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
         self.weights = [weight for weight in stack.parameters() if weight.requires_grad]
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        self.pool = torch.cuda.graph_pool_handle() if other is None else other.pool
-        self.stream = torch.cuda.Stream(device) if other is None else other.stream
+        self.pool: Any = torch.cuda.graph_pool_handle() if other is None else other.pool
+        self.stream: Any = torch.cuda.Stream(device) if other is None else other.stream
         # Threads that load batches may ask for memory meanwhile.
-        options = dict(pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
+        options: dict[str, Any] = dict(pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
         with _mended(device, self.pool), aliased(stack) as aliases:
             places = (*self.inputs, *(aliases[weight] for weight in self.weights))
             wanted = [x for x in places if x is not None and x.requires_grad]

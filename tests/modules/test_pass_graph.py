@@ -4,6 +4,7 @@ The graphs themselves are tested on a GPU, in tests/test_cuda.py.
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import pickle
@@ -15,6 +16,8 @@ from fairseq_flash.modules import GatedAttentionUnit, Stack, pass_graph
 from fairseq_flash.modules.pass_graph import MOST, PATIENCE, SHAPES, PassGraphs, aliased
 
 WORDS = 12
+#: The one that records on a GPU.
+RECORDING = pass_graph._Recording
 
 
 class Recording:
@@ -288,6 +291,58 @@ def test_copies_and_saved_models_have_no_recording():
     for other in (copy.deepcopy(graphs), pickle.loads(pickle.dumps(graphs))):
         assert not other._recordings
         assert not other._in_a_row
+
+
+@pytest.fixture
+def stubs(monkeypatch):
+    """CUDA's part of a recording, which does nothing; what was called is kept."""
+    called = []
+
+    @contextlib.contextmanager
+    def graph(graph, **options):
+        called.append(sorted(options))
+        yield
+
+    streams = dict(
+        Stream=lambda device: "side", stream=contextlib.nullcontext, current_stream=lambda device: "own"
+    )
+    modes = dict(get_sync_debug_mode=lambda: 0, set_sync_debug_mode=called.append)
+    rest = dict(
+        CUDAGraph=object, graph=graph, graph_pool_handle=lambda: "pool", default_generators={None: None}
+    )
+    for name, value in {**streams, **modes, **rest}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return called
+
+
+def test_a_recording_keeps_what_the_pass_gave_and_shares_memory_and_stream(stubs):
+    stack = build()
+    first = RECORDING(stack, plain(stack), (batch(), None), [], None)
+    second = RECORDING(stack, plain(stack), (batch(5), None), [], first)
+    assert (second.pool, second.stream) == (first.pool, first.stream) == ("pool", "side")
+    assert stubs == 2 * ["error", 0, *2 * [["capture_error_mode", "pool", "stream"]]]
+    expected = plain(stack)(batch(), None)
+    assert_equal([first.out], [expected])
+    expected.backward(torch.ones_like(expected))
+    assert [grad.shape for grad in first.grads[2:]] == [p.grad.shape for p in stack.parameters()]
+    assert first.grads[:2] == [None, None]
+    assert all(x is y for x, y in zip(first.weights, stack.parameters(), strict=True))
+
+
+def test_a_recording_that_fails_leaves_the_stack_and_the_device_as_they_were(stubs):
+    stack, passes = build(), []
+    own = list(stack.parameters())
+
+    def run(tokens, mask):
+        passes.append(tokens)
+        if len(passes) == 2:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return stack(tokens, mask)[0]
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        RECORDING(stack, run, (batch(), None), [], None)
+    assert all(x is y for x, y in zip(own, stack.parameters(), strict=True))
+    assert stubs[:2] == ["error", 0]
 
 
 def test_objections_say_why_a_pass_is_not_recorded():
