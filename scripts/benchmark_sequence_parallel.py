@@ -15,7 +15,6 @@ what a step adds to the memory of the process with the most, in bytes.
 """
 
 import argparse
-import logging
 import os
 import sys
 import tempfile
@@ -193,7 +192,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> None:
     """Runs the command line, as one of torchrun's processes."""
     options = parse(arguments)
-    logging.getLogger("hydra").setLevel(logging.INFO)
     if options.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group("nccl" if options.device == "cuda" else "gloo")

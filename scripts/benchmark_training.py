@@ -20,7 +20,6 @@ others, and otherwise with its own defaults.
 import argparse
 import functools
 import importlib.util
-import logging
 import math
 import sys
 import tempfile
@@ -261,7 +260,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> None:
     """Runs the command line."""
     options = parse(arguments)
-    logging.getLogger("hydra").setLevel(logging.INFO)
     common = {**provenance(options.device, options.dtype), "size": options.size}
     common["threads"] = torch.get_num_threads()
     try:

@@ -22,7 +22,6 @@ and groups with rows of their own that fits.
 """
 
 import argparse
-import logging
 import sys
 
 import torch
@@ -59,7 +58,6 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def main(arguments: list[str]) -> None:
     """Runs the command line."""
     own, words = parse(arguments)
-    logging.getLogger("hydra").setLevel(logging.INFO)
     if own.plan:
         for line in (*assumptions(Cluster()), *plans(Cluster())):
             print(line)

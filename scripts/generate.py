@@ -7,7 +7,6 @@ As flash-generate; the rest stands in fairseq_flash/generation/command.py, and -
 """
 
 import functools
-import logging
 import sys
 from pathlib import Path
 from typing import Any, Optional
@@ -32,5 +31,4 @@ def load(place: Path, data: Optional[Path]) -> tuple[Any, Any, Path]:
 parse, main = command.parse, functools.partial(command.main, load=load)
 
 if __name__ == "__main__":
-    logging.getLogger("hydra").setLevel(logging.INFO)  # which fairseq leaves at DEBUG
     sys.exit(main(sys.argv[1:]))

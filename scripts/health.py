@@ -11,7 +11,6 @@ is outside.
 
 import copy
 import dataclasses
-import logging
 import statistics
 import sys
 from typing import Any, NamedTuple
@@ -186,7 +185,6 @@ def main() -> None:
     require(parser, own, 1, "length")
     if not any(word.partition("=")[0] in ("--arch", "-a") for word in model_options):
         parser.error("--arch is missing; allowed: an architecture of this package, such as flash_lm_tiny")
-    logging.getLogger("hydra").setLevel(logging.INFO)
     torch.manual_seed(own.seed)
     model = build(model_options, own.vocabulary)
     found = measure(model, zipf_tokens(own.vocabulary, 2, own.length))

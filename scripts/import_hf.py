@@ -5,11 +5,9 @@
 The dictionary and the sentencepiece model lie beside it; no code from the folder runs.
 """
 
-import logging
 import sys
 
 from fairseq_flash.export.command import import_main
 
 if __name__ == "__main__":
-    logging.getLogger("hydra").setLevel(logging.INFO)  # which fairseq leaves at DEBUG
     sys.exit(import_main(sys.argv[1:], __doc__))

@@ -72,16 +72,22 @@ def prepare() -> None:
 def _silence_noise() -> None:
     """Hides the exact warnings of ``_NOISE``: hydra >= 1.1, torch >= 2.4.
 
-    Appended, so that ``-W`` or ``PYTHONWARNINGS`` still win. The logged line appears only where tensorboardX
-    is missing and this package is imported before fairseq.
+    Appended, so that ``-W`` or ``PYTHONWARNINGS`` still win. The logged line on tensorboardX appears only
+    where it is missing and this package is imported before fairseq; those of hydra's jobs wherever fairseq's
+    options are read outside of its tools.
     """
     for message, category, module in _NOISE:
         warnings.filterwarnings("ignore", message=message, category=category, module=module, append=True)
     logging.getLogger("fairseq.tasks.text_to_speech").addFilter(_is_not_tensorboard_advice)
+    logging.getLogger("hydra.core.utils").addFilter(_is_not_a_name_of_a_job)
 
 
 def _is_not_tensorboard_advice(record: logging.LogRecord) -> bool:
     return "install tensorboardX" not in record.getMessage()
+
+
+def _is_not_a_name_of_a_job(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Setting JobRuntime:")
 
 
 def _shorten_config_dump() -> None:

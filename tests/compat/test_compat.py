@@ -403,3 +403,11 @@ def test_preparing_twice_changes_nothing():
     before = healed()
     prepare_host()
     assert healed() == before
+
+
+def test_hydra_does_not_log_the_names_of_its_jobs_and_logs_all_else(caplog):
+    log = logging.getLogger("hydra.core.utils")
+    with caplog.at_level(logging.DEBUG, logger=log.name):
+        log.debug("Setting JobRuntime:name=UNKNOWN_NAME")
+        log.debug("something else")
+    assert caplog.messages == ["something else"]
