@@ -15,7 +15,7 @@
 ``ending``
     how it ends when a scheduler asks for it;
 ``update``
-    weights of 16 bits are copied all at once;
+    weights of 16 bits are copied all at once, and only devices that are there are seeded;
 ``data``
     rows that fairseq would drop, garble or refuse;
 ``choices``

@@ -172,16 +172,16 @@ def _pass(
     **source: Optional[torch.Tensor],
 ) -> tuple[torch.Tensor, Optional[DecodingState]]:
     """A stack; on a GPU its kernels are recorded where batches of a shape come again and again."""
-    whole = type(stack).forward
     if state is not None or group is not None or graphs.objections(stack, tokens):
-        return whole(stack, tokens, padding_mask, state, group=group, **source)
-
-    def run(
-        tokens: torch.Tensor, mask: Optional[torch.Tensor], *given: Optional[torch.Tensor]
-    ) -> torch.Tensor:
-        return whole(stack, tokens, mask, **dict(zip(source, given, strict=True)))[0]
-
+        return type(stack).forward(stack, tokens, padding_mask, state, group=group, **source)
+    run = functools.partial(_features, stack, tuple(source))
     return graphs(stack, run, (tokens, padding_mask, *source.values())), None
+
+
+def _features(stack: Stack, names: tuple[str, ...], *tensors: Optional[torch.Tensor]) -> torch.Tensor:
+    """Of tokens, their mask and the source's tensors of these names, without a state."""
+    tokens, padding_mask, *given = tensors
+    return type(stack).forward(stack, tokens, padding_mask, **dict(zip(names, given, strict=True)))[0]
 
 
 def _through(

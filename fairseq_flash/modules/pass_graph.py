@@ -14,6 +14,8 @@ from torch import distributed, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 
+from fairseq_flash.modules.graphs import Graphs
+
 __all__ = ["PassGraphs", "aliased", "is_watched"]
 
 #: Passes of a shape in a row before it is recorded: in these, kernels are compiled and tables made.
@@ -24,7 +26,7 @@ SHAPES = 4
 MOST = 12
 
 
-class PassGraphs:
+class PassGraphs(Graphs):
     """The passes of a stack in training, recorded once for each shape of a batch and replayed.
 
     A replay computes what the pass itself would, with the weights of the moment and dropout of its own, and
@@ -40,20 +42,9 @@ class PassGraphs:
         self._pending: Optional[weakref.ref] = None
         self._failed = False
 
-    def __deepcopy__(self, memo: dict) -> PassGraphs:
-        """A copy of a model records anew."""
-        return PassGraphs()
-
-    def __reduce__(self) -> tuple[type, tuple]:
-        return PassGraphs, ()
-
     def objections(self, stack: nn.Module, tokens: torch.Tensor) -> list[str]:
         """Why a pass cannot be recorded; nothing if it can."""
-        found = []
-        if not tokens.is_cuda:
-            found.append(f"tokens are on {tokens.device.type}, not on a CUDA device")
-        elif tokens.device.index != torch.cuda.current_device():
-            found.append(f"tokens are on {tokens.device}, which is not the current device")
+        found = self.objections_to(tokens)
         if not (stack.training and torch.is_grad_enabled()):
             found.append("the stack does not train, or gradients are disabled")
         if torch.is_autocast_enabled(tokens.device.type):

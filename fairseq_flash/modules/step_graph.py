@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fairseq_flash.modules.attention import LayerState
+from fairseq_flash.modules.graphs import Graphs
 from fairseq_flash.modules.state import DecodingState
 from fairseq_flash.ops import ChunkState
 
@@ -18,7 +19,7 @@ __all__ = ["StepGraphs"]
 PATIENCE = 4
 
 
-class StepGraphs:
+class StepGraphs(Graphs):
     """The steps of a stack, recorded once for each number of rows and replayed.
 
     Rows are rounded up to a power of two, so that a batch that shrinks needs few recordings. A recording
@@ -30,21 +31,10 @@ class StepGraphs:
         self._recordings: dict[Any, list[_Recording]] = {}
         self._seen: dict[Any, int] = {}
 
-    def __deepcopy__(self, memo: dict) -> StepGraphs:
-        """A copy of a model records anew."""
-        return StepGraphs()
-
-    def __reduce__(self) -> tuple[type, tuple]:
-        return StepGraphs, ()
-
     @staticmethod
     def objections(stack: nn.Module, tokens: torch.Tensor, state: DecodingState) -> list[str]:
         """Why a step cannot be recorded; nothing if it can."""
-        found = []
-        if not tokens.is_cuda:
-            found.append(f"tokens are on {tokens.device.type}, not on a CUDA device")
-        elif tokens.device.index != torch.cuda.current_device():
-            found.append(f"tokens are on {tokens.device}, which is not the current device")
+        found = Graphs.objections_to(tokens)
         if not all(isinstance(layer, ChunkState) for layer in state.layers):
             found.append("a state grows with the position, or holds a source")
         if stack.training or torch.is_grad_enabled():

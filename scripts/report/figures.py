@@ -56,6 +56,12 @@ _LOSS = ("name", "n", "valid_loss")
 _STEP = ("name", "n", "tokens_per_s", "peak_memory")
 
 
+def _longest(records: Records) -> Records:
+    """The longest trainings that succeeded."""
+    records = finished(records, "valid_loss")
+    return records[numbers(records, "tokens") == numbers(records, "tokens").max()]
+
+
 FIGURES = {
     "generation": Source(
         "generation.csv",
@@ -92,8 +98,7 @@ FIGURES = {
         draw_candidates,
         ("data",),
         2,
-        # The longest trainings that succeeded.
-        lambda records: _longest(finished(records, "valid_loss")),
+        _longest,
     ),
     "tokens": Source(
         "comparison_curves.csv", (*_CURVE, "tokens"), partial(draw_curves, x="tokens"), ("n", *RUNS), 2
@@ -130,10 +135,6 @@ FIGURES = {
         kept=lambda records: with_loss(records[records["stage"] == "factor"]),
     ),
 }
-
-
-def _longest(records: Records) -> Records:
-    return records[numbers(records, "tokens") == numbers(records, "tokens").max()]
 
 
 def draw(name: str, path: Path) -> list[plt.Figure]:
