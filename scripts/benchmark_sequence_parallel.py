@@ -15,6 +15,7 @@ what a step adds to the memory of the process with the most, in bytes.
 """
 
 import argparse
+import gc
 import os
 import sys
 import tempfile
@@ -189,13 +190,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def main(arguments: list[str]) -> None:
-    """Runs the command line, as one of torchrun's processes."""
-    options = parse(arguments)
-    if options.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group("nccl" if options.device == "cuda" else "gloo")
-    group = distributed.group.WORLD
+def measure_all(options: argparse.Namespace, group: distributed.ProcessGroup) -> None:
+    """Checks, then adds a row for each length that the table has not."""
     words = ["--arch", options.arch, *(SMALL if options.quick else ())]
     shared_words = words if options.keep_activations else [*words, "--checkpoint-activations"]
     shared = Shared(shared_words, options, getattr(torch, options.dtype))
@@ -222,9 +218,21 @@ def main(arguments: list[str]) -> None:
             rows = compare(shared, n, group, options)
             if table is not None:
                 table.add([{"name": options.arch, **row} for row in rows])
-    distributed.destroy_process_group()
-    if first:
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the command line, as one of torchrun's processes."""
+    options = parse(arguments)
+    if options.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("nccl" if options.device == "cuda" else "gloo")
+    measure_all(options, distributed.group.WORLD)
+    if distributed.get_rank() == 0:
         print(f"written to {options.output}")
+    distributed.destroy_process_group()
+    # gloo's threads end with the last mention of the group. One that lets go of a tensor while Python ends
+    # takes the process with it, by SIGABRT.
+    gc.collect()
 
 
 if __name__ == "__main__":

@@ -27,11 +27,20 @@ def rows_of(path):
 
 
 def test_two_processes_are_a_row_beside_one_and_are_measured_once(tmp_path):
-    words = (*TORCHRUN, SCRIPT, *QUICK, "--lengths", "256", "--output", tmp_path / "found.csv")
-    environment = {"PYTHONPATH": str(tools.REPOSITORY)}
+    watched, left = tmp_path / "watched.py", [tmp_path / "0.threads", tmp_path / "1.threads"]
+    watched.write_text(
+        "import os, pathlib, runpy\n"
+        f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+        "names = [path.read_text() for path in pathlib.Path('/proc/self/task').glob('*/comm')]\n"
+        "left = [name for name in names if 'gloo' in name]\n"
+        f"pathlib.Path({str(tmp_path)!r}, os.environ['RANK'] + '.threads').write_text(repr(left))\n"
+    )
+    words = (*TORCHRUN, watched, *QUICK, "--lengths", "256", "--output", tmp_path / "found.csv")
     for _ in range(2):
-        done = tools.run("python", *words, **environment)
+        done = tools.run("python", *words, PYTHONPATH=f"{tools.REPOSITORY}{os.pathsep}{SCRIPT.parent}")
         assert done.returncode == 0, done.stdout
+        # Where one is left when Python ends, the process may end by SIGABRT.
+        assert [path.read_text() for path in left] == ["[]", "[]"]
     alone, together = rows_of(tmp_path / "found.csv")
     assert (alone["ranks"], alone["n"], together["ranks"], together["n"]) == ("1", "128", "2", "256")
     assert alone["status"] == together["status"] == "ok"
