@@ -66,11 +66,12 @@ class System(NamedTuple):
 _BOTH = ("--dropout", "--attention-dropout")
 SYSTEMS = {
     "flash_masked_lm": System("flash", ("--arch", "flash_masked_lm_tiny"), _HIGH),
+    "flash_shifted_masked_lm": System("shifted", ("--arch", "flash_masked_lm_tiny", "--shift-keys"), _HIGH),
     "flash_quad_masked_lm": System("flash_quad", ("--arch", "flash_quad_masked_lm_tiny"), _HIGH),
     "roberta": System("roberta", ("--arch", "roberta", *_ROBERTA), _LOW, _BOTH),
     "roberta_prenorm": System("roberta", ("--arch", "roberta_prenorm", *_ROBERTA), _HIGH, _BOTH),
 }
-USUAL = [name for name in SYSTEMS if name != "flash_quad_masked_lm"]
+USUAL = ["flash_masked_lm", "roberta", "roberta_prenorm"]
 FINE_TUNED = ("flash", "roberta")
 
 
@@ -247,7 +248,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--classes", type=Path, help="folder of prepare_classification.py; without, pretraining alone")
     add("--output", type=Path, default=OUTPUT, help=f"CSV of the runs ({OUTPUT})")
     add("--folder", type=Path, help="for checkpoints and logs (beside --output, with _runs)")
-    add("--systems", nargs="+", choices=list(SYSTEMS), default=USUAL, help="to pretrain (all but one)")
+    add("--systems", nargs="+", choices=list(SYSTEMS), default=USUAL, help=f"to pretrain ({' '.join(USUAL)})")
     add("--pretraining-rates", type=float, nargs="+", help="of every system (its own grid)")
     add("--row", type=int, default=512, help="tokens of a row in pretraining")
     add("--tokens", type=int, default=2_000_000, help="of a pretraining")

@@ -24,8 +24,14 @@ from ablation import copies_with_plain_linear
 from fairseq_flash.modules.alignment import Rows
 from fairseq_flash.modules.attention import Attended, MixedChunk
 from fairseq_flash.ops import ChunkState, Pair
-from fairseq_flash.ops.mixed_chunk.linear import chunk_summaries, linear_attention, linear_denominator
+from fairseq_flash.ops.mixed_chunk.linear import (
+    chunk_summaries,
+    kept_of_chunks,
+    linear_attention,
+    linear_denominator,
+)
 from fairseq_flash.ops.mixed_chunk.reference import blanked, to_chunks
+from fairseq_flash.ops.mixed_chunk.state import in_columns
 from runs.command_line import require
 
 __all__ = ["Reader", "Scores", "add_reading", "change_reading", "check_reading", "read_tokens", "scores"]
@@ -109,7 +115,11 @@ class Windowed(MixedChunk):
         q, k, values = (to_chunks(x, c) for x in (*lin, blanked(v, lengths)))
         kv = chunk_summaries(k[:, :-1], values[:, :-1])
         before = torch.cat((kv.new_zeros(len(kv), self.window, *kv.shape[2:]), kv), dim=1)
-        sums = before.unfold(1, self.window, 1).sum(dim=-1)
+        kept = kept_of_chunks(self.options.linear_norm, v.shape[-1], v.device)
+        kept = kv.new_ones(1) if kept is None else kept
+        # The oldest chunk has faded most often.
+        shares = in_columns(kept, kv) ** torch.arange(self.window, device=v.device).flip(0)[:, None]
+        sums = torch.einsum("bgsek,ke->bgse", before.unfold(1, self.window, 1), shares)
         counts = torch.arange(q.shape[1], device=v.device).clamp(max=self.window).mul(c).unsqueeze(0)
         denominator = linear_denominator(self.options.linear_norm, c, counts, v.shape[-1], sums.dtype)
         return linear_attention(q, sums, denominator).flatten(1, 2)[:, :n]
@@ -157,8 +167,7 @@ def change_reading(model: nn.Module, window: Optional[int], plain: bool) -> None
         plain: Whether its queries and keys are not rotated.
 
     Raises:
-        ValueError: the model has no linear branch, or not one of a gated attention unit for ``plain``, or a
-            fading one for ``window``.
+        ValueError: the model has no linear branch, or not one of a gated attention unit for ``plain``.
     """
     blocks = getattr(getattr(model.decoder, "stack", None), "blocks", ())
     blocks = [block for block in blocks if "lin" in getattr(block, "branches", ())]
@@ -166,11 +175,6 @@ def change_reading(model: nn.Module, window: Optional[int], plain: bool) -> None
     if not blocks or (plain and not all(hasattr(block, "copies") for block in blocks)):
         kind = "gated attention units with a linear branch" if plain else "a linear branch"
         raise ValueError(f"{option} needs a model with {kind}, such as flash_lm or flash_global_lm")
-    if window is not None and any(block.linear_norm == "fading" for block in blocks):
-        raise ValueError(
-            "--linear-window is not allowed for a model of --linear-norm fading, whose mean forgets by "
-            "itself; allowed: models of --linear-norm mean or chunk"
-        )
     for block in blocks:
         # The fused operation makes queries and keys, and the sums, for itself.
         block.attend = dataclasses.replace(block.attend, gated=False)

@@ -90,7 +90,7 @@ def test_data_that_are_none_are_named(data_bin, checkpoint, capsys, command, wor
     assert re.search(r"error: --data \S+ has no .*\.idx; allowed: ", capsys.readouterr().err)
 
 
-def test_shifted_keys_are_read_plain_and_a_fading_branch_has_no_window(data_bin, tmp_path):
+def test_shifted_keys_and_a_fading_branch_are_read_otherwise_too(data_bin, tmp_path):
     small = ("--embed-dim", "32", "--layers", "2", "--attention-dim", "16", "--chunk-size", "8")
     tools.train(data_bin, tmp_path, "--arch", "flash2_lm_tiny", *small, updates=2)
     words = words_of(data_bin, tmp_path)
@@ -99,5 +99,4 @@ def test_shifted_keys_are_read_plain_and_a_fading_branch_has_no_window(data_bin,
         extrapolate.main([*words, *change])
     with (tmp_path / "out.csv").open(newline="") as stream:
         found = [row for row in csv.DictReader(stream) if row["positions"] == "all"]
-    assert [row["status"] for row in found[:2]] == ["ok", "ok"]
-    assert "--linear-norm fading" in found[2]["status"]
+    assert [row["status"] for row in found] == ["ok"] * 3

@@ -200,25 +200,34 @@ def test_a_checkpoint_gets_its_rows_once_and_a_failure_is_a_row(
     assert output.read_bytes() == before
 
 
+@pytest.mark.parametrize("norm", ["mean", "fading"])
 @pytest.mark.parametrize("lengths", [None, [45, 19]])
 @pytest.mark.parametrize("heads", [(), (3,)])
-def test_a_windowed_branch_reads_the_last_chunks_alone(heads, lengths):
+def test_a_windowed_branch_reads_the_last_chunks_alone(heads, lengths, norm):
     q, k, v = torch.randn(
         3, 2, *heads, 45, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
     )
-    attend = reading.Windowed(Options(8, True, "mean", branches=("lin",)), window=2)
+    attend = reading.Windowed(Options(8, True, norm, branches=("lin",)), window=2)
     rows = SimpleNamespace(lengths=lengths and torch.tensor(lengths))
     out, _ = attend((None, Pair(q, k)), v, None, rows, None, False)
     chunk = torch.arange(45) // 8
     back = chunk[:, None] - chunk[None, :]
-    seen = ((back > 0) & (back <= 2)).double()
-    expected = ((q @ k.mT) * seen / seen.sum(-1, keepdim=True).clamp(min=1)) @ v
+    # A fading mean forgets each of four columns at a pace of its own: half in 1 to 16 chunks.
+    kept = [0.5 ** (1 / 16 ** (column / 3)) if norm == "fading" else 1.0 for column in range(4)]
+    columns = []
+    for column, share in enumerate(kept):
+        seen = ((back > 0) & (back <= 2)) * share ** (back.double() - 1)
+        weights = (q @ k.mT) * seen / seen.sum(-1, keepdim=True).clamp(min=1)
+        columns.append(weights @ v[..., column : column + 1])
+    expected = torch.cat(columns, dim=-1)
     for b, length in enumerate(lengths or [45, 45]):
         torch.testing.assert_close(out[b, ..., :length, :], expected[b, ..., :length, :])
 
 
 @pytest.mark.parametrize("plain", [False, True])
-@pytest.mark.parametrize("arch", ["flash_lm_tiny", "flash_global_lm_tiny", "mc_transformer_pp_lm_tiny"])
+@pytest.mark.parametrize(
+    "arch", ["flash_lm_tiny", "flash2_lm_tiny", "flash_global_lm_tiny", "mc_transformer_pp_lm_tiny"]
+)
 def test_a_window_over_everything_changes_nothing_and_a_narrow_one_does(data_bin, tmp_path, arch, plain):
     small = ("--embed-dim", "32", "--layers", "2", "--attention-dim", "16", "--chunk-size", "8")
     tools.train(data_bin, tmp_path, "--arch", arch, *small, updates=2)
@@ -255,13 +264,6 @@ def test_a_plain_branch_reads_as_if_all_tokens_stood_at_position_zero(shift_keys
     reading.change_reading(model, None, True)
     torch.testing.assert_close(unit(x, rows=rows)[0], expected)
     assert not torch.allclose(turned, expected)
-
-
-def test_a_window_of_a_fading_branch_is_refused_by_name():
-    with pytest.raises(
-        ValueError, match="--linear-window is not allowed for a model of --linear-norm fading"
-    ):
-        reading.change_reading(fading_unit()[1], 2, False)
 
 
 def test_a_reading_that_a_model_cannot_do_is_refused_by_name():
