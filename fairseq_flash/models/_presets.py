@@ -27,7 +27,7 @@ SIZES = {
 }
 
 _TRANSFORMER = dict(block="transformer", attention_dim=64)
-#: The best of the candidates on source code: docs/results.md.
+#: The best of the candidates on source code: docs/linear-branch.md.
 FLASH2 = dict(shift_keys=True, linear_norm="fading")
 SYSTEMS = {
     "flash_lm": dict(),

@@ -32,7 +32,7 @@ class PassGraphs(Graphs):
     A replay computes what the pass itself would, with the weights of the moment and dropout of its own, and
     its gradients are copied out, so that they can be summed over several batches. Where a recorded pass
     still waits for its backward pass, the next one runs as it is, as do batches of other shapes. All
-    recordings share their memory, which holds one pass and is given back where another pass lacks it.
+    recordings share their memory, which holds one pass and is given back where anything lacks it.
     """
 
     def __init__(self) -> None:
@@ -40,10 +40,13 @@ class PassGraphs(Graphs):
         self._last: Any = None
         self._in_a_row = self._made = 0
         self._pending: Optional[weakref.ref] = None
+        self._shortages = 0
         self._failed = False
 
     def objections(self, stack: nn.Module, tokens: torch.Tensor) -> list[str]:
-        """Why a pass cannot be recorded; nothing if it can."""
+        """Why a pass cannot be recorded; nothing if it can. Gives memory back that something else has lacked."""
+        if self._recordings and _shortages(tokens.device) > self._shortages:
+            self._give_up()
         found = self.objections_to(tokens)
         if not (stack.training and torch.is_grad_enabled()):
             found.append("the stack does not train, or gradients are disabled")
@@ -92,7 +95,6 @@ class PassGraphs(Graphs):
             if not self._recordings:
                 raise
         self._give_up()
-        torch.cuda.empty_cache()
         return run(*inputs)
 
     def _give_up(self) -> None:
@@ -100,6 +102,7 @@ class PassGraphs(Graphs):
         self._recordings.clear()
         # Behind the error's end, whose traceback holds what a half-made recording did.
         gc.collect()
+        torch.cuda.empty_cache()
 
     def _record(self, key: Any, stack: nn.Module, run: Callable, inputs: tuple) -> bool:
         """Whether there is a recording for ``key`` now."""
@@ -120,6 +123,7 @@ class PassGraphs(Graphs):
             return False
         self._recordings[key] = made
         self._made += 1
+        self._shortages = _shortages(inputs[0].device)
         return True
 
     def waits_for(self, pending: _Pending) -> bool:
@@ -129,6 +133,14 @@ class PassGraphs(Graphs):
     def end(self) -> None:
         """Lets the next pass be replayed."""
         self._pending = None
+
+
+def _shortages(device: torch.device) -> int:
+    """How often memory has run out on a device, in loss, backward pass or validation as well.
+
+    fairseq goes on after that, without the batch in training: it would run out again and again.
+    """
+    return torch.cuda.memory_stats(device).get("num_ooms", 0) if device.type == "cuda" else 0
 
 
 class _Pending:

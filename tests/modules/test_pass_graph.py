@@ -252,6 +252,18 @@ def test_memory_that_another_pass_lacks_is_given_back():
         graphs(stack, run, (batch(5), None))
 
 
+def test_memory_that_ran_out_elsewhere_is_given_back(monkeypatch):
+    stack, graphs, ooms = build(), PassGraphs(), [1]
+    monkeypatch.setattr(pass_graph, "_shortages", lambda device: len(ooms))
+    warm(stack, graphs, batch())
+    graphs.objections(stack, batch())
+    assert graphs._recordings
+    ooms.append(1)
+    assert "its memory was needed" in graphs.objections(stack, batch())[-1]
+    assert not graphs._recordings
+    assert_equal([step(stack, graphs, batch())], [plain(stack)(batch(), None)])
+
+
 def test_gradients_reach_inputs_that_have_them():
     linear, graphs = torch.nn.Linear(3, 2).double(), PassGraphs()
     for _ in range(PATIENCE + 2):
