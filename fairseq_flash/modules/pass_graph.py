@@ -44,7 +44,7 @@ class PassGraphs(Graphs):
         self._failed = False
 
     def objections(self, stack: nn.Module, tokens: torch.Tensor) -> list[str]:
-        """Why a pass cannot be recorded; nothing if it can. Gives memory back that something else has lacked."""
+        """Why a pass cannot be recorded; nothing if it can. Gives back memory that was lacking elsewhere."""
         if self._recordings and _shortages(tokens.device) > self._shortages:
             self._give_up()
         found = self.objections_to(tokens)
