@@ -19,6 +19,7 @@ system that is new in a file takes turns with the new ones alone, so measure rat
 """
 
 import argparse
+import importlib.util
 import sys
 import tempfile
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from bench.clock import Memory, clock, summary
 from bench.contender import Contender, columns_of
@@ -152,7 +154,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--steps", type=int, default=8, help="steps in a turn (8)")
     add("--vocabulary", type=int, default=8000, help="words (8000)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    dtypes = ("float32", "bfloat16", "float16", "int8")
+    add("--dtype", choices=dtypes, default="float32", help="int8: dense layers' weights alone, by torchao")
     add("--output", type=Path, help="(scripts/results/generation.csv)")
     add("--quick", action="store_true", help="small models and few positions, into a temporary file")
     if "--quick" in arguments:
@@ -168,14 +171,26 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options.overrides["max_target_positions"] = longest + options.steps + 2
     quick = Path(tempfile.gettempdir()) / "generation_quick.csv"
     options.output = options.output or (quick if options.quick else RESULTS)
+    if options.dtype == "int8" and importlib.util.find_spec("torchao") is None:
+        parser.error(
+            "--dtype int8 needs the package torchao; allowed: pip install torchao, or another --dtype"
+        )
     return options
+
+
+def with_int8_weights(model: nn.Module) -> None:
+    """Narrows the weights of dense layers, but for the embedding's, in place; they are widened in use."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_  # only here: it is nobody's dependency
+
+    quantize_(model, Int8WeightOnlyConfig())
 
 
 @torch.no_grad()
 def main(arguments: list[str]) -> None:
     """Runs the command line."""
     options = parse(arguments)
-    dtype = getattr(torch, options.dtype)
+    wide = "bfloat16" if options.device.startswith("cuda") else "float32"
+    dtype = getattr(torch, wide if options.dtype == "int8" else options.dtype)
     common = {**provenance(options.device, options.dtype), "threads": torch.get_num_threads()}
     try:
         contenders = [
@@ -186,6 +201,8 @@ def main(arguments: list[str]) -> None:
     except ValueError as error:
         sys.exit(f"benchmark_generation.py: {error}")
     for contender in contenders:
+        if options.dtype == "int8":
+            with_int8_weights(contender.model)
         contender.check()
     memory = Memory(options.device)
     for n, b, beam in product(options.positions, options.batches, options.beams):

@@ -1,6 +1,7 @@
 """Proves that the benchmark times only what is right, and goes on where it ended."""
 
 import csv
+import sys
 
 import pytest
 import torch
@@ -74,6 +75,27 @@ def test_a_system_that_is_new_in_a_file_is_measured_alone(benchmark, tmp_path):
     benchmark.main([*QUICK, "--output", str(path)])
     key = ("name", "pass", "b", "beam", "n")
     assert [[row[k] for k in key] for row in rows_of(path)] == [[row[k] for k in key] for row in rows]
+
+
+def test_weights_of_eight_bits_need_a_package_that_is_named(benchmark, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(SystemExit):
+        benchmark.main([*QUICK, "--dtype", "int8"])
+    assert "--dtype int8 needs the package torchao; allowed: pip install torchao" in capsys.readouterr().err
+
+
+def test_weights_of_eight_bits_are_those_of_dense_layers(benchmark, monkeypatch, tmp_path):
+    """Runs where torchao is installed."""
+    pytest.importorskip("torchao")
+    made, narrow = [], benchmark.with_int8_weights
+    monkeypatch.setattr(benchmark, "with_int8_weights", lambda model: (narrow(model), made.append(model)))
+    words = ("--systems", "flash_lm", "--beams", "1", "--prompts", "--dtype", "int8")
+    benchmark.main([*QUICK, *words, "--output", str(tmp_path / "results.csv")])
+    (row,) = rows_of(tmp_path / "results.csv")
+    assert (row["dtype"], row["status"]) == ("int8", "ok")
+    weights = {name: type(weight).__name__ for name, weight in made[0].named_parameters()}
+    assert {"Int8Tensor", "AffineQuantizedTensor"} & set(weights.values())
+    assert weights["decoder.stack.embed_tokens.weight"] == "Parameter"
 
 
 CONTENDERS = ["flash_lm", "flash_quad_lm", "transformer_lm", "transformer_pp_lm", "mc_transformer_pp_lm"]
