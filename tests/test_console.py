@@ -61,6 +61,7 @@ def test_every_script_that_is_for_users_is_a_command():
     own = {
         "ablate",
         "benchmark_kernels",
+        "benchmark_loss",
         "candidates",
         "draw_layer",
         "quickstart",
