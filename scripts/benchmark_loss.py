@@ -6,8 +6,8 @@
 The contenders are the values of --vocabulary-loss. "plain" is what fairseq's ``cross_entropy`` does with any
 model: logits, their log-probabilities in float32, and the loss of these. Each begins with the features of a
 row of n tokens and ends with the gradients of features and weights. All take turns in one process; ``ratio``
-is the median time over that of "plain" in the same rounds, and ``peak_memory`` what both passes add, in bytes.
-Before anything is timed, each loss and its gradients must be those of "plain" on a short row.
+is the median time over that of "plain" in the same rounds, and ``peak_memory`` is what both passes add, in
+bytes. Before anything is timed, each loss and its gradients must be those of "plain" on a short row.
 """
 
 import argparse
