@@ -179,10 +179,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def with_int8_weights(model: nn.Module) -> None:
-    """Narrows the weights of dense layers, but for the embedding's, in place; they are widened in use."""
+    """Narrows the weights of dense layers, but for the vocabulary's, in place; they are widened in use."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_  # only here: it is nobody's dependency
 
-    quantize_(model, Int8WeightOnlyConfig())
+    def narrowed(module: nn.Module, name: str) -> bool:
+        # The output's weight is the embedding's.
+        return isinstance(module, nn.Linear) and not name.endswith("output_projection")
+
+    quantize_(model, Int8WeightOnlyConfig(), narrowed)
 
 
 @torch.no_grad()

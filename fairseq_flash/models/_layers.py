@@ -172,6 +172,7 @@ def _pass(
     **source: Optional[torch.Tensor],
 ) -> tuple[torch.Tensor, Optional[DecodingState]]:
     """A stack; on a GPU its kernels are recorded where batches of a shape come again and again."""
+    graphs.give_back(tokens.device)
     if state is not None or group is not None or graphs.objections(stack, tokens):
         return type(stack).forward(stack, tokens, padding_mask, state, group=group, **source)
     run = functools.partial(_features, stack, tuple(source))

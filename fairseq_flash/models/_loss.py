@@ -14,7 +14,7 @@ from typing import Any, Optional
 import torch
 from torch.nn import functional
 
-__all__ = ["LOSSES", "LazyLogits", "resolve_loss"]
+__all__ = ["LOSSES", "LazyLogits", "loss_objections", "resolve_loss"]
 
 #: How the loss is computed: as fairseq does, as compiled code, or in pieces that are never there together.
 LOSSES = ("plain", "compiled", "chunked")
@@ -159,13 +159,16 @@ def resolve_loss(cfg: Any, compile_objections: Callable[[], list[str]]) -> str:
         raise ValueError(
             f"--vocabulary-loss {loss} has no effect with --adaptive-softmax-cutoff; allowed: plain"
         )
-    objections = {"plain": list, "compiled": compile_objections, "chunked": _chunked_objections}[loss]()
+    objections = loss_objections(loss, compile_objections)
     if objections:
         raise ValueError(f"--vocabulary-loss {loss} cannot run: {'; '.join(objections)}; allowed: plain")
     return loss
 
 
-def _chunked_objections() -> list[str]:
+def loss_objections(loss: str, compile_objections: Callable[[], list[str]]) -> list[str]:
+    """Why one of ``LOSSES`` cannot run on this machine; nothing if it can."""
+    if loss != "chunked":
+        return compile_objections() if loss == "compiled" else []
     if hasattr(functional, "linear_cross_entropy"):
         return []
     found = [f"torch {torch.__version__} has no linear_cross_entropy, which 2.13 has"]

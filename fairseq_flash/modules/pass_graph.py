@@ -44,9 +44,7 @@ class PassGraphs(Graphs):
         self._failed = False
 
     def objections(self, stack: nn.Module, tokens: torch.Tensor) -> list[str]:
-        """Why a pass cannot be recorded; nothing if it can. Gives back memory that was lacking elsewhere."""
-        if self._recordings and _shortages(tokens.device) > self._shortages:
-            self._give_up()
+        """Why a pass cannot be recorded; nothing if it can."""
         found = self.objections_to(tokens)
         if not (stack.training and torch.is_grad_enabled()):
             found.append("the stack does not train, or gradients are disabled")
@@ -88,6 +86,17 @@ class PassGraphs(Graphs):
         self._in_a_row = 1
         return self._plain(run, inputs)
 
+    def give_back(self, device: torch.device) -> None:
+        """Gives the recordings' memory back if memory has run out since, be it in loss or validation.
+
+        fairseq goes on without such a batch, and would lose each of its shape.
+
+        Args:
+            device: Of the stack.
+        """
+        if self._recordings and _shortages(device) > self._shortages:
+            self._give_up()
+
     def _plain(self, run: Callable, inputs: tuple) -> torch.Tensor:
         try:
             return run(*inputs)
@@ -97,7 +106,8 @@ class PassGraphs(Graphs):
         self._give_up()
         return run(*inputs)
 
-    def _give_up(self) -> None:
+    def _give_up(self, reason: str = "memory ran out") -> None:
+        warnings.warn(f"from here on passes run without CUDA graphs: {reason}", stacklevel=2)
         self._failed = True
         self._recordings.clear()
         # Behind the error's end, whose traceback holds what a half-made recording did.
@@ -118,8 +128,7 @@ class PassGraphs(Graphs):
             # What runs well may not be recordable on another card, or need memory that it has not.
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         if reason:
-            self._give_up()
-            warnings.warn(f"passes run without CUDA graphs, as recording one failed: {reason}", stacklevel=2)
+            self._give_up(f"recording one failed: {reason}")
             return False
         self._recordings[key] = made
         self._made += 1
@@ -136,11 +145,8 @@ class PassGraphs(Graphs):
 
 
 def _shortages(device: torch.device) -> int:
-    """How often memory has run out on a device, in loss, backward pass or validation as well.
-
-    fairseq goes on after that, without the batch in training: it would run out again and again.
-    """
-    return torch.cuda.memory_stats(device).get("num_ooms", 0) if device.type == "cuda" else 0
+    """How often memory has run out on a device."""
+    return torch.cuda.memory_stats_as_nested_dict(device)["num_ooms"] if device.type == "cuda" else 0
 
 
 class _Pending:

@@ -38,7 +38,6 @@ STYLES = {
 BUILT_AS = {
     "flash_masked_lm": "flash_lm",
     "flash_seq2seq": "flash_lm",
-    "flash_shifted_masked_lm": "flash2_lm",
     "flash_quad_masked_lm": "flash_quad_lm",
     "transformer": "transformer_lm",
     "roberta": "transformer_lm",

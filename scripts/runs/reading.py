@@ -115,11 +115,10 @@ class Windowed(MixedChunk):
         q, k, values = (to_chunks(x, c) for x in (*lin, blanked(v, lengths)))
         kv = chunk_summaries(k[:, :-1], values[:, :-1])
         before = torch.cat((kv.new_zeros(len(kv), self.window, *kv.shape[2:]), kv), dim=1)
-        kept = kept_of_chunks(self.options.linear_norm, v.shape[-1], v.device)
-        kept = kv.new_ones(1) if kept is None else kept
-        # The oldest chunk has faded most often.
-        shares = in_columns(kept, kv) ** torch.arange(self.window, device=v.device).flip(0)[:, None]
-        sums = torch.einsum("bgsek,ke->bgse", before.unfold(1, self.window, 1), shares)
+        kept, g = kept_of_chunks(self.options.linear_norm, v.shape[-1], v.device), q.shape[1]
+        sums, share = torch.zeros_like(before[:, :g]), 1 if kept is None else in_columns(kept, kv)
+        for index in range(self.window):
+            sums = sums * share + before[:, index : index + g]
         counts = torch.arange(q.shape[1], device=v.device).clamp(max=self.window).mul(c).unsqueeze(0)
         denominator = linear_denominator(self.options.linear_norm, c, counts, v.shape[-1], sums.dtype)
         return linear_attention(q, sums, denominator).flatten(1, 2)[:, :n]

@@ -96,6 +96,7 @@ def test_weights_of_eight_bits_are_those_of_dense_layers(benchmark, monkeypatch,
     weights = {name: type(weight).__name__ for name, weight in made[0].named_parameters()}
     assert {"Int8Tensor", "AffineQuantizedTensor"} & set(weights.values())
     assert weights["decoder.stack.embed_tokens.weight"] == "Parameter"
+    assert made[0].decoder.output_projection.weight is made[0].decoder.stack.embed_tokens.weight
 
 
 CONTENDERS = ["flash_lm", "flash_quad_lm", "transformer_lm", "transformer_pp_lm", "mc_transformer_pp_lm"]

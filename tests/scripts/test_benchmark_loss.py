@@ -22,7 +22,7 @@ def rows_of(path):
         return list(csv.DictReader(stream))
 
 
-@pytest.mark.skipif(bool(_loss._chunked_objections()), reason="this PyTorch has no loss in pieces")
+@pytest.mark.skipif(bool(_loss.loss_objections("chunked", list)), reason="this PyTorch has no loss in pieces")
 def test_each_loss_is_a_row_and_is_measured_once(benchmark, tmp_path):
     path = tmp_path / "loss.csv"
     for _ in range(2):
@@ -35,12 +35,28 @@ def test_each_loss_is_a_row_and_is_measured_once(benchmark, tmp_path):
     assert float(chunked["ratio"]) == pytest.approx(expected, abs=2e-3)
 
 
+def test_a_loss_that_cannot_run_is_left_out_and_refused_by_name(benchmark, monkeypatch, capsys):
+    def objections(loss, compiled):
+        return ["torch has no linear_cross_entropy"] if loss == "chunked" else []
+
+    monkeypatch.setattr(benchmark, "loss_objections", objections)
+    assert benchmark.parse(["--quick"]).losses == ["plain", "compiled"]
+    with pytest.raises(SystemExit):
+        benchmark.parse(["--losses", "chunked"])
+    assert "--losses chunked cannot run: torch has no linear_cross_entropy" in capsys.readouterr().err
+
+
+def test_memory_is_counted_with_the_gradients(benchmark):
+    options = benchmark.parse([*QUICK, "--dim", "4096", "--vocabulary", "2048"])
+    (record,) = benchmark.measure(["plain"], 16, options)
+    assert record["peak_memory"] > 0.9 * 4 * 2048 * 4096
+
+
 def test_no_loss_looks_at_the_logits(benchmark, monkeypatch):
     """What is timed must be the loss from the features, not that of logits that were computed after all."""
     monkeypatch.setattr(_loss.LazyLogits, "computed", None)
     monkeypatch.setattr(_loss, "_compiled", lambda: _loss._whole_loss)
-    options = benchmark.parse(list(QUICK))
-    benchmark.Row(8, options).loss("compiled")
+    benchmark.Row(8, benchmark.parse(list(QUICK))).loss("compiled")
 
 
 def test_a_loss_that_is_wrong_is_not_timed(benchmark, monkeypatch):
