@@ -26,22 +26,40 @@ def rows_of(path):
         return list(csv.DictReader(stream))
 
 
+WATCHED = """
+import os, pathlib, runpy
+from torch import distributed
+
+def threads():
+    names = []
+    for path in pathlib.Path("/proc/self/task").glob("*/comm"):
+        try:
+            names.append(path.read_text())
+        except OSError:
+            pass  # it has ended meanwhile
+    return sum("gloo" in name for name in names)
+
+def destroy(end=distributed.destroy_process_group):
+    counts.append(threads())
+    end()
+
+counts, distributed.destroy_process_group = [], destroy
+runpy.run_path({script!r}, run_name="__main__")
+pathlib.Path({folder!r}, os.environ["RANK"] + ".threads").write_text(f"{{min(counts) > 0}}, {{threads()}}")
+"""
+
+
 def test_two_processes_are_a_row_beside_one_and_are_measured_once(tmp_path):
-    watched, left = tmp_path / "watched.py", [tmp_path / "0.threads", tmp_path / "1.threads"]
-    watched.write_text(
-        "import os, pathlib, runpy\n"
-        f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
-        "names = [path.read_text() for path in pathlib.Path('/proc/self/task').glob('*/comm')]\n"
-        "left = [name for name in names if 'gloo' in name]\n"
-        f"pathlib.Path({str(tmp_path)!r}, os.environ['RANK'] + '.threads').write_text(repr(left))\n"
-    )
-    words = (*TORCHRUN, watched, *QUICK, "--lengths", "256", "--output", tmp_path / "found.csv")
+    watched, found = tmp_path / "watched.py", tmp_path / "found.csv"
+    watched.write_text(WATCHED.format(script=str(SCRIPT), folder=str(tmp_path)))
+    words = (*TORCHRUN, watched, *QUICK, "--lengths", "256", "--output", found)
     for _ in range(2):
         done = tools.run("python", *words, PYTHONPATH=f"{tools.REPOSITORY}{os.pathsep}{SCRIPT.parent}")
         assert done.returncode == 0, done.stdout
-        # Where one is left when Python ends, the process may end by SIGABRT.
-        assert [path.read_text() for path in left] == ["[]", "[]"]
-    alone, together = rows_of(tmp_path / "found.csv")
+        # While the group is there it has threads. Where one is left when Python ends, SIGABRT may follow.
+        left = [(tmp_path / f"{rank}.threads").read_text() for rank in (0, 1)]
+        assert left == ["True, 0", "True, 0"]
+    alone, together = rows_of(found)
     assert (alone["ranks"], alone["n"], together["ranks"], together["n"]) == ("1", "128", "2", "256")
     assert alone["status"] == together["status"] == "ok"
     assert float(together["ratio"]) == pytest.approx(

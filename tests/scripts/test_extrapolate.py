@@ -100,3 +100,4 @@ def test_shifted_keys_and_a_fading_branch_are_read_otherwise_too(data_bin, tmp_p
     with (tmp_path / "out.csv").open(newline="") as stream:
         found = [row for row in csv.DictReader(stream) if row["positions"] == "all"]
     assert [row["status"] for row in found] == ["ok"] * 3
+    assert [row["name"].partition(", ")[2] for row in found] == ["", "plain linear", "window 2"]
