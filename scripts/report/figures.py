@@ -83,7 +83,7 @@ FIGURES = {
     ),
     "masked": Source(
         "masked_lm.csv",
-        ("name", "stage", "n", "pretraining", "valid_perplexity", "test_accuracy"),
+        ("name", "data", "stage", "n", "pretraining", "valid_perplexity", "test_accuracy"),
         draw_masked,
     ),
     "translation": Source(

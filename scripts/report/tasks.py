@@ -31,10 +31,10 @@ def draw_masked(records: Records) -> plt.Figure:
     for column, amount in enumerate(amounts):
         own = records[records["pretraining"] == amount]
         above, below = axes[0][column], axes[1][column]
-        masked = own[own["stage"] == "pretraining"]
+        masked = _apart(own[own["stage"] == "pretraining"])
         _draw_rates(above, masked, "valid_perplexity", "perplexity of masked words")
         above.set_title(f"after {int(amount):,} tokens")
-        tuned = finished(own[own["stage"] == "fine-tuning"], "test_accuracy")
+        tuned = finished(_apart(own[own["stage"] == "fine-tuning"]), "test_accuracy")
         right = {title: dict(_chosen(group)) for title, group in cells(tuned, ("n", "pooling")).items()}
         _draw_groups(below, right, values(tuned, "name"))
         below.set(ylabel="right authors of test passages, %", ylim=(0, 100))
@@ -60,6 +60,13 @@ def draw_translation(records: Records) -> plt.Figure:
         right.set(title=data, ylabel="BLEU on test")
     legend_below(figure)
     return figure
+
+
+def _apart(records: Records) -> Records:
+    """Systems by their data where there are several: what two corpora gave are no seeds of one."""
+    if records["data"].nunique() < 2:
+        return records
+    return records.assign(name=records["name"] + ", " + records["data"])
 
 
 def _draw_rates(axis: plt.Axes, records: Records, y: str, label: str) -> None:

@@ -67,7 +67,7 @@ def gpu():
 def masked():
     for amount, gain in ((1000, 0), (2000, 100)):
         for name, loss in (("flash_masked_lm", 300), ("roberta", 600)):
-            row = {"name": name, "pretraining": amount, "n": 512, "status": "ok"}
+            row = {"name": name, "data": "books", "pretraining": amount, "n": 512, "status": "ok"}
             for rate in (1e-3, 2e-3):
                 known = {"stage": "pretraining", "lr": rate, "seed": 1}
                 yield {**row, **known, "valid_perplexity": loss - gain + 1000 * rate}
@@ -223,6 +223,18 @@ def test_masked_models_show_perplexity_by_rate_and_accuracy_over_the_seeds(resul
     assert [text.get_text() for text in accuracy.texts] == ["21.5"] * 2, "of the rate with all seeds"
     assert [text.get_text() for text in later.texts] == ["46.5"] * 2
     assert [label.get_text() for label in later.get_xticklabels()] == ["512 tokens a row\npooling first"]
+
+
+def test_masked_models_of_two_corpora_are_not_one_line(results):
+    path = results / "masked_lm.csv"
+    with path.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    tried = [row for row in rows if row["stage"] == "pretraining"]
+    write(path, [*tried, *({**row, "data": "code"} for row in tried)])
+    lines = draw("masked", path).axes[0].get_lines()
+    corpus = tried[0]["data"]
+    expected = {f"{name}, {data}" for name in ("flash_masked_lm", "roberta") for data in (corpus, "code")}
+    assert {line.get_label() for line in lines} == expected
 
 
 def test_translation_shows_the_search_for_a_rate_and_bleu(results):
