@@ -157,6 +157,20 @@ def test_a_recorded_pass_draws_dropout_anew_and_by_the_seed_of_the_moment():
     assert not torch.allclose(first, second, atol=0.1)
 
 
+def test_recordings_give_their_memory_back_when_it_ran_out_elsewhere():
+    stack, graphs = build("mixed_chunk").cuda().train(), PassGraphs()
+    tokens, mask = (x.cuda() for x in batch())
+    for _ in range(PATIENCE + 1):
+        graphs(stack, lambda *x: stack(*x)[0], (tokens, mask)).sum().backward()
+        graphs.give_back(tokens.device)
+    assert graphs._recordings
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.empty(2 * torch.cuda.mem_get_info()[1], dtype=torch.uint8, device="cuda")
+    with pytest.warns(UserWarning, match="memory ran out"):
+        graphs.give_back(tokens.device)
+    assert not graphs._recordings
+
+
 @pytest.mark.parametrize("arch", ["flash2_lm", "transformer_pp_lm"])
 def test_a_compiled_training_records_its_passes_and_learns_the_same(
     arch, data_bin, tmp_path, capsys, recwarn, monkeypatch
