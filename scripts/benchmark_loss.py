@@ -14,12 +14,13 @@ import argparse
 import functools
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
 import torch
 from torch.nn import functional
 
-from bench.clock import Memory, clock, summary
+from bench.clock import Memory, add_ratios, clock, summary
 from fairseq_flash.models._layers import compile_objections
 from fairseq_flash.models._loss import LOSSES, LazyLogits, loss_objections
 from runs.command_line import command_line, require
@@ -92,36 +93,34 @@ def check(name: str, options: argparse.Namespace) -> None:
 def measure(names: list[str], n: int, options: argparse.Namespace) -> list[dict]:
     """A record of each contender, of rows of ``n`` tokens."""
     memory, row = Memory(options.device), Row(n, options)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    peaks, records = {}, []
-    for turn in range(options.rounds + 1):
-        for name in list(times):
-            try:
-                with memory.limited():
-                    work = functools.partial(row.loss, name)
-                    if turn == 0:
-                        work()  # compiles
-                        row.grads()
-                        peaks[name] = memory.peak_of(work)
-                    else:
-                        begin = clock(options.device)
-                        work()
-                        times[name].append(clock(options.device) - begin)
-            except MemoryError:
-                del times[name]
-            row.grads()
-    for name in names:
-        record = {"name": name, "n": n, "status": "out of memory"}
-        if name in times:
-            record |= {"peak_memory": peaks[name], **summary(times[name])}
-        records.append(record)
-    base = next(
-        (each["median_ms"] for each in records if each["name"] == "plain" and "median_ms" in each), None
-    )
+    records: list[dict] = [{"name": name, "n": n} for name in names]
+    turns: list[tuple[dict, list[float]]] = [(record, []) for record in records]
     for record in records:
-        if base and "median_ms" in record:
-            record["ratio"] = f"{float(record['median_ms']) / float(base):.3f}"
+        record["status"] = memory.attempt(functools.partial(first_passes, row, memory, record))
+        row.grads()
+    for _, (record, times) in product(range(options.rounds), turns):
+        if record["status"] == "ok":
+            record["status"] = memory.attempt(functools.partial(timed_pass, row, record["name"], times))
+            row.grads()
+    for record, times in turns:
+        if record["status"] == "ok":
+            record.update(summary(times))
+    add_ratios(records, "plain")
     return records
+
+
+def first_passes(row: Row, memory: Memory, record: dict) -> None:
+    """Compiles what is timed later, then takes its memory."""
+    row.loss(record["name"])
+    row.grads()
+    record["peak_memory"] = memory.peak_of(lambda: row.loss(record["name"]))
+
+
+def timed_pass(row: Row, name: str, times: list[float]) -> None:
+    """Adds the milliseconds of both passes."""
+    begin = clock(row.features.device.type)
+    row.loss(name)
+    times.append(clock(row.features.device.type) - begin)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from bench.clock import Memory, clock, summary
+from bench.clock import Memory, add_ratios, clock, summary
 from bench.layers import CONTENDERS, build, multiply_adds, refuse_unequal
 from runs.command_line import command_line, require
 from runs.provenance import ROOT, provenance
@@ -150,10 +150,7 @@ def measure(
         times.append(clock(options.device) - begin)
     for _, record, times in fitting:
         finish(record, times, b * n, rates)
-    timed = [record for record in records if "median_ms" in record]
-    bases = [float(record["median_ms"]) for record in timed if record["name"] == BASELINE]
-    for record in timed if bases else ():
-        record["ratio"] = f"{float(record['median_ms']) / min(bases):.3f}"
+    add_ratios(records, BASELINE)
     return records
 
 

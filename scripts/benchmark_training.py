@@ -25,12 +25,11 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from bench.clock import Memory, clock, summary
+from bench.clock import Memory, add_ratios, clock, summary
 from bench.models import build
 from runs.command_line import command_line, require
 from runs.provenance import ROOT, provenance
@@ -164,7 +163,7 @@ def measure(contenders: list[Contender], memory: Memory, n: int, options: argpar
         record = {**describe(contender), "pass": STEP, "b": b, "n": n}
         found.append(record)
         steps = functools.partial(first_steps, contender, memory, tokens, record)
-        record["status"] = attempt(memory, steps)
+        record["status"] = memory.attempt(steps)
         if record["status"] == "ok":
             fitting.append((contender, record, []))
         free(contender)
@@ -172,31 +171,19 @@ def measure(contenders: list[Contender], memory: Memory, n: int, options: argpar
         for contender, record, times in fitting:
             if record["status"] == "ok":
                 step = functools.partial(timed, contender, tokens)
-                record["status"] = attempt(memory, lambda step=step, to=times: to.append(step()))
+                record["status"] = memory.attempt(lambda step=step, to=times: to.append(step()))
             free(contender)
     for _, record, times in fitting:
         if record["status"] == "ok":
             record.update(summary(times))
             record["tokens_per_s"] = f"{1000 * b * n / float(record['median_ms']):.4g}"
-    add_ratios(found)
+    add_ratios(found, BASELINE)
     return found
 
 
 def batch_size(n: int, options: argparse.Namespace) -> int:
     """Rows of ``n`` tokens that make a batch, at least one."""
     return max(1, options.tokens // n)
-
-
-def attempt(memory: Memory, work: Callable[[], Any]) -> str:
-    """Does ``work``; returns the status of the record."""
-    try:
-        with memory.limited():
-            work()
-    except MemoryError:
-        return "out of memory"
-    except FloatingPointError as error:
-        return str(error)
-    return "ok"
 
 
 def first_steps(contender: Contender, memory: Memory, tokens: torch.Tensor, record: dict) -> None:
@@ -221,14 +208,6 @@ def free(contender: Contender) -> None:
     contender.model.zero_grad(set_to_none=True)
     if contender.device.startswith("cuda"):
         torch.cuda.empty_cache()
-
-
-def add_ratios(records: list[dict]) -> None:
-    """Each median over the baseline's, where both were measured."""
-    medians = {record["name"]: float(record["median_ms"]) for record in records if "median_ms" in record}
-    for record in records:
-        if record["name"] in medians and BASELINE in medians:
-            record["ratio"] = f"{medians[record['name']] / medians[BASELINE]:.3f}"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -66,6 +66,17 @@ class Memory:
             if before:
                 resource.setrlimit(resource.RLIMIT_DATA, before)
 
+    def attempt(self, work: Callable[[], Any]) -> str:
+        """Does ``work`` within the limits; returns the status of its record."""
+        try:
+            with self.limited():
+                work()
+        except MemoryError:
+            return "out of memory"
+        except FloatingPointError as error:
+            return str(error)
+        return "ok"
+
     def peak_of(self, work: Callable[[], Any]) -> Optional[int]:
         """Does ``work``; returns bytes, or None where the system does not tell."""
         gc.collect()
@@ -105,6 +116,14 @@ def summary(times: list[float]) -> dict:
         "repeats": len(times),
         "status": "ok",
     }
+
+
+def add_ratios(records: list[dict], baseline: str) -> None:
+    """Each median over the baseline's, the fastest where it has several, if both were measured."""
+    timed = [record for record in records if "median_ms" in record]
+    bases = [float(record["median_ms"]) for record in timed if record["name"] == baseline]
+    for record in timed if bases else ():
+        record["ratio"] = f"{float(record['median_ms']) / min(bases):.3f}"
 
 
 def clock(device: str) -> float:

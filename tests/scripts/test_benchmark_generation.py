@@ -1,6 +1,5 @@
 """Proves that the benchmark times only what is right, and goes on where it ended."""
 
-import csv
 import sys
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 
 from bench.models import bytes_of
 from support import tools
+from support.tools import rows_of
 
 QUICK = (
     "--quick",
@@ -29,11 +29,6 @@ QUICK = (
 def benchmark():
     """The script as a module."""
     return tools.load_script("benchmark_generation")
-
-
-def rows_of(path):
-    with path.open(newline="") as stream:
-        return list(csv.DictReader(stream))
 
 
 def test_every_cell_is_a_row_and_is_measured_once(benchmark, tmp_path):

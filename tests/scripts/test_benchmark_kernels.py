@@ -1,6 +1,5 @@
 """Proves that every kernel is timed in every setting, after its results have passed, and once."""
 
-import csv
 import os
 import subprocess
 import sys
@@ -8,6 +7,7 @@ import sys
 import pytest
 
 from support import tools
+from support.tools import rows_of
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -39,8 +39,7 @@ def test_each_kernel_is_a_record_in_each_setting_and_is_timed_once(benchmark, mo
     path, before = tmp_path / "kernels.csv", (dict(benchmark.kernel.TILINGS), benchmark.kernel.BASE)
     for _ in range(2):
         benchmark.main([*WORDS, "--tilings", "all", "--output", str(path)])
-    with path.open(newline="") as stream:
-        found = list(csv.DictReader(stream))
+    found = rows_of(path)
     names = {}
     for record in found:
         assert record["status"] == "ok"

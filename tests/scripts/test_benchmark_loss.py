@@ -1,12 +1,11 @@
 """Proves that the benchmark of the loss times what fairseq asks for, and only what is right."""
 
-import csv
-
 import pytest
 import torch
 
 from fairseq_flash.models import _loss
 from support import tools
+from support.tools import rows_of
 
 QUICK = ("--quick", "--device", "cpu", "--losses", "plain", "chunked")
 
@@ -15,11 +14,6 @@ QUICK = ("--quick", "--device", "cpu", "--losses", "plain", "chunked")
 def benchmark():
     """The script as a module."""
     return tools.load_script("benchmark_loss")
-
-
-def rows_of(path):
-    with path.open(newline="") as stream:
-        return list(csv.DictReader(stream))
 
 
 @pytest.mark.skipif(bool(_loss.loss_objections("chunked", list)), reason="this PyTorch has no loss in pieces")

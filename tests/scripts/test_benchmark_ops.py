@@ -1,12 +1,11 @@
 """Proves that layers are timed after their results have passed, and that rows say what was timed."""
 
-import csv
-
 import pytest
 import torch
 
 import benchmark_ops
 from bench import layers
+from support.tools import rows_of
 
 WORDS = [
     "--quick",
@@ -26,7 +25,7 @@ WORDS = [
 def test_rows_of_every_pass_and_a_second_run_measures_nothing_anew(tmp_path, capsys):
     words = [*WORDS, "--systems", "flash/reference", "transformer_pp", "--output", str(tmp_path / "ops.csv")]
     benchmark_ops.main(words)
-    rows = list(csv.DictReader((tmp_path / "ops.csv").open()))
+    rows = rows_of(tmp_path / "ops.csv")
     assert [(row["name"], row["pass"], row["b"], row["n"], row["d"]) for row in rows] == [
         (name, kind, "2", "40", "64")
         for kind in ("forward", "training step")

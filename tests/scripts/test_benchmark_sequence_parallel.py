@@ -1,6 +1,5 @@
 """Proves that the benchmark of shared rows measures only what is right, and is a row for each measurement."""
 
-import csv
 import os
 import sys
 
@@ -9,6 +8,7 @@ import torch
 
 from support import tools
 from support.ranks import run_ranks
+from support.tools import rows_of
 
 SCRIPT = tools.REPOSITORY / "scripts" / "benchmark_sequence_parallel.py"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -19,11 +19,6 @@ QUICK = ("--quick", "--device", "cpu", "--rounds", "2", "--vocabulary", "50")
 def benchmark():
     """The script as a module."""
     return tools.load_script("benchmark_sequence_parallel")
-
-
-def rows_of(path):
-    with path.open(newline="") as stream:
-        return list(csv.DictReader(stream))
 
 
 WATCHED = """

@@ -1,6 +1,5 @@
 """Proves that the training benchmark times only what is right, tells what does not fit, and resumes."""
 
-import csv
 import sys
 import types
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 
 from support import tools
+from support.tools import rows_of
 
 QUICK = ("--quick", "--device", "cpu", "--lengths", "40", "--tokens", "80", "--rounds", "2")
 PAIR = ("--systems", "transformer_lm", "flash_lm")
@@ -17,11 +17,6 @@ PAIR = ("--systems", "transformer_lm", "flash_lm")
 def benchmark():
     """The script as a module."""
     return tools.load_script("benchmark_training")
-
-
-def rows_of(path):
-    with path.open(newline="") as stream:
-        return list(csv.DictReader(stream))
 
 
 def test_every_system_is_a_row_and_is_measured_once(benchmark, tmp_path):

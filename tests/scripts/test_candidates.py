@@ -1,6 +1,5 @@
 """Proves that candidates are trained on the same rows, measured rightly, and each once."""
 
-import csv
 import math
 import os
 import signal
@@ -30,11 +29,6 @@ TINY = (
 RECIPE = Recipe(1e-2, 1, 1024, 64, 32, "cpu", "float32", False)
 
 
-def rows_in(path):
-    with path.open(newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
 @pytest.fixture
 def command(data_bin, tmp_path):
     """Runs the command line in this process; its trainings are processes all the same."""
@@ -42,7 +36,7 @@ def command(data_bin, tmp_path):
 
     def run(*words):
         candidates.main([*map(str, paths), *TINY, *map(str, words)])
-        return rows_in(tmp_path / "found.csv")
+        return tools.rows_of(tmp_path / "found.csv")
 
     return run
 
@@ -245,7 +239,9 @@ def test_a_kept_model_is_read_by_the_yardsticks(command, data_bin, tmp_path):
     for window in ((), ("--linear-window", "1"), ("--plain-linear",)):
         words = (*data, *kept, *window, "--output", tmp_path / "read.csv")
         yardsticks.main([str(word) for word in words])
-    whole, *changed = (float(row["loss"]) for row in rows_in(tmp_path / "read.csv") if row["x"] == "all")
+    whole, *changed = (
+        float(row["loss"]) for row in tools.rows_of(tmp_path / "read.csv") if row["x"] == "all"
+    )
     assert whole == pytest.approx(float(row["valid_loss"]), abs=1e-2)
     assert len({whole, *changed}) == 3
 

@@ -1,6 +1,5 @@
 """Proves that the comparison plans, resumes, records failures and chooses rates as it says."""
 
-import csv
 import json
 import math
 import os
@@ -18,6 +17,7 @@ import compare_masked_lm
 import compare_translation
 from runs import lm_comparison, process, schedule
 from support import tools
+from support.tools import rows_of
 
 #: Stands for fairseq's tools: the loss depends on the rate alone, and lies lowest at 2e-3.
 FAKE = """
@@ -93,11 +93,6 @@ def arguments(data, folder, *words, extra=()):
     base += ["--tokens-per-update", 64, "--tokens-per-sample", "16", "--budget", "640tokens"]
     base += ["--systems", "transformer_lm,flash_lm", *words]
     return [str(word) for word in [*base, *(["--", *extra] if extra else [])]]
-
-
-def rows_of(path):
-    with path.open(newline="") as stream:
-        return list(csv.DictReader(stream))
 
 
 def runs_of(path):

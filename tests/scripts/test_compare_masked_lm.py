@@ -8,6 +8,7 @@ import torch
 from fairseq import checkpoint_utils
 
 from support import tools
+from support.tools import rows_of
 
 SCRIPT = tools.REPOSITORY / "scripts" / "compare_masked_lm.py"
 ROBERTA = (
@@ -37,11 +38,6 @@ def write_rows(path, columns, rows):
         writer = csv.DictWriter(stream, columns)
         writer.writeheader()
         writer.writerows({**dict.fromkeys(columns, ""), **row} for row in rows)
-
-
-def read_rows(path):
-    with path.open(newline="") as stream:
-        return list(csv.DictReader(stream))
 
 
 def pretrained(name, lr, loss, status="ok", budget=2000):
@@ -146,7 +142,7 @@ def test_every_system_is_pretrained_with_each_of_its_rates_on_the_same_tokens(co
 
 def test_the_end_is_a_table_and_an_answer_of_the_pretraining_and_of_each_length(compare, plan):
     """Each at its best rate, which of the fine-tuning is the one on valid, over all seeds."""
-    records = read_rows(plan.options.output)
+    records = rows_of(plan.options.output)
     for row in records:
         if (row["name"], row["n"], row["lr"], row["seed"]) == ("roberta_prenorm", "2048", "0.0003", "2"):
             row["test_accuracy"] = "26"
@@ -173,7 +169,7 @@ def test_the_end_is_a_table_and_an_answer_of_the_pretraining_and_of_each_length(
 
 
 def test_runs_and_systems_that_failed_are_named_in_the_answer(compare, plan):
-    records = read_rows(plan.options.output)
+    records = rows_of(plan.options.output)
     lost = dict(data=plan.fine_tuned.shared["data"], status="error: out of memory", valid_loss="")
     lost = tuned("roberta_prenorm", 512, "0.0003", 3, "", "") | lost
     records = [
@@ -263,7 +259,7 @@ def test_one_command_does_it_all_and_a_second_one_nothing(tmp_path):
     )
     done = tools.run(*command)
     assert done.returncode == 0, done.stdout
-    found = read_rows(tmp_path / "rows.csv")
+    found = rows_of(tmp_path / "rows.csv")
     assert [row["status"] for row in found] == ["ok"] * 10
     assert {(row["name"], row["stage"], row["n"]) for row in found} == {
         *((name, "pretraining", "32") for name in ("flash_masked_lm", "roberta")),

@@ -48,8 +48,7 @@ def data(tmp_path_factory):
 def run(words, folder) -> list[dict]:
     """Runs the command line; returns the rows of its CSV."""
     compare_translation.main([str(word) for word in words])
-    with (folder / "rows.csv").open(newline="") as stream:
-        return list(csv.DictReader(stream))
+    return tools.rows_of(folder / "rows.csv")
 
 
 def test_the_command_trains_tunes_scores_and_repeats_nothing(data, tmp_path, monkeypatch, capsys):

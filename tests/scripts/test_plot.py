@@ -227,9 +227,7 @@ def test_masked_models_show_perplexity_by_rate_and_accuracy_over_the_seeds(resul
 
 def test_masked_models_of_two_corpora_are_not_one_line(results):
     path = results / "masked_lm.csv"
-    with path.open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    tried = [row for row in rows if row["stage"] == "pretraining"]
+    tried = [row for row in tools.rows_of(path) if row["stage"] == "pretraining"]
     write(path, [*tried, *({**row, "data": "code"} for row in tried)])
     lines = draw("masked", path).axes[0].get_lines()
     corpus = tried[0]["data"]

@@ -1,6 +1,5 @@
 """Proves that a plan of trainings goes on as the same plan, whatever ended it before."""
 
-import csv
 import re
 import sys
 
@@ -10,6 +9,7 @@ from runs import process, schedule
 from runs.log import MEASURED, Log
 from runs.schedule import TrainingRun, carry_out
 from runs.table import Table
+from support.tools import rows_of
 
 COLUMNS = ("name", "lr", *MEASURED, "command")
 #: Stands for fairseq-train: ends as the file "end" beside its folder says.
@@ -37,8 +37,7 @@ def carry(tmp_path, monkeypatch):
             record["command"] = " ".join(["fairseq-train", "books", *words])
         table = Table(tmp_path / "out.csv", COLUMNS, ("lr",), (), {})
         carry_out([TrainingRun(words, 3, record)], table, folder)
-        with (tmp_path / "out.csv").open(newline="") as stream:
-            return list(csv.DictReader(stream)), len((folder / "calls").read_text())
+        return rows_of(tmp_path / "out.csv"), len((folder / "calls").read_text())
 
     run.folder = folder
     folder.mkdir()

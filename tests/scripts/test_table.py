@@ -1,6 +1,5 @@
 """Proves that measurements survive a kill, are not made twice, and say what memory and time they took."""
 
-import csv
 import subprocess
 import sys
 import textwrap
@@ -11,6 +10,7 @@ from bench import clock
 from runs import provenance
 from runs.table import Table, read
 from support import tools
+from support.tools import rows_of
 
 COLUMNS = ("name", "n", "device", "median_ms")
 MIB = 1 << 20
@@ -19,11 +19,6 @@ SCRIPTS = tools.REPOSITORY / "scripts"
 
 def table(path, device="cpu"):
     return Table(path, COLUMNS, ("device", "n"), ("name", "median_ms"), {"device": device})
-
-
-def rows_of(path):
-    with path.open(newline="") as stream:
-        return list(csv.DictReader(stream))
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Proves that the yardsticks give the known answers of models that copy, forget or know nothing."""
 
-import csv
 import math
 from argparse import Namespace
 from functools import partial
@@ -16,6 +15,7 @@ from fairseq_flash.modules import GatedAttentionUnit, align_rows
 from fairseq_flash.ops import Options, Pair
 from runs import reading
 from support import tools
+from support.tools import rows_of
 from text.pieces import MODEL, learn_pieces
 
 WORDS, SURE = 3000, 12.0
@@ -148,11 +148,6 @@ def test_a_passkey_row_tells_and_asks_for_the_same_number_that_far_apart(pieces)
     assert processor.decode(row[: row.tolist().index(2)].tolist()) == f"The pass key is {key}. Remember it."
     assert processor.decode(row[80:].tolist()) == f"What is the pass key? The pass key is {key}"
     assert row[-answer:].tolist() != other[-answer:].tolist()
-
-
-def rows_of(path):
-    with path.open(newline="") as stream:
-        return list(csv.DictReader(stream))
 
 
 def test_a_checkpoint_gets_its_rows_once_and_a_failure_is_a_row(

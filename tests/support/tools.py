@@ -1,6 +1,7 @@
 """fairseq's own tools on tiny real text: in this process, where it is quick, and as a user starts them."""
 
 import contextlib
+import csv
 import importlib
 import importlib.util
 import io
@@ -105,6 +106,12 @@ def train(data_bin: Path, save_dir: Path, *arguments, updates: int = 3, recipe=(
     model = () if "--arch" in arguments else (*TINY, *CHUNKS)
     base = (data_bin, "--user-dir", USER_DIR, "--save-dir", save_dir, *recipe, *model)
     return call("train", *base, "--max-update", updates, *arguments)
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """The records of a CSV file, as any other program reads them."""
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
 
 
 def perturbed(path: Path, seed: int) -> Path:
