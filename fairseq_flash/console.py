@@ -15,7 +15,7 @@ from typing import Optional
 
 import fairseq_flash
 
-__all__ = ["compare_lm", "describe", "generate", "main", "prepare_lm"]
+__all__ = ["compare_lm", "describe", "generate", "main", "prepare_lm", "tell_missing"]
 
 PACKAGE = Path(fairseq_flash.__file__).resolve().parent
 INSTALLED = PACKAGE.parent / "fairseq_flash_commands"
@@ -110,14 +110,32 @@ def _run(program: str, command: str, arguments: list[str]) -> int:
         sys.path.insert(0, str(SCRIPTS))
         runpy.run_path(str(_script(command)), run_name="__main__")
     except ModuleNotFoundError as error:
-        name = (error.name or "").partition(".")[0]
-        if not name or find_spec(name) is not None:
-            raise
-        if {"-h", "--help"} & set(arguments) and command in COMMANDS:
-            print(_docstring(command))
-        print(f"{program}: {name} is not installed; {_remedy(name)}", file=sys.stderr)
-        return 2
+        return tell_missing(error, program, command, arguments)
     return 0
+
+
+def tell_missing(error: ModuleNotFoundError, program: str, command: str, arguments: list[str]) -> int:
+    """Names a package that is not installed, and prints the help that was asked for all the same.
+
+    Args:
+        error: Of the import.
+        program: As it was called.
+        command: One of ``COMMANDS`` or ``TOOLS``.
+        arguments: Of the program.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        ModuleNotFoundError: the same, where it is no package that could be installed.
+    """
+    name = (error.name or "").partition(".")[0]
+    if not name or find_spec(name) is not None:
+        raise error
+    if {"-h", "--help"} & set(arguments) and command in COMMANDS:
+        print(_docstring(command))
+    print(f"{program}: {name} is not installed; {_remedy(name)}", file=sys.stderr)
+    return 2
 
 
 def _run_tool(command: str, arguments: list[str]) -> int:

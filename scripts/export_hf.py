@@ -10,7 +10,11 @@ AutoModelForCausalLM.from_pretrained("hf/books", trust_remote_code=True). See do
 
 import sys
 
-from fairseq_flash.export.command import export_main
+from fairseq_flash.console import tell_missing
 
 if __name__ == "__main__":
+    try:
+        from fairseq_flash.export.command import export_main
+    except ModuleNotFoundError as error:
+        sys.exit(tell_missing(error, "export_hf.py", "export-hf", sys.argv[1:]))
     sys.exit(export_main(sys.argv[1:], __doc__))

@@ -7,7 +7,11 @@ The dictionary and the sentencepiece model lie beside it; no code from the folde
 
 import sys
 
-from fairseq_flash.export.command import import_main
+from fairseq_flash.console import tell_missing
 
 if __name__ == "__main__":
+    try:
+        from fairseq_flash.export.command import import_main
+    except ModuleNotFoundError as error:
+        sys.exit(tell_missing(error, "import_hf.py", "import-hf", sys.argv[1:]))
     sys.exit(import_main(sys.argv[1:], __doc__))

@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -114,6 +115,21 @@ def test_a_missing_package_is_named_with_what_to_install(missing, capsys):
     assert captured.out.startswith("Turns text files with labels")
     expected = "fairseq-flash prepare-classification: tqdm is not installed; allowed: pip install tqdm\n"
     assert captured.err == expected
+
+
+@pytest.mark.parametrize("kind", ["import", "export"])
+def test_a_script_names_a_missing_package_as_well(kind, missing, monkeypatch, capsys):
+    missing("safetensors")
+    for module in [name for name in sys.modules if name.startswith("fairseq_flash.export")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setattr(sys, "argv", [f"{kind}_hf.py", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(console.SCRIPTS / f"{kind}_hf.py"), run_name="__main__")
+    assert ended.value.code == 2
+    captured = capsys.readouterr()
+    assert "transformers" in captured.out, "the help is there all the same"
+    remedy = "allowed: pip install 'fairseq-flash[hf]'"
+    assert captured.err == f"{kind}_hf.py: safetensors is not installed; {remedy}\n"
 
 
 def test_an_error_of_ours_is_not_taken_for_a_missing_package(monkeypatch):
