@@ -9,7 +9,7 @@ feed-forward network, norms and residuals included. "training step" is a forward
 ``--tokens`` tokens in rows of n. Every contender appears eagerly and compiled, all take turns in one process,
 and ``ratio`` is a contender's median time over that of the faster Transformer++ layer in the same rounds. A
 contender is timed only after its result passed: against the same weights in float32, and a prefix that does
-not depend on what follows.
+not depend on what follows. One that is wrong, or fails, is left out; at a length, its record says why.
 
 ``matmul_share`` is the rate of the multiply-adds of products, over the rate of one large square product
 measured in the same process; ``copy_share`` likewise the least bytes that a step must move, those of its
@@ -140,8 +140,8 @@ def measure(
         except (MemoryError, torch.OutOfMemoryError):
             record["status"] = "out of memory"
             continue
-        except ValueError as error:  # an implementation that does not run compiled, or here
-            record["status"] = str(error)
+        except Exception as error:  # compilers and other packages fail in their own ways; the others go on
+            record["status"] = reason(error)
             continue
         fitting.append((turn, record, []))
     for _, (turn, _, times) in product(range(options.rounds), fitting):
@@ -207,9 +207,15 @@ def contenders(d: int, options: argparse.Namespace) -> list[Turn]:
     for name, compiled in product(options.systems, options.compiled):
         try:
             turns.append(Turn(name, compiled == "yes", d, options))
-        except ValueError as error:
-            print(f"left out: {name}, compiled: {compiled}: {error}", flush=True)
+        except Exception as error:  # as above: what is wrong, is not installed, or does not run here
+            print(f"left out: {name}, compiled: {compiled}: {reason(error)}", flush=True)
     return turns
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, in a line."""
+    line = str(error).strip().partition("\n")[0]
+    return line if isinstance(error, ValueError) else f"error: {type(error).__name__}: {line}"
 
 
 def main(arguments: list[str]) -> None:

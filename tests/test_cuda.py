@@ -112,7 +112,8 @@ def test_fairseq_trains_in_reduced_precision(arch, options, data_bin, tmp_path, 
 @pytest.mark.parametrize("kind", EVERY_KIND)
 def test_a_recorded_pass_of_training_is_the_pass(kind, dtype):
     stack, graphs = build(kind).to("cuda", dtype).train(), PassGraphs()
-    optimizer = torch.optim.SGD(stack.parameters(), lr=1e-2)
+    # Gradients of sums over all tokens are in the thousands: larger steps end in numbers that are not finite.
+    optimizer = torch.optim.SGD(stack.parameters(), lr=1e-5)
     tokens, mask = (x.cuda() for x in batch())
 
     def gradients(run, update):
@@ -154,7 +155,8 @@ def test_a_recorded_pass_draws_dropout_anew_and_by_the_seed_of_the_moment():
     assert graphs._recordings
     first, second, again = passed(1), passed(2), passed(1)
     assert torch.equal(first, again)
-    assert not torch.allclose(first, second, atol=0.1)
+    # A start's units add little to their input: what they drop is seen in most numbers, but small.
+    assert (first != second).sum() > (first != 0).sum() / 2
 
 
 def test_recordings_give_their_memory_back_when_it_ran_out_elsewhere():

@@ -61,6 +61,27 @@ def test_what_is_not_installed_or_needs_a_gpu_is_left_out_and_said(capsys, tmp_p
     assert "left out: fla GLA, compiled: no: " in capsys.readouterr().out
 
 
+def test_what_fails_at_a_length_is_a_record_and_the_others_go_on(monkeypatch, capsys, tmp_path):
+    class Short(torch.nn.Linear):
+        def forward(self, x):
+            if x.shape[1] == 48:
+                raise AssertionError("rows of 48 are too short")
+            return super().forward(x)
+
+    def wrong(d, c):
+        raise RuntimeError("no such kernel")
+
+    for name, make in (("short", lambda d, c: layers.Layers([Short(d, d)])), ("wrong", wrong)):
+        monkeypatch.setitem(layers.CONTENDERS, name, layers.Contender(name, make, needs="torch"))
+    words = [*WORDS, "--lengths", "40", "48", "--systems", "short", "wrong", "transformer_pp"]
+    benchmark_ops.main([*words, "--passes", "forward", "--output", str(tmp_path / "ops.csv")])
+    assert "left out: wrong, compiled: no: error: RuntimeError: no such kernel" in capsys.readouterr().out
+    found = {(row["name"], row["n"]): row["status"] for row in rows_of(tmp_path / "ops.csv")}
+    assert found.pop(("short", "48")) == "error: AssertionError: rows of 48 are too short"
+    assert len(found) == 3
+    assert set(found.values()) == {"ok"}
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
