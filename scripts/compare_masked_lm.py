@@ -12,13 +12,12 @@ rate on the first seed: with whole passages, and cut to the 512 tokens of pretra
 positions, which for whole passages is repeated (as Longformer does). "seeds": each again with other seeds at
 the rate that was best on valid. The accuracy to compare is the one on test, with which nothing is chosen.
 Each --pooling has its own records. At the end stand, for the pretraining and for each length of the
-fine-tuning, a table and the answer in one sentence.
+fine-tuning, a table and the answer in one sentence, and what counts of words alone tell of the labels, by
+naive Bayes (stage "counts").
 """
 
 import argparse
-import json
 import math
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +28,7 @@ import torch
 from fairseq_flash.modules import POOLINGS
 from report.answer import LOSS, Measure
 from report.comparison import Comparison, by_name, summary
+from runs.classification import count, last_test_accuracy, naive_bayes, with_pooling
 from runs.command_line import command_line, require
 from runs.log import MEASURED
 from runs.plan import Earlier, as_words, lowest, recipe
@@ -89,6 +89,7 @@ class Plan:
             own = {"stage": "fine-tuning", "data": data_name(options.classes)}
             own |= {"epochs": options.epochs, "pooling": options.pooling}
             self.fine_tuned = Earlier(options.output, {**shared, **own})
+            self.counted = Earlier(options.output, {"stage": "counts", "data": own["data"]})
 
     def pretraining(self) -> Iterator[TrainingRun]:
         """Every system with each of its rates."""
@@ -121,6 +122,15 @@ class Plan:
                 rate = float(self.best_tuned(kind, n)["lr"])
                 for seed in self.options.seeds[1:]:
                     yield self._fine_tuning(kind, n, rate, seed)
+
+    def counts(self, table: Table) -> None:
+        """Adds what naive Bayes tells at each length."""
+        for n in (self.options.passage, self.options.row):
+            cell = dict.fromkeys(KEY, "") | {**self.counted.shared, "n": n}
+            if not table.has(["naive_bayes"], **cell):
+                right = naive_bayes(self.options.classes, n)
+                found = {f"{part}_accuracy": f"{right[part]:.1f}" for part in right}
+                table.add([{"name": "naive_bayes", **cell, **found, "status": "ok"}])
 
     def best_tuned(self, kind: str, n: int) -> dict:
         """The record of the first seed with the best accuracy on valid.
@@ -202,25 +212,6 @@ class Plan:
         return self.checkpoints / f"{'-'.join(map(str, told))}.pt"
 
 
-def with_pooling(words: tuple, kind: str, pooling: str) -> tuple:
-    """The words of a fine-tuning whose head sees more than the first token."""
-    if pooling == "first":
-        return words
-    place, pooled = words.index("--arch") + 1, "pooled_" if kind == "roberta" else ""
-    return (*words[:place], pooled + words[place], "--pooling", pooling, *words[place + 1 :])
-
-
-def last_test_accuracy(log: Path) -> float:
-    """Per cent of the test split, from the log of a training that validates on it too."""
-    return float(json.loads(re.findall(r"\| test \| (\{.*\})", log.read_text())[-1])["test_accuracy"])
-
-
-def count(data: Path) -> tuple[int, int]:
-    """Labels and training examples of a folder from prepare_classification.py."""
-    labels = (data / "label" / "dict.txt").read_text(encoding="utf-8").splitlines()
-    return len(labels), json.loads((data / "prepare.json").read_text())["splits"]["train"]["examples"]
-
-
 def report(plan: Plan) -> str:
     """Table and answer of the pretraining, each system at its best rate, and of each length of the rest."""
     options, tuned = plan.options, plan.fine_tuned
@@ -237,7 +228,11 @@ def report(plan: Plan) -> str:
         rates = tuned.every(name={each["name"] for each in best}, n=n, seed=options.seeds[0])
         told.append(Comparison({"evaluated": f"{part} test"}, final, rates, [], [], measure=ACCURACY))
     titles = ("Pretraining", *("Fine-tuning",) * 2)
-    return "\n\n".join(f"{title}: {summary(each)}" for title, each in zip(titles, told, strict=False))
+    whole = [f"{title}: {summary(each)}" for title, each in zip(titles, told, strict=False)]
+    for record in plan.counted.find() if options.classes else ():
+        right = " and ".join(f"{record[f'{part}_accuracy']} % of {part}" for part in ("test", "valid"))
+        whole.append(f"Counts of words alone, in {record['n']} tokens, tell the labels of {right}.")
+    return "\n\n".join(whole)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -292,6 +287,8 @@ def main(arguments: list[str] | None = None) -> None:
             runs = list(stage())
             print(f"{stage.__name__}: {len(runs)} runs, {options.jobs} at a time", flush=True)
             carry_out(runs, table, options.folder, jobs=options.jobs)
+        if options.classes:
+            plan.counts(table)
     print(f"\n{report(plan)}")
 
 

@@ -3,10 +3,14 @@
 import csv
 import re
 
+import numpy as np
 import pytest
 import torch
 from fairseq import checkpoint_utils
+from fairseq.data import Dictionary
+from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
 
+from runs.classification import naive_bayes
 from support import tools
 from support.tools import rows_of
 
@@ -260,7 +264,10 @@ def test_one_command_does_it_all_and_a_second_one_nothing(tmp_path):
     done = tools.run(*command)
     assert done.returncode == 0, done.stdout
     found = rows_of(tmp_path / "rows.csv")
-    assert [row["status"] for row in found] == ["ok"] * 10
+    assert [row["status"] for row in found] == ["ok"] * 12
+    counted = [(row["name"], row["n"]) for row in found if row["stage"] == "counts"]
+    assert counted == [("naive_bayes", "64"), ("naive_bayes", "32")]
+    found = [row for row in found if row["stage"] != "counts"]
     assert {(row["name"], row["stage"], row["n"]) for row in found} == {
         *((name, "pretraining", "32") for name in ("flash_masked_lm", "roberta")),
         *((name, "fine-tuning", n) for name in ("flash_masked_lm", "roberta") for n in ("64", "32")),
@@ -278,7 +285,37 @@ def test_one_command_does_it_all_and_a_second_one_nothing(tmp_path):
     assert (tmp_path / "rows.csv").read_bytes() == before
     reports = [run.stdout.partition("Pretraining:")[2] for run in (done, again)]
     assert len(re.findall(r"^In rows of ", reports[0], re.MULTILINE)) == 3
+    assert len(re.findall(r"^Counts of words alone, in \d+ tokens, tell", reports[0], re.MULTILINE)) == 2
     assert reports[0] == reports[1]
+
+
+def test_counts_of_words_alone_tell_what_naive_bayes_does(tmp_path):
+    texts = {
+        "train": ["a a b", "a c", "b b b", "c b b"],
+        "valid": ["a b b", "b a"],
+        "test": ["a a a", "b b b", "c a c", "b b a"],
+    }
+    labels = {
+        "train": ["one", "one", "two", "two"],
+        "valid": ["two", "one"],
+        "test": ["one", "two", "two", "two"],
+    }
+    for part, content in (("input0", texts), ("label", labels)):
+        words = Dictionary()
+        for word in sorted({word for lines in content.values() for line in lines for word in line.split()}):
+            words.add_symbol(word)
+        (tmp_path / part).mkdir()
+        words.save(str(tmp_path / part / "dict.txt"))
+        for split, lines in content.items():
+            path = str(tmp_path / part / split)
+            builder = MMapIndexedDatasetBuilder(f"{path}.bin", dtype=np.int32)
+            for line in lines:
+                builder.add_item(words.encode_line(line, append_eos=part == "input0", add_if_not_exist=False))
+            builder.finalize(f"{path}.idx")
+    # By hand, each of seven words counted once more than it was seen. Three tokens: a 4/13, b 2/13, c 2/13
+    # and the end 2/13 in "one"; 1/13, 6/13, 2/13, 1/13 in "two". One token: 3/9, 1/9, 1/9 and 1/9, 2/9, 2/9.
+    assert naive_bayes(tmp_path, 3) == {"valid": 100.0, "test": 75.0}
+    assert naive_bayes(tmp_path, 1) == {"valid": 0.0, "test": 100.0}
 
 
 def test_another_pooling_is_fine_tuned_in_rows_of_its_own(compare, plan):
