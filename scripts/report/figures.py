@@ -62,6 +62,18 @@ def _longest(records: Records) -> Records:
     return records[numbers(records, "tokens") == numbers(records, "tokens").max()]
 
 
+def _language_models(records: Records) -> Records:
+    """Those with the batch that most were measured with."""
+    records = records[records["kind"] == "lm"]
+    return records[records["tokens"] == records["tokens"].mode().iat[0]]
+
+
+def _training_steps(records: Records) -> Records:
+    """Named as they ran."""
+    records = records[records["pass"] == "training step"]
+    return records.assign(name=records["name"] + records["compiled"].map({"yes": " compiled", "no": ""}))
+
+
 FIGURES = {
     "generation": Source(
         "generation.csv",
@@ -74,13 +86,13 @@ FIGURES = {
     "training": Source("training.csv", _STEP, draw_training, STEPS, 2),
     "gpu": Source(
         "fairseq_train.csv",
-        (*_STEP, "tokens"),
+        (*_STEP, "tokens", "kind"),
         draw_training,
         STEPS,
         2,
-        # Of the batch that most were measured with.
-        lambda records: records[records["tokens"] == records["tokens"].mode().iat[0]],
+        _language_models,
     ),
+    "ops": Source("ops.csv", (*_STEP, "pass", "compiled"), draw_training, STEPS, 2, _training_steps),
     "masked": Source(
         "masked_lm.csv",
         ("name", "data", "stage", "n", "pretraining", "valid_perplexity", "test_accuracy"),

@@ -34,7 +34,7 @@ STYLES = {
     "transformer_plus_lm": ("#7F7F7F", "<"),
     "FLASH-pytorch": ("#8C510A", ">"),
 }
-#: Models of other tasks, and candidates, look as the language model that they are built as.
+#: Models of other tasks, layers alone, and candidates, look as the language model that they are built as.
 BUILT_AS = {
     "flash_masked_lm": "flash_lm",
     "flash_seq2seq": "flash_lm",
@@ -43,9 +43,13 @@ BUILT_AS = {
     "roberta": "transformer_lm",
     "roberta_prenorm": "transformer_plus_lm",
     "flash": "flash_lm",
+    "flash/triton": "flash_lm",
+    "flash/recomputed": "flash_lm",
+    "flash_local/auto": "flash_local_lm",
     "flash2": "flash2_lm",
     "local+shift": "flash_local_lm",
     "transformer_pp": "transformer_pp_lm",
+    "mc_transformer_pp": "mc_transformer_pp_lm",
 }
 BARE = {"linestyle": ":", "markerfacecolor": "white"}
 ENDINGS = ("_tiny", "_gpt", "_big")

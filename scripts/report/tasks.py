@@ -24,7 +24,10 @@ __all__ = ["draw_masked", "draw_translation"]
 
 
 def draw_masked(records: Records) -> plt.Figure:
-    """For each amount of pretraining: perplexity of masked words by rate, and accuracy once fine-tuned."""
+    """For each amount of pretraining: perplexity of masked words by rate, and accuracy once fine-tuned, beside
+    that of counts of words."""
+    counted = numbers(records[records["stage"] == "counts"].set_index("n"), "test_accuracy")
+    records = records[records["stage"] != "counts"]
     amounts = values(records, "pretraining")
     figure, axes = panels(2, len(amounts))
     figure.set_size_inches(1 + 4.2 * len(amounts), 8)
@@ -35,8 +38,13 @@ def draw_masked(records: Records) -> plt.Figure:
         _draw_rates(above, masked, "valid_perplexity", "perplexity of masked words")
         above.set_title(f"after {int(amount):,} tokens")
         tuned = finished(_apart(own[own["stage"] == "fine-tuning"]), "test_accuracy")
-        right = {title: dict(_chosen(group)) for title, group in cells(tuned, ("n", "pooling")).items()}
+        groups = cells(tuned, ("n", "pooling"))
+        right = {title: dict(_chosen(group)) for title, group in groups.items()}
         _draw_groups(below, right, values(tuned, "name"))
+        for place, group in enumerate(groups.values()):
+            alone = counted.reindex(group["n"].unique())
+            ends = (place - 0.45, place + 0.45)
+            below.hlines(alone, *ends, "black", "dashed", label="counts of words alone")
         below.set(ylabel="right authors of test passages, %", ylim=(0, 100))
     legend_below(figure)
     return figure

@@ -58,10 +58,18 @@ def generation():
 def gpu():
     for name in ("flash_lm", "flash_lm --compile", "transformer_lm"):
         for n in (1024, 8192):
-            row = {"name": name, "n": n, "dtype": "bf16", **COMMON, "device": "a card"}
+            row = {"name": name, "n": n, "dtype": "bf16", **COMMON, "device": "a card", "kind": "lm"}
             yield {**row, "tokens": 32768, "tokens_per_s": 1e9 / n, "peak_memory": 1e9}
-    # One with another batch is no point of these lines.
+    # One with another batch, or of another kind, is no point of these lines.
     yield {**row, "tokens": 131072, "tokens_per_s": 1, "peak_memory": 1}
+    yield {**row, "kind": "masked_lm", "tokens": 32768, "tokens_per_s": 1, "peak_memory": 1}
+
+
+def ops():
+    for name, compiled in itertools.product(("flash/triton", "transformer_pp"), ("no", "yes")):
+        for n, kind in itertools.product((512, 8192), ("forward", "training step")):
+            row = {"name": name, "compiled": compiled, "pass": kind, "n": n, **COMMON, "device": "a card"}
+            yield {**row, "tokens_per_s": 1e9 / n if kind == "forward" else 1e8 / n, "peak_memory": 1e9}
 
 
 def masked():
@@ -75,6 +83,7 @@ def masked():
                 known = {"stage": "fine-tuning", "lr": rate, "pooling": "first"}
                 for seed in seeds:
                     yield {**row, **known, "seed": seed, "test_accuracy": gain / 4 + 10 * len(seeds) + seed}
+    yield {"name": "naive_bayes", "data": "authors", "stage": "counts", "n": 512, "test_accuracy": 42.5}
 
 
 def translation():
@@ -138,6 +147,7 @@ def results(tmp_path):
         ("generation", generation()),
         ("ablation", ablation()),
         ("fairseq_train", gpu()),
+        ("ops", ops()),
         ("extrapolation", extrapolation()),
         ("masked_lm", masked()),
         ("translation", translation()),
@@ -167,7 +177,7 @@ def test_every_figure_becomes_a_png_and_where_asked_an_svg(results):
         "generation",
         "training",
         "candidates",
-        *("ablation", "fairseq_train", "extrapolation", "masked_lm", "translation"),
+        *("ablation", "fairseq_train", "ops", "extrapolation", "masked_lm", "translation"),
         *(f"comparison_{f}" for f in ("tokens", "seconds", "quality", "ablation")),
         *(f"yardsticks_{f}" for f in ("recurrence", "copy", "context", "passkey")),
     ]
@@ -199,6 +209,13 @@ def test_a_system_with_options_keeps_its_colour_and_stands_out_from_the_bare_one
     assert min(line.get_ydata().min() for line in (bare, tuned, other)) > 1
 
 
+def test_layers_show_their_training_steps_compiled_or_not(results):
+    axis = draw("ops", results / "ops.csv").axes[0]
+    lines = {line.get_label(): line.get_ydata().tolist() for line in axis.get_lines()}
+    names = ("flash/triton", "transformer_pp")
+    assert lines == {f"{name}{how}": [1e8 / 512, 1e8 / 8192] for name in names for how in ("", " compiled")}
+
+
 def test_perplexity_by_position_is_that_of_the_longest_rows(results):
     (axis,) = draw("positions", results / "extrapolation.csv").axes
     for line in axis.get_lines():
@@ -223,6 +240,9 @@ def test_masked_models_show_perplexity_by_rate_and_accuracy_over_the_seeds(resul
     assert [text.get_text() for text in accuracy.texts] == ["21.5"] * 2, "of the rate with all seeds"
     assert [text.get_text() for text in later.texts] == ["46.5"] * 2
     assert [label.get_text() for label in later.get_xticklabels()] == ["512 tokens a row\npooling first"]
+    for axis in (accuracy, later):
+        words = next(lines for lines in axis.collections if lines.get_label() == "counts of words alone")
+        assert [segment[:, 1].tolist() for segment in words.get_segments()] == [[42.5, 42.5]]
 
 
 def test_masked_models_of_two_corpora_are_not_one_line(results):
