@@ -3,13 +3,14 @@
     python scripts/benchmark_fairseq_train.py                       language models at 1024 and 8192, on a GPU
     python scripts/benchmark_fairseq_train.py --kind masked_lm --lengths 512 4096
     python scripts/benchmark_fairseq_train.py --kind translation --lengths 30 500
+    python scripts/benchmark_fairseq_train.py --systems transformer_lm flash_lm
 
 Everything counts: model, loss over the vocabulary, clipping, optimizer, logging. Each contender is a command
 of its own, as a user would start it, ``--rounds`` times in turn, with the options of ``CONTENDERS``. A record
 says the median over all intervals of ``--log-interval`` updates after the first ``--skip`` updates, in which
-code is compiled; ``ratio`` is that over the first contender's; ``first_update_s`` are seconds from the start
-of the command to the end of its first interval; ``peak_memory`` is what a GPU holds for it, in bytes, at the
-end of an interval (in rows of commits f6630c6 and f43c7af what fairseq logs, which is less).
+code is compiled; ``ratio`` is that over the first contender's of the same run; ``first_update_s`` are seconds
+from the start of the command to the end of its first interval; ``peak_memory`` is what a GPU holds for it, in
+bytes, at the end of an interval (in rows of commits f6630c6 and f43c7af what fairseq logs, which is less).
 """
 
 import argparse
@@ -146,7 +147,7 @@ def run(words: list[str], skip: int, limit: float) -> dict:
 
 def measure(kind: str, n: int, options: argparse.Namespace) -> list[dict]:
     """The rows of a length: every contender, in turn."""
-    names = list(CONTENDERS[kind][1])
+    names = options.systems
     runs: dict = {name: [] for name in names}
     for round_ in range(options.rounds):
         for name in names:
@@ -174,6 +175,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = command_line(__doc__, "benchmark_fairseq_train.py")
     add = parser.add_argument
     add("--kind", choices=CONTENDERS, default="lm", help="of model (lm)")
+    add("--systems", nargs="+", metavar="NAME", help="contenders with their options, each in quotes (all)")
     add("--lengths", nargs="+", type=int, default=[1024, 8192], metavar="N", help="(1024 8192)")
     add("--tokens", type=int, default=32768, help="of a batch; one row where a row is longer (32768)")
     add("--vocabulary", type=int, default=32000, help="words, more than a row's tokens (32000)")
@@ -192,6 +194,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             f"--vocabulary {options.vocabulary} is not allowed: made-up rows count up; "
             f"allowed: more than {max(options.lengths)}"
         )
+    known = list(CONTENDERS[options.kind][1])
+    options.systems = options.systems or known
+    unknown = [name for name in options.systems if name not in known]
+    if unknown:
+        parser.error(f"--systems {unknown[0]!r} is unknown; allowed: {', '.join(map(repr, known))}")
     return options
 
 
@@ -202,7 +209,7 @@ def main(arguments: list[str]) -> None:
     common |= {"tokens": options.tokens, "vocabulary": options.vocabulary}
     table = Table(options.output, COLUMNS, KEY, SHOWN, common)
     for n in options.lengths:
-        if not table.has(CONTENDERS[options.kind][1], n=n):
+        if not table.has(options.systems, n=n):
             table.add(measure(options.kind, n, options))
     print(f"written to {options.output}")
 

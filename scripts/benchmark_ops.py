@@ -9,7 +9,8 @@ feed-forward network, norms and residuals included. "training step" is a forward
 ``--tokens`` tokens in rows of n. Every contender appears eagerly and compiled, all take turns in one process,
 and ``ratio`` is a contender's median time over that of the faster Transformer++ layer in the same rounds. A
 contender is timed only after its result passed: against the same weights in float32, and a prefix that does
-not depend on what follows. One that is wrong, or fails, is left out; at a length, its record says why.
+not depend on what follows. One that is wrong, or fails, is left out, and the end says so; at a length, its
+record says why, and the next run tries it again.
 
 ``matmul_share`` is the rate of the multiply-adds of products, over the rate of one large square product
 measured in the same process; ``copy_share`` likewise the least bytes that a step must move, those of its
@@ -201,20 +202,25 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def contenders(d: int, options: argparse.Namespace) -> list[Turn]:
-    """All that can run here; says of the others why they are left out."""
+def contenders(d: int, options: argparse.Namespace, failed: list[str]) -> list[Turn]:
+    """All that can run here; says of the others why they are left out, and adds those that ``failed``."""
     turns = []
     for name, compiled in product(options.systems, options.compiled):
         try:
             turns.append(Turn(name, compiled == "yes", d, options))
         except Exception as error:  # as above: what is wrong, is not installed, or does not run here
-            print(f"left out: {name}, compiled: {compiled}: {reason(error)}", flush=True)
+            why = f"{name}, compiled: {compiled}: {reason(error)}"
+            print(f"left out: {why}", flush=True)
+            if not isinstance(error, ValueError):
+                failed.append(why)
     return turns
 
 
 def reason(error: Exception) -> str:
     """What went wrong, in a line."""
     line = str(error).strip().partition("\n")[0]
+    if "CUDA error" in line:
+        raise error  # behind which nothing runs on this card
     return line if isinstance(error, ValueError) else f"error: {type(error).__name__}: {line}"
 
 
@@ -227,6 +233,8 @@ def main(arguments: list[str]) -> None:
         table = Table(options.output, COLUMNS, KEY, SHOWN, common)
     except ValueError as error:
         sys.exit(f"benchmark_ops.py: {error}")
+    table.forget(lambda record: record["status"].startswith("error:"))
+    failed: list[str] = []
     # A compiled contender has one graph a length: as many as are asked for.
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, 8 * len(options.lengths))
@@ -236,7 +244,7 @@ def main(arguments: list[str]) -> None:
         flush=True,
     )
     for d in options.dims:
-        turns = contenders(d, options)
+        turns = contenders(d, options, failed)
         for n, kind in product(options.lengths, options.passes):
             cell = {"pass": kind, "b": max(1, options.tokens // n), "n": n, "d": d, "c": options.chunk_size}
             left = [
@@ -245,6 +253,8 @@ def main(arguments: list[str]) -> None:
             if left:
                 table.add(measure(left, kind, n, memory, rates, options))
     print(f"written to {options.output}")
+    if failed:
+        sys.exit(f"benchmark_ops.py: {len(failed)} left out, as they failed: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ rate on the first seed: with whole passages, and cut to the 512 tokens of pretra
 positions, which for whole passages is repeated (as Longformer does). "seeds": each again with other seeds at
 the rate that was best on valid. The accuracy to compare is the one on test, with which nothing is chosen.
 Each --pooling has its own records. At the end stand, for the pretraining and for each length of the
-fine-tuning, a table and the answer in one sentence, and what counts of words alone tell of the labels, by
+fine-tuning, a table and the answer in one sentence, and what counts of tokens alone tell of the labels, by
 naive Bayes (stage "counts").
 """
 
@@ -28,14 +28,15 @@ import torch
 from fairseq_flash.modules import POOLINGS
 from report.answer import LOSS, Measure
 from report.comparison import Comparison, by_name, summary
-from runs.classification import count, last_test_accuracy, naive_bayes, with_pooling
+from runs.classification import count, naive_bayes
 from runs.command_line import command_line, require
-from runs.log import MEASURED
+from runs.log import MEASURED, last_test_accuracy
 from runs.plan import Earlier, as_words, lowest, recipe
 from runs.process import stoppable
 from runs.provenance import ROOT, data_name, provenance
 from runs.roberta_positions import with_more_positions
 from runs.schedule import Finished, TrainingRun, carry_out, readable
+from runs.systems import with_pooling
 from runs.table import Table
 
 KEY = ("data", "stage", "n", "lr", "seed", "pretraining", "epochs", "pooling")
@@ -229,9 +230,9 @@ def report(plan: Plan) -> str:
         told.append(Comparison({"evaluated": f"{part} test"}, final, rates, [], [], measure=ACCURACY))
     titles = ("Pretraining", *("Fine-tuning",) * 2)
     whole = [f"{title}: {summary(each)}" for title, each in zip(titles, told, strict=False)]
-    for record in plan.counted.find() if options.classes else ():
+    for record in plan.counted.find(n={options.passage, options.row}) if options.classes else ():
         right = " and ".join(f"{record[f'{part}_accuracy']} % of {part}" for part in ("test", "valid"))
-        whole.append(f"Counts of words alone, in {record['n']} tokens, tell the labels of {right}.")
+        whole.append(f"Counts of tokens alone, in {record['n']} tokens, tell the labels of {right}.")
     return "\n\n".join(whole)
 
 

@@ -24,9 +24,11 @@ __all__ = ["draw_masked", "draw_translation"]
 
 
 def draw_masked(records: Records) -> plt.Figure:
-    """For each amount of pretraining: perplexity of masked words by rate, and accuracy once fine-tuned, beside
-    that of counts of words."""
-    counted = numbers(records[records["stage"] == "counts"].set_index("n"), "test_accuracy")
+    """For each amount of pretraining: perplexity of masked words by rate, and accuracy once fine-tuned.
+
+    Beside it stands the accuracy of counts of tokens.
+    """
+    counted = records[records["stage"] == "counts"]
     records = records[records["stage"] != "counts"]
     amounts = values(records, "pretraining")
     figure, axes = panels(2, len(amounts))
@@ -39,12 +41,13 @@ def draw_masked(records: Records) -> plt.Figure:
         above.set_title(f"after {int(amount):,} tokens")
         tuned = finished(_apart(own[own["stage"] == "fine-tuning"]), "test_accuracy")
         groups = cells(tuned, ("n", "pooling"))
-        right = {title: dict(_chosen(group)) for title, group in groups.items()}
-        _draw_groups(below, right, values(tuned, "name"))
+        accuracies = {title: dict(_chosen(group)) for title, group in groups.items()}
+        _draw_groups(below, accuracies, values(tuned, "name"))
         for place, group in enumerate(groups.values()):
-            alone = counted.reindex(group["n"].unique())
+            alone = counted[counted["n"].isin(group["n"]) & counted["data"].isin(group["data"])]
             ends = (place - 0.45, place + 0.45)
-            below.hlines(alone, *ends, "black", "dashed", label="counts of words alone")
+            for right in numbers(alone, "test_accuracy"):
+                below.hlines(right, *ends, "black", "dashed", label="counts of tokens alone")
         below.set(ylabel="right authors of test passages, %", ylim=(0, 100))
     legend_below(figure)
     return figure

@@ -1,25 +1,19 @@
-"""Of a folder of prepare_classification.py: labels, accuracies, and what counts of words alone tell."""
+"""A folder of prepare_classification.py: its labels, and what counts of tokens alone tell of them."""
 
 import json
-import re
 from pathlib import Path
 
 import torch
 from fairseq.data import Dictionary
 from fairseq.data.indexed_dataset import MMapIndexedDataset
 
-__all__ = ["count", "last_test_accuracy", "naive_bayes", "with_pooling"]
+__all__ = ["count", "naive_bayes"]
 
 
 def count(folder: Path) -> tuple[int, int]:
     """Labels and training examples."""
     labels = (folder / "label" / "dict.txt").read_text(encoding="utf-8").splitlines()
     return len(labels), json.loads((folder / "prepare.json").read_text())["splits"]["train"]["examples"]
-
-
-def last_test_accuracy(log: Path) -> float:
-    """Per cent of the test split, from the log of a training that validates on it too."""
-    return float(json.loads(re.findall(r"\| test \| (\{.*\})", log.read_text())[-1])["test_accuracy"])
 
 
 def naive_bayes(folder: Path, n: int) -> dict[str, float]:
@@ -41,18 +35,10 @@ def naive_bayes(folder: Path, n: int) -> dict[str, float]:
     kinds, which = labels["train"].unique(return_inverse=True)
     # Each word once more than it was seen, in every label.
     seen = torch.ones(len(kinds), words).double().index_add(0, which, counts["train"])
-    often = which.bincount().double().log() + counts["train"].new_zeros(1)
+    often = which.bincount().double().log()
     likely = (seen / seen.sum(1, keepdim=True)).log()
     found = {}
     for split in ("valid", "test"):
         right = kinds[(counts[split] @ likely.T + often).argmax(1)] == labels[split]
         found[split] = 100 * float(right.double().mean())
     return found
-
-
-def with_pooling(words: tuple, kind: str, pooling: str) -> tuple:
-    """The words of a fine-tuning whose head sees more than the first token."""
-    if pooling == "first":
-        return words
-    place, pooled = words.index("--arch") + 1, "pooled_" if kind == "roberta" else ""
-    return (*words[:place], pooled + words[place], "--pooling", pooling, *words[place + 1 :])

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any, Optional
 
-__all__ = ["CURVE_COLUMNS", "MEASURED", "Log"]
+__all__ = ["CURVE_COLUMNS", "MEASURED", "Log", "last_test_accuracy"]
 
 #: The columns of a training; losses in nats per token, memory in bytes.
 MEASURED = (
@@ -120,3 +120,8 @@ def _number(value: Any) -> Any:
         return float(value)
     except (TypeError, ValueError):
         return value
+
+
+def last_test_accuracy(log: Path) -> float:
+    """Per cent of the test split, from the log of a training that validates on it too."""
+    return float(json.loads(re.findall(r"\| test \| (\{.*\})", log.read_text())[-1])["test_accuracy"])

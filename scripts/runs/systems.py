@@ -5,7 +5,7 @@ from fairseq.models.transformer_lm import TransformerLanguageModel
 
 from fairseq_flash.models.flash_lm import FlashLanguageModel
 
-__all__ = ["BASELINE", "SIZES", "architecture", "check_systems", "systems_of"]
+__all__ = ["BASELINE", "SIZES", "architecture", "check_systems", "systems_of", "with_pooling"]
 
 #: What the others are compared with: fairseq's own Transformer.
 BASELINE = "transformer_lm"
@@ -68,3 +68,11 @@ def check_systems(systems: list[str], size: str) -> None:
     twice = sorted({system for system in systems if systems.count(system) > 1})
     if twice:
         raise ValueError(f"--systems names {', '.join(twice)} twice; allowed: each once")
+
+
+def with_pooling(words: tuple, kind: str, pooling: str) -> tuple:
+    """The words of a fine-tuning whose head sees more than the first token."""
+    if pooling == "first":
+        return words
+    place, pooled = words.index("--arch") + 1, "pooled_" if kind == "roberta" else ""
+    return (*words[:place], pooled + words[place], "--pooling", pooling, *words[place + 1 :])

@@ -54,6 +54,18 @@ def test_every_contender_is_a_command_line_that_fairseq_takes(kind, name):
     assert args.optimizer in words
 
 
+def test_systems_are_chosen_by_name_and_the_first_is_the_ratios(benchmark, tmp_path, capsys):
+    command = [*COMMAND.split(), "--dtype", "float32", "--output", str(tmp_path / "out.csv")]
+    benchmark.main([*command, "--systems", "second", "first"])
+    with (tmp_path / "out.csv").open(newline="") as stream:
+        names = {row["name"]: row["ratio"] for row in csv.DictReader(stream)}
+    assert list(names) == ["second", "first"]
+    assert names["second"] == "1.000"
+    with pytest.raises(SystemExit):
+        benchmark.parse(["--systems", "third"])
+    assert "--systems 'third' is unknown; allowed: 'first', 'broken', 'second'" in capsys.readouterr().err
+
+
 def test_a_vocabulary_below_a_row_is_refused(capsys):
     with pytest.raises(SystemExit):
         tools.load_script("benchmark_fairseq_train").parse(["--lengths", "65536"])

@@ -74,12 +74,23 @@ def test_what_fails_at_a_length_is_a_record_and_the_others_go_on(monkeypatch, ca
     for name, make in (("short", lambda d, c: layers.Layers([Short(d, d)])), ("wrong", wrong)):
         monkeypatch.setitem(layers.CONTENDERS, name, layers.Contender(name, make, needs="torch"))
     words = [*WORDS, "--lengths", "40", "48", "--systems", "short", "wrong", "transformer_pp"]
-    benchmark_ops.main([*words, "--passes", "forward", "--output", str(tmp_path / "ops.csv")])
+    words += ["--passes", "forward", "--output", str(tmp_path / "ops.csv")]
+    with pytest.raises(SystemExit, match="1 left out, as they failed: wrong, compiled: no: error"):
+        benchmark_ops.main(words)
     assert "left out: wrong, compiled: no: error: RuntimeError: no such kernel" in capsys.readouterr().out
     found = {(row["name"], row["n"]): row["status"] for row in rows_of(tmp_path / "ops.csv")}
     assert found.pop(("short", "48")) == "error: AssertionError: rows of 48 are too short"
     assert len(found) == 3
     assert set(found.values()) == {"ok"}
+    monkeypatch.setattr(Short, "forward", torch.nn.Linear.forward)
+    with pytest.raises(SystemExit):
+        benchmark_ops.main(words)
+    assert [row["status"] for row in rows_of(tmp_path / "ops.csv")] == ["ok"] * 4, "tried again"
+
+
+def test_an_error_of_the_card_ends_all():
+    with pytest.raises(RuntimeError, match="illegal"):
+        benchmark_ops.reason(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
 @pytest.mark.parametrize(

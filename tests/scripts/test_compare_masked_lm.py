@@ -285,18 +285,18 @@ def test_one_command_does_it_all_and_a_second_one_nothing(tmp_path):
     assert (tmp_path / "rows.csv").read_bytes() == before
     reports = [run.stdout.partition("Pretraining:")[2] for run in (done, again)]
     assert len(re.findall(r"^In rows of ", reports[0], re.MULTILINE)) == 3
-    assert len(re.findall(r"^Counts of words alone, in \d+ tokens, tell", reports[0], re.MULTILINE)) == 2
+    assert len(re.findall(r"^Counts of tokens alone, in \d+ tokens, tell", reports[0], re.MULTILINE)) == 2
     assert reports[0] == reports[1]
 
 
-def test_counts_of_words_alone_tell_what_naive_bayes_does(tmp_path):
+def test_counts_of_tokens_alone_tell_what_naive_bayes_does(tmp_path):
     texts = {
-        "train": ["a a b", "a c", "b b b", "c b b"],
+        "train": ["a a b", "a c", "a b", "b b b"],
         "valid": ["a b b", "b a"],
         "test": ["a a a", "b b b", "c a c", "b b a"],
     }
     labels = {
-        "train": ["one", "one", "two", "two"],
+        "train": ["one", "one", "one", "two"],
         "valid": ["two", "one"],
         "test": ["one", "two", "two", "two"],
     }
@@ -312,10 +312,11 @@ def test_counts_of_words_alone_tell_what_naive_bayes_does(tmp_path):
             for line in lines:
                 builder.add_item(words.encode_line(line, append_eos=part == "input0", add_if_not_exist=False))
             builder.finalize(f"{path}.idx")
-    # By hand, each of seven words counted once more than it was seen. Three tokens: a 4/13, b 2/13, c 2/13
-    # and the end 2/13 in "one"; 1/13, 6/13, 2/13, 1/13 in "two". One token: 3/9, 1/9, 1/9 and 1/9, 2/9, 2/9.
-    assert naive_bayes(tmp_path, 3) == {"valid": 100.0, "test": 75.0}
-    assert naive_bayes(tmp_path, 1) == {"valid": 0.0, "test": 100.0}
+    # By hand, each of seven words counted once more than it was seen. Three tokens: a 5/16, b 3/16, c 2/16
+    # and the end 3/16 in "one"; 1/10, 4/10, 1/10, 1/10 in "two". One token: 4/10, 1/10, 1/10; 1/8, 2/8, 1/8.
+    # All times how often a label was there, 3/4 and 1/4, which decides what a single b tells.
+    assert naive_bayes(tmp_path, 3) == {"valid": 50.0, "test": 50.0}
+    assert naive_bayes(tmp_path, 1) == {"valid": 50.0, "test": 25.0}
 
 
 def test_another_pooling_is_fine_tuned_in_rows_of_its_own(compare, plan):
