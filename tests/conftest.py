@@ -1,6 +1,7 @@
 """Data and models that many tests share, made once for each process that runs tests."""
 
 import os
+import signal
 
 import pytest
 
@@ -17,6 +18,10 @@ TRANSLATION = (
     *("--target-lang", "there", "--criterion", "label_smoothed_cross_entropy"),
     *("--encoder-layers", "2", "--decoder-layers", "2", *SIZES),
 )
+
+# A shell that starts the tests in the background has Ctrl-C ignored, by their children too, which are to end.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
