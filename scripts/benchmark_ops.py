@@ -19,6 +19,7 @@ flash-linear-attention take part where they are installed.
 """
 
 import argparse
+import functools
 import logging
 import sys
 import tempfile
@@ -106,6 +107,12 @@ class Turn:
         if not all(p.grad.isfinite().all() for p in self.layers.parameters() if p.grad is not None):
             raise RuntimeError(f"{self.name} has a gradient that is not finite")
 
+    def begin(self, kind: str, x: torch.Tensor, memory: Memory, record: dict) -> None:
+        """What is not timed: the check, a pass that compiles, and one whose memory is recorded."""
+        self.check(x)
+        self.work(kind, x)
+        record["peak_memory"] = memory.peak_of(lambda: self.work(kind, x))
+
     def record(self, kind: str, b: int, n: int) -> dict:
         """The columns that are known beforehand."""
         times = 1 if kind == "forward" else 3
@@ -134,17 +141,11 @@ def measure(
         record = turn.record(kind, b, n)
         records.append(record)
         try:
-            with memory.limited():
-                turn.check(x)
-                turn.work(kind, x)
-                record["peak_memory"] = memory.peak_of(lambda turn=turn: turn.work(kind, x))
-        except (MemoryError, torch.OutOfMemoryError):
-            record["status"] = "out of memory"
-            continue
+            record["status"] = memory.attempt(functools.partial(turn.begin, kind, x, memory, record))
         except Exception as error:  # compilers and other packages fail in their own ways; the others go on
             record["status"] = reason(error)
-            continue
-        fitting.append((turn, record, []))
+        if record["status"] == "ok":
+            fitting.append((turn, record, []))
     for _, (turn, _, times) in product(range(options.rounds), fitting):
         begin = clock(options.device)
         turn.work(kind, x)
@@ -202,18 +203,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def contenders(d: int, options: argparse.Namespace, failed: list[str]) -> list[Turn]:
-    """All that can run here; says of the others why they are left out, and adds those that ``failed``."""
-    turns = []
+def contenders(d: int, options: argparse.Namespace) -> tuple[list[Turn], list[str]]:
+    """All that can run here, and what failed; says of the others why they are left out."""
+    turns, failed = [], []
     for name, compiled in product(options.systems, options.compiled):
         try:
             turns.append(Turn(name, compiled == "yes", d, options))
         except Exception as error:  # as above: what is wrong, is not installed, or does not run here
             why = f"{name}, compiled: {compiled}: {reason(error)}"
             print(f"left out: {why}", flush=True)
-            if not isinstance(error, ValueError):
-                failed.append(why)
-    return turns
+            failed += [] if isinstance(error, ValueError) else [why]
+    return turns, failed
 
 
 def reason(error: Exception) -> str:
@@ -233,7 +233,7 @@ def main(arguments: list[str]) -> None:
         table = Table(options.output, COLUMNS, KEY, SHOWN, common)
     except ValueError as error:
         sys.exit(f"benchmark_ops.py: {error}")
-    table.forget(lambda record: record["status"].startswith("error:"))
+    table.forget_failed()
     failed: list[str] = []
     # A compiled contender has one graph a length: as many as are asked for.
     dynamo = torch._dynamo.config
@@ -244,7 +244,8 @@ def main(arguments: list[str]) -> None:
         flush=True,
     )
     for d in options.dims:
-        turns = contenders(d, options, failed)
+        turns, wrong = contenders(d, options)
+        failed += wrong
         for n, kind in product(options.lengths, options.passes):
             cell = {"pass": kind, "b": max(1, options.tokens // n), "n": n, "d": d, "c": options.chunk_size}
             left = [

@@ -199,7 +199,7 @@ def main(arguments: list[str]) -> None:
         table = Table(plan.output, COLUMNS, (*SHARED, *RUN), SHOWN, common)
         if options.retry:
             with process.locked(folder):
-                table.forget(lambda record: (record["status"] or "").startswith("error:"))
+                table.forget_failed()
         curves = Table(curves_path, CURVES, CURVES[1:], (), common)
         print("\n".join(plan.told()), flush=True)
         final = run_all(plan, table, folder, dict(curves=curves, jobs=options.jobs, keep=options.keep))

@@ -85,6 +85,10 @@ class Table:
             os.replace(new, self.path)
             self._known = {self._cell(record) for record in kept}
 
+    def forget_failed(self) -> None:
+        """Takes away records of what failed, those that a signal has ended among them."""
+        self.forget(lambda record: (record["status"] or "").startswith("error:"))
+
     def forget_killed(self) -> None:
         """Takes away records of processes that a signal has ended: status -64 to -1, or 129 to 192."""
 

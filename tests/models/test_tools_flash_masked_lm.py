@@ -71,15 +71,8 @@ def labelled(data_bin, tmp_path_factory):
 def write_labelled(folder, data_bin, splits):
     """Binarizes lines by split, each with its label."""
     labels = {split: [str("the" in line.split()) for line in lines] for split, lines in splits.items()}
-    for part, texts in (("input0", splits), ("label", labels)):
-        binarize(folder, part, texts, ("--srcdict", data_bin / "dict.txt") if part == "input0" else ())
-
-
-def binarize(folder, part, texts, dictionary):
-    tools.write_texts(folder / part, **texts)
-    words = [word for split in texts for word in (f"--{split}pref", folder / part / split)]
-    where = ("--destdir", folder / "bin" / part, "--workers", "1", "--only-source")
-    tools.call("preprocess", *words, *where, *dictionary)
+    tools.binarize(folder, "input0", splits, "--srcdict", data_bin / "dict.txt")
+    tools.binarize(folder, "label", labels)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +84,7 @@ def ranked(data_bin, tmp_path_factory):
     (folder / "bin" / "label").mkdir(parents=True)
     for part, texts in parts.items():
         splits = {"train": texts[:200], "valid": texts[200:240]}
-        binarize(folder, part, splits, ("--srcdict", data_bin / "dict.txt"))
+        tools.binarize(folder, part, splits, "--srcdict", data_bin / "dict.txt")
     for split in splits:
         (folder / "bin" / "label" / f"{split}.label").write_text("0\n" * len(splits[split]))
     return folder / "bin"

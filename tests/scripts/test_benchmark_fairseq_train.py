@@ -1,7 +1,5 @@
 """Proves that benchmark_fairseq_train.py measures trainings as users start them."""
 
-import csv
-
 import pytest
 from fairseq import options as fairseq_options
 
@@ -23,8 +21,7 @@ def benchmark(monkeypatch):
 def test_trainings_become_records_and_a_second_run_repeats_none(benchmark, tmp_path, capfd):
     command = [*COMMAND.split(), "--dtype", "float32", "--output", str(tmp_path / "out.csv")]
     benchmark.main(command)
-    with (tmp_path / "out.csv").open(newline="") as stream:
-        first, broken, second = csv.DictReader(stream)
+    first, broken, second = tools.rows_of(tmp_path / "out.csv")
     assert (first["name"], second["name"], first["intervals"]) == ("first", "second", "3")
     assert (first["status"], first["ratio"], first["n"], first["peak_memory"]) == ("ok", "1.000", "16", "")
     assert 0 < float(first["slowest"]) <= float(first["tokens_per_s"]) <= float(first["fastest"])
@@ -57,8 +54,7 @@ def test_every_contender_is_a_command_line_that_fairseq_takes(kind, name):
 def test_systems_are_chosen_by_name_and_the_first_is_the_ratios(benchmark, tmp_path, capsys):
     command = [*COMMAND.split(), "--dtype", "float32", "--output", str(tmp_path / "out.csv")]
     benchmark.main([*command, "--systems", "second", "first"])
-    with (tmp_path / "out.csv").open(newline="") as stream:
-        names = {row["name"]: row["ratio"] for row in csv.DictReader(stream)}
+    names = {row["name"]: row["ratio"] for row in tools.rows_of(tmp_path / "out.csv")}
     assert list(names) == ["second", "first"]
     assert names["second"] == "1.000"
     with pytest.raises(SystemExit):

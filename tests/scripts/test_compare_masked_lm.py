@@ -3,12 +3,9 @@
 import csv
 import re
 
-import numpy as np
 import pytest
 import torch
 from fairseq import checkpoint_utils
-from fairseq.data import Dictionary
-from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
 
 from runs.classification import naive_bayes
 from support import tools
@@ -300,23 +297,13 @@ def test_counts_of_tokens_alone_tell_what_naive_bayes_does(tmp_path):
         "valid": ["two", "one"],
         "test": ["one", "two", "two", "two"],
     }
-    for part, content in (("input0", texts), ("label", labels)):
-        words = Dictionary()
-        for word in sorted({word for lines in content.values() for line in lines for word in line.split()}):
-            words.add_symbol(word)
-        (tmp_path / part).mkdir()
-        words.save(str(tmp_path / part / "dict.txt"))
-        for split, lines in content.items():
-            path = str(tmp_path / part / split)
-            builder = MMapIndexedDatasetBuilder(f"{path}.bin", dtype=np.int32)
-            for line in lines:
-                builder.add_item(words.encode_line(line, append_eos=part == "input0", add_if_not_exist=False))
-            builder.finalize(f"{path}.idx")
+    tools.binarize(tmp_path, "input0", texts, "--padding-factor", "1")
+    tools.binarize(tmp_path, "label", labels)
     # By hand, each of seven words counted once more than it was seen. Three tokens: a 5/16, b 3/16, c 2/16
     # and the end 3/16 in "one"; 1/10, 4/10, 1/10, 1/10 in "two". One token: 4/10, 1/10, 1/10; 1/8, 2/8, 1/8.
     # All times how often a label was there, 3/4 and 1/4, which decides what a single b tells.
-    assert naive_bayes(tmp_path, 3) == {"valid": 50.0, "test": 50.0}
-    assert naive_bayes(tmp_path, 1) == {"valid": 50.0, "test": 25.0}
+    assert naive_bayes(tmp_path / "bin", 3) == {"valid": 50.0, "test": 50.0}
+    assert naive_bayes(tmp_path / "bin", 1) == {"valid": 50.0, "test": 25.0}
 
 
 def test_another_pooling_is_fine_tuned_in_rows_of_its_own(compare, plan):

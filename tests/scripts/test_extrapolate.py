@@ -1,6 +1,5 @@
 """Proves that the loss by position is that of every row on its own, whatever the batch."""
 
-import csv
 import re
 
 import pytest
@@ -21,8 +20,7 @@ def checkpoint(data_bin, tmp_path_factory):
 
 
 def rows_of(path):
-    with path.open(newline="") as stream:
-        return {(int(row["n"]), row["positions"]): row for row in csv.DictReader(stream)}
+    return {(int(row["n"]), row["positions"]): row for row in tools.rows_of(path)}
 
 
 def test_the_loss_by_position_is_that_of_each_row_alone(data_bin, checkpoint, tmp_path, monkeypatch):
@@ -71,8 +69,7 @@ def test_a_linear_branch_that_reads_otherwise_has_rows_of_its_own(data_bin, chec
     words = ["--data", str(data_bin), "--checkpoints", str(checkpoint), "--split", "valid", "--device", "cpu"]
     for change in ((), ("--linear-window", "1"), ("--linear-window", "2", "--plain-linear")):
         extrapolate.main([*words, *change, "--lengths", "16", "32", "--output", str(output)])
-    with output.open(newline="") as stream:
-        found = {(row["name"], row["n"], row["positions"]): row["loss"] for row in csv.DictReader(stream)}
+    found = {(row["name"], row["n"], row["positions"]): row["loss"] for row in tools.rows_of(output)}
     names = ["ours", "ours, window 1", "ours, window 2, plain linear"]
     assert list(dict.fromkeys(name for name, _, _ in found)) == names
     # Chunks have 8 tokens: two are within a window of one, four are not.
@@ -97,7 +94,6 @@ def test_shifted_keys_and_a_fading_branch_are_read_otherwise_too(data_bin, tmp_p
     words += ["--split", "valid", "--lengths", "32", "--output", str(tmp_path / "out.csv")]
     for change in ((), ("--plain-linear",), ("--linear-window", "2")):
         extrapolate.main([*words, *change])
-    with (tmp_path / "out.csv").open(newline="") as stream:
-        found = [row for row in csv.DictReader(stream) if row["positions"] == "all"]
+    found = [row for row in tools.rows_of(tmp_path / "out.csv") if row["positions"] == "all"]
     assert [row["status"] for row in found] == ["ok"] * 3
     assert [row["name"].partition(", ")[2] for row in found] == ["", "plain linear", "window 2"]

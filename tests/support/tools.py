@@ -101,6 +101,14 @@ def run(tool: str, *arguments, cwd: Path = REPOSITORY, stdin: str = "", **enviro
     )
 
 
+def binarize(folder: Path, part: str, splits: dict[str, list[str]], *options) -> None:
+    """Writes lines by split as one of the parts of sentence_prediction's data: ``folder / "bin" / part``."""
+    write_texts(folder / part, **splits)
+    texts = [word for split in splits for word in (f"--{split}pref", folder / part / split)]
+    where = ("--destdir", folder / "bin" / part, "--workers", "1", "--only-source")
+    call("preprocess", *texts, *where, *options)
+
+
 def train(data_bin: Path, save_dir: Path, *arguments, updates: int = 3, recipe=(*RECIPE, *ADAM)) -> str:
     """Trains flash_lm in this process for ``updates`` in all; resumes if ``save_dir`` has a checkpoint."""
     model = () if "--arch" in arguments else (*TINY, *CHUNKS)
