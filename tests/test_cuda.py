@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fairseq.trainer import Trainer
 from torch import nn
 
 from fairseq_flash.modules import (
@@ -190,6 +191,25 @@ def test_a_compiled_training_records_its_passes_and_learns_the_same(
     assert not [warning for warning in recwarn if "CUDA graphs" in str(warning.message)]
     plain, compiled = found.values()
     assert (plain - compiled).abs().max() <= 0.05
+
+
+@pytest.mark.parametrize("options", [(), ("--compile",)], ids=str)
+def test_no_update_waits_for_the_gpu(options, data_bin, tmp_path, monkeypatch):
+    step = Trainer.train_step
+
+    def watched(self, *args, **kwargs):
+        settled = self.get_num_updates() > 6
+        torch.cuda.set_sync_debug_mode("error" if settled else "default")
+        try:
+            return step(self, *args, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Trainer, "train_step", watched)
+    recipe = [*(option for option in tools.RECIPE if option != "--cpu"), *tools.ADAM]
+    words = ["--arch", "flash_lm_tiny", *tools.SMALL, "--bf16", "--clip-norm", "0.5", "--log-interval", "100"]
+    words += ["--optimizer", "fused_adam", *options]
+    tools.train(data_bin, tmp_path, *words, updates=12, recipe=recipe)
 
 
 def build_decoder():

@@ -16,6 +16,8 @@
     how it ends when a scheduler asks for it;
 ``update``
     weights of 16 bits are copied all at once, and only devices that are there are seeded;
+``ahead``
+    a GPU does not wait for the host between two updates;
 ``data``
     rows that fairseq would drop, garble or refuse;
 ``choices``
@@ -38,6 +40,7 @@ tensorboardX" (hence tensorboardX is a dependency of this package) and warnings 
 """
 
 from fairseq_flash._compat import (
+    ahead,
     checkpoints,
     choices,
     data,
@@ -63,6 +66,6 @@ def prepare_host() -> None:
     registered.
     """
     # Messages first: the others import the modules whose noise is to be hidden.
-    first = (messages, versions, checkpoints, hub, saving, training, update, ending, data)
+    first = (messages, versions, checkpoints, hub, saving, training, update, ahead, ending, data)
     for kind in (*first, losses, generation, choices, values):
         kind.prepare()

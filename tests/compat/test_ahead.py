@@ -1,0 +1,132 @@
+"""Proves that a trainer that runs ahead of its device trains the same, and loses no failure."""
+
+import re
+
+import pytest
+import torch
+from fairseq.trainer import Trainer
+
+from fairseq_flash._compat import ahead
+from support import tools
+
+MODELS = ("flash_lm", "flash_masked_lm", "flash_seq2seq")
+FUSED = ("--optimizer", "fused_adam", "--clip-norm", 0.5, "--log-interval", 2)
+
+
+@pytest.fixture
+def queued(monkeypatch):
+    """Lets a CPU pass for a device that is not waited for; the updates that were not."""
+    numbers, heal = [], ahead._Update.__new__
+
+    def counted(cls, number, *rest):
+        numbers.append(number)
+        return heal(cls, number, *rest)
+
+    monkeypatch.setattr(ahead, "_is_asynchronous", lambda trainer: True)
+    monkeypatch.setattr(ahead._Update, "__new__", counted)
+    return numbers
+
+
+def train(words, folder, *arguments, updates=5) -> str:
+    return tools.call("train", *words, *FUSED, "--save-dir", folder, "--max-update", updates, *arguments)
+
+
+def logged(output) -> list[str]:
+    return re.findall(r'"(?:train_)?(?:loss|nll_loss|ppl|gnorm|clip|num_updates)": "[^"]*"', output)
+
+
+def poison(monkeypatch, number):
+    """Makes a weight infinite before the update with this number of updates before it."""
+    step = Trainer.train_step
+
+    def poisoned(self, *args, **kwargs):
+        if self.get_num_updates() == number:
+            with torch.no_grad():
+                self.get_model().decoder.stack.blocks[1].uvz.weight[0] = float("inf")
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "train_step", poisoned)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("precision", [(), ("--bf16",)], ids=str)
+def test_losses_and_weights_are_the_same(words_of_training, tmp_path, queued, monkeypatch, model, precision):
+    words = (*words_of_training[model], *precision, "--log-format", "json")
+    fast = train(words, tmp_path / "fast")
+    assert queued == [0, 1, 2, 3, 4]
+    monkeypatch.setattr(ahead, "_is_asynchronous", lambda trainer: False)
+    slow = train(words, tmp_path / "slow")
+    assert len(queued) == 5
+    assert len(logged(slow)) > 8
+    assert logged(fast) == logged(slow)
+    found, expected = (torch.load(tmp_path / x / "checkpoint_last.pt") for x in ("fast", "slow"))
+    torch.testing.assert_close(found["model"], expected["model"], rtol=0, atol=0)
+    states = (x["last_optimizer_state"]["state"] for x in (found, expected))
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("precision", [(), ("--bf16",)], ids=str)
+@pytest.mark.parametrize("options", [("--save-interval-updates", 1), ("--no-save", "--disable-validation")])
+def test_the_update_that_failed_is_named_and_has_changed_nothing(
+    words_of_training, tmp_path, queued, monkeypatch, options, precision
+):
+    poison(monkeypatch, 2)
+    with pytest.raises(FloatingPointError, match=r"^update 3: gradients are Nan/Inf; first: "):
+        train(words_of_training["flash_lm"], tmp_path, *options, *precision)
+    assert queued[:3] == [0, 1, 2]
+    state = torch.load(tmp_path / "crash.pt")
+    assert state["optimizer_history"][-1]["num_updates"] == 2
+    moments = state["last_optimizer_state"]["state"].values()
+    assert all(x["exp_avg"].isfinite().all() and x["step"] == 2 for x in moments)
+
+
+@pytest.mark.parametrize("end", [(), ("--max-epoch", 1, "--batch-size", 64)], ids=str)
+def test_the_last_update_fails_too(words_of_training, tmp_path, queued, monkeypatch, end):
+    words = (*words_of_training["flash_lm"], "--no-save", "--disable-validation", *end)
+    updates = 0 if end else 5
+    train(words, tmp_path, updates=updates)
+    last = queued[-1]
+    poison(monkeypatch, last)
+    with pytest.raises(FloatingPointError, match=rf"^update {last + 1}: gradients are Nan/Inf"):
+        train(words, tmp_path, updates=updates)
+
+
+def test_no_checkpoint_is_written_behind_an_update_that_failed(
+    words_of_training, tmp_path, queued, monkeypatch
+):
+    poison(monkeypatch, 2)
+    with pytest.raises(FloatingPointError, match=r"^update 3: "):
+        train(words_of_training["flash_lm"], tmp_path, "--save-interval-updates", 3)
+    assert [path.name for path in tmp_path.glob("*.pt")] == ["crash.pt"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--optimizer", "adam"),
+        ("--store-ema",),
+        ("--use-bmuf",),
+    ],
+    ids=str,
+)
+def test_what_has_to_wait_waits(words_of_training, tmp_path, queued, options):
+    train(words_of_training["flash_lm"], tmp_path, *options, updates=2)
+    assert queued == []
+
+
+def test_an_update_that_fails_once_is_made_again(words_of_training, tmp_path, queued, monkeypatch):
+    """As a device may err, or draw other numbers."""
+    clip, calls = Trainer.clip_grad_norm.__wrapped__, []
+
+    def once(self, *args):
+        calls.append(self.get_num_updates())
+        norm = clip(self, *args)
+        return norm * float("nan") if len(calls) == 2 else norm
+
+    monkeypatch.setattr(Trainer, "clip_grad_norm", ahead._heal_norm(once))
+    train(words_of_training["flash_lm"], tmp_path / "found", updates=4)
+    assert calls == [0, 1, 2, 1, 2, 3]
+    monkeypatch.undo()
+    train(words_of_training["flash_lm"], tmp_path / "expected", updates=4)
+    found, expected = (torch.load(tmp_path / x / "checkpoint_last.pt") for x in ("found", "expected"))
+    torch.testing.assert_close(found["model"], expected["model"], rtol=0, atol=0)
