@@ -11,7 +11,7 @@ from runs.plan import Earlier, as_words, recipe
 from runs.progress import counted
 from runs.provenance import ROOT
 from runs.schedule import Finished, TrainingRun, fairseq_command
-from runs.systems import architecture
+from runs.systems import BASELINE, architecture
 
 __all__ = ["EVALUATED", "Budget", "Plan", "evaluated"]
 
@@ -176,7 +176,9 @@ class Plan:
         own = {"--dropout": 0, "--update-freq": self.tokens_per_update // self.max_tokens}
         own["--bf16"] = "" if self.half else None
         options = as_words({**own, **training, **saving})
-        return [*self.task(n), *architecture(system, self.size), *options, *self.extra]
+        # fairseq's own models cannot be compiled; all others can.
+        extra = [word for word in self.extra if word != "--compile" or system != BASELINE]
+        return [*self.task(n), *architecture(system, self.size), *options, *extra]
 
     def task(self, n: int) -> list[str]:
         """What training and evaluation have in common."""

@@ -150,6 +150,14 @@ def test_finished_runs_are_not_repeated_and_other_settings_are_other_runs(compar
     assert len(compare(*lr, extra=("--dropout", "0.1"))) == 6
 
 
+def test_all_but_fairseqs_own_models_are_compiled(data, tmp_path):
+    _, plan = compare_lm.parse(arguments(data, tmp_path, extra=("--compile", "--optimizer", "fused_adam")))
+    ours, theirs = (plan.words(name, 16, {}, {}) for name in ("flash_lm", "transformer_lm"))
+    assert ours[-3:] == ["--compile", "--optimizer", "fused_adam"]
+    assert theirs[-2:] == ["--optimizer", "fused_adam"]
+    assert "--compile" not in theirs
+
+
 def test_runs_of_which_another_part_was_evaluated_are_other_runs(compare, capsys):
     words = ("--lr", "flash_lm=2e-3", "--systems", "flash_lm")
     part = compare(*words, "--eval-shards", "4")
