@@ -264,7 +264,8 @@ def tell(
         settings[name] = ", ".join(sorted({record[name] for record in final}))
     commands = [shlex.join(["python", "scripts/compare_lm.py", *arguments]), ""]
     for run in runs:
-        evaluation = plan.evaluation_command(run.record["n"], Path("CHECKPOINTS/checkpoint_last.pt"))
+        name, n = run.record["name"], run.record["n"]
+        evaluation = plan.evaluation_command(name, n, Path("CHECKPOINTS/checkpoint_last.pt"))
         both = (run.command("CHECKPOINTS"), evaluation)
         commands += [readable(["python", *words[1:]], {plan.data: data}) for words in both]
     tokens = plan.counts["tokens"] if plan.counts else None

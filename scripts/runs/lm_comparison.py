@@ -168,7 +168,7 @@ class Plan:
             updates,
             record,
             weight=1.0 if stage == "speed" else self.seconds(stage, system, n),
-            measure=None if stage == "speed" else self.evaluation(n),
+            measure=None if stage == "speed" else self.evaluation(system, n),
         )
 
     def words(self, system: str, n: int, training: dict, saving: dict) -> list[str]:
@@ -176,9 +176,13 @@ class Plan:
         own = {"--dropout": 0, "--update-freq": self.tokens_per_update // self.max_tokens}
         own["--bf16"] = "" if self.half else None
         options = as_words({**own, **training, **saving})
-        # fairseq's own models cannot be compiled; all others can.
-        extra = [word for word in self.extra if word != "--compile" or system != BASELINE]
-        return [*self.task(n), *architecture(system, self.size), *options, *extra]
+        compiled = ["--compile"] if self.is_compiled(system) else []
+        extra = [word for word in self.extra if word != "--compile"]
+        return [*self.task(n), *architecture(system, self.size), *options, *compiled, *extra]
+
+    def is_compiled(self, system: str) -> bool:
+        """Whether its trainings are: fairseq's own models cannot be."""
+        return "--compile" in self.extra and system != BASELINE
 
     def task(self, n: int) -> list[str]:
         """What training and evaluation have in common."""
@@ -190,19 +194,21 @@ class Plan:
         }
         return [str(self.data), *as_words(options)]
 
-    def evaluation_command(self, n: int, checkpoint: Path) -> list[str]:
+    def evaluation_command(self, system: str, n: int, checkpoint: Path) -> list[str]:
         """fairseq-eval-lm on rows of ``n``."""
         options = {
             **{"--path": checkpoint, "--gen-subset": "valid"},
             **{"--num-shards": self.eval_shards, "--shard-id": 0},
+            # A split is read before a compiler is done.
+            "--model-overrides": "{'compile': False}" if self.is_compiled(system) else None,
         }
         return fairseq_command("eval_lm", *self.task(n), *as_words(options))
 
-    def evaluation(self, n: int) -> Callable[[Finished], dict]:
+    def evaluation(self, system: str, n: int) -> Callable[[Finished], dict]:
         """What is measured at the end of a training."""
 
         def evaluate(finished: Finished) -> dict:
-            command = self.evaluation_command(n, finished.checkpoint)
+            command = self.evaluation_command(system, n, finished.checkpoint)
             return evaluated(finished.call(command), self.counts)
 
         return evaluate

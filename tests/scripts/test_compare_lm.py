@@ -156,6 +156,10 @@ def test_all_but_fairseqs_own_models_are_compiled(data, tmp_path):
     assert ours[-3:] == ["--compile", "--optimizer", "fused_adam"]
     assert theirs[-2:] == ["--optimizer", "fused_adam"]
     assert "--compile" not in theirs
+    reading = [
+        plan.evaluation_command(name, 16, tmp_path / "x.pt") for name in ("flash_lm", "transformer_lm")
+    ]
+    assert ["--model-overrides" in words for words in reading] == [True, False]
 
 
 def test_runs_of_which_another_part_was_evaluated_are_other_runs(compare, capsys):
