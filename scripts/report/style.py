@@ -2,6 +2,7 @@
 
 import math
 import re
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Optional
@@ -17,7 +18,17 @@ from matplotlib import ticker
 from runs import table
 
 __all__ = [
-    *("Records", "cells", "draw_bars", "draw_lines", "finished", "frame", "legend_below", "losses_by"),
+    *(
+        "Records",
+        "broken",
+        "cells",
+        "draw_bars",
+        "draw_lines",
+        "finished",
+        "frame",
+        "legend_below",
+        "losses_by",
+    ),
     *("numbers", "panels", "plain_log", "read", "shared", "style", "values", "whiskers"),
 ]
 
@@ -151,7 +162,14 @@ def shared(records: Records, keys: Iterable[str]) -> str:
 def _readable(value: str) -> str:
     """Of a budget such as ``1000000tokens``; anything else stays as it is."""
     budget = re.fullmatch(r"(\d+)(tokens|updates|minutes)", value)
-    return f"{int(budget[1]):,} {budget[2]}" if budget else value
+    if budget is None:
+        return value
+    return f"{int(budget[1]):,} {budget[2] if budget[1] != '1' else budget[2].removesuffix('s')}"
+
+
+def broken(title: str, width: int) -> str:
+    """A title in lines of at most ``width`` letters, in which the names of options stay whole."""
+    return textwrap.fill(title, width, break_on_hyphens=False)
 
 
 def panels(
