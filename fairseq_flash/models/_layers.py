@@ -193,7 +193,8 @@ def _through(
     source: dict[str, Optional[torch.Tensor]],
 ) -> tuple[torch.Tensor, Optional[DecodingState]]:
     """All layers, several in a graph; one by one where somebody has put something in between."""
-    blocks, size = list(stack.blocks), layers_in_a_graph(x.device.type)
+    blocks = list(stack.blocks)
+    size = layers_in_a_graph(x.device.type, len(blocks))
     if state is not None or size == 1 or any(_changed(block) or is_watched(block) for block in blocks):
         return type(stack).through(stack, x, state, rows, source)
     for first in range(0, len(blocks), size):
@@ -201,13 +202,22 @@ def _through(
     return x, None
 
 
-def layers_in_a_graph(device: str) -> int:
-    """4 on a GPU, 1 on a CPU.
+def layers_in_a_graph(device: str, layers: int) -> int:
+    """Up to 4 on a GPU, 1 on a CPU.
 
-    From graph to graph the host takes longer than a GPU for a small layer; more layers in a graph only take
-    longer to compile.
+    From graph to graph the host takes longer than a GPU for a small layer, and more layers in a graph take
+    longer to compile, a last one of fewer layers as well: so graphs, and layers that are compiled, are
+    together as few as can be.
+
+    Args:
+        device: Its type.
+        layers: How many there are.
+
+    Returns:
+        Layers of each graph but the last.
     """
-    return 1 if device == "cpu" else 4
+    sizes = range(1, 2 if device == "cpu" else 5)
+    return min(sizes, key=lambda size: (size + layers % size + -(-layers // size), -size))
 
 
 def _changed(block: nn.Module) -> bool:

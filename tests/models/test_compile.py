@@ -109,7 +109,7 @@ def test_two_layers_share_a_graph_with_checkpointing_and_dropout(kind, graphs):
 
 @pytest.mark.parametrize("kind", ["gau", "flash2", "masked", "seq2seq"])
 def test_layers_go_through_a_graph_in_groups(kind, graphs, monkeypatch):
-    monkeypatch.setattr(_layers, "layers_in_a_graph", lambda device: 2)
+    monkeypatch.setattr(_layers, "layers_in_a_graph", lambda device, layers: 2)
     layers = dict.fromkeys(("encoder_layers", "decoder_layers") if kind == "seq2seq" else ("layers",), 4)
     plain, compiled = build(kind, **layers), build(kind, compile=True, **layers)
     tokens = tokens_of(3, 9)
@@ -122,7 +122,7 @@ def test_layers_go_through_a_graph_in_groups(kind, graphs, monkeypatch):
 @pytest.mark.parametrize("part", ["", "uvz"])
 @pytest.mark.parametrize("kind", ["forward", "forward_pre"])
 def test_what_watches_a_layer_or_a_part_of_it_sees_every_pass_and_no_other(part, kind, graphs, monkeypatch):
-    monkeypatch.setattr(_layers, "layers_in_a_graph", lambda device: 4)
+    monkeypatch.setattr(_layers, "layers_in_a_graph", lambda device, layers: 4)
     model, tokens, seen = build("gau", compile=True), tokens_of(3, 9), []
     run(model, tokens)
     watched = model.decoder.stack.blocks[1].get_submodule(part)
@@ -152,7 +152,7 @@ def test_diagnostics_report_the_same_between_compiled_updates(graphs):
 
 
 def test_a_forward_that_was_put_in_place_of_a_layers_own_is_called(graphs, monkeypatch):
-    monkeypatch.setattr(_layers, "layers_in_a_graph", lambda device: 4)
+    monkeypatch.setattr(_layers, "layers_in_a_graph", lambda device, layers: 4)
     model, tokens = build("gau", compile=True), tokens_of(3, 9)
     block, seen = model.decoder.stack.blocks[1], []
     own = block.forward
@@ -161,8 +161,11 @@ def test_a_forward_that_was_put_in_place_of_a_layers_own_is_called(graphs, monke
     assert seen == [True]
 
 
-def test_on_a_cpu_each_layer_is_a_graph_and_on_a_gpu_four_are():
-    assert [_layers.layers_in_a_graph(device) for device in ("cpu", "cuda")] == [1, 4]
+def test_on_a_cpu_each_layer_is_a_graph_and_on_a_gpu_up_to_four_are():
+    assert {_layers.layers_in_a_graph("cpu", layers) for layers in (1, 4, 7, 24)} == {1}
+    # Of 7, three graphs are compiled as one of 3 layers and one of 1.
+    found = {layers: _layers.layers_in_a_graph("cuda", layers) for layers in (1, 3, 4, 6, 7, 8, 12, 24)}
+    assert found == {1: 1, 3: 3, 4: 2, 6: 3, 7: 3, 8: 4, 12: 4, 24: 4}
 
 
 def test_a_copy_such_as_emas_computes_with_its_own_weights(graphs):
