@@ -1,5 +1,6 @@
 """Proves that the comparison plans, resumes, records failures and chooses rates as it says."""
 
+import dataclasses
 import json
 import math
 import os
@@ -160,6 +161,15 @@ def test_all_but_fairseqs_own_models_are_compiled(data, tmp_path):
         plan.evaluation_command(name, 16, tmp_path / "x.pt") for name in ("flash_lm", "transformer_lm")
     ]
     assert ["--model-overrides" in words for words in reading] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "extra", "told"), [(True, [], 1), (True, ["--compile"], 0), (False, [], 0)]
+)
+def test_on_a_gpu_it_is_said_that_nothing_is_compiled(data, tmp_path, on_gpu, extra, told):
+    _, plan = compare_lm.parse(arguments(data, tmp_path))
+    plan = dataclasses.replace(plan, on_gpu=on_gpu, extra=extra)
+    assert sum("not compiled" in line for line in plan.told()) == told
 
 
 def test_runs_of_which_another_part_was_evaluated_are_other_runs(compare, capsys):
