@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, NoReturn, Optional
 from weakref import WeakKeyDictionary
 
 import torch
@@ -66,8 +66,9 @@ def prepare() -> None:
     of an update of 32 768 tokens on an H200, of a model of 110 M parameters. Here the optimizer looks at the
     norm on the device and, where it is not finite, leaves weights and moments as they are; the host looks
     one update later, and before each checkpoint, each validation and the end. An update that failed is then
-    made again in fairseq's own way, which reports it. Losses and weights stay the same to the bit;
-    ``train_step`` returns no loss, which it would have to wait for.
+    made again in fairseq's own way, which reports it; it has been logged before, with its norm that is no
+    number. Losses and weights stay the same to the bit; ``train_step`` returns no loss, which it would have
+    to wait for. Criterions that divide by a number of the device, as ``masked_lm``, still wait for that.
     """
     from fairseq import checkpoint_utils
     from fairseq.trainer import Trainer
@@ -85,6 +86,7 @@ def prepare() -> None:
     wrap(Trainer, "_reduce_and_log_stats", _heal_log)
     wrap(Trainer, "save_checkpoint", _look_first)
     wrap(Trainer, "begin_valid_epoch", _look_first)
+    wrap(Trainer, "load_checkpoint", _forget_first)
 
 
 def _is_asynchronous(trainer: Any) -> bool:
@@ -97,14 +99,14 @@ def _adam(trainer: Any) -> Any:
 
     cfg, optimizer = trainer.cfg, trainer.optimizer
     inner = getattr(optimizer, "fp32_optimizer", optimizer)
+    looks = isinstance(inner, FusedAdam) and isinstance(inner.optimizer, torch.optim.AdamW)
     waits = (
         not _is_asynchronous(trainer)
         or trainer.data_parallel_world_size > 1
         or getattr(optimizer, "scaler", None) is not None
-        or cfg.optimization.use_bmuf
         or cfg.ema.store_ema
     )
-    return None if waits or not isinstance(inner, FusedAdam) else inner.optimizer
+    return inner.optimizer if looks and not waits else None
 
 
 def _heal_step(step: Callable) -> Callable:
@@ -119,15 +121,14 @@ def _heal_step(step: Callable) -> Callable:
             pass  # what is raised next is no consequence of it
         finally:
             course.samples = adam.found_inf = None
-        _make_again(self, course)
-        return healed(self, samples, *args, **kwargs)
+        return _make_again(self, course)
 
     return healed
 
 
 def _heal_norm(clip: Callable) -> Callable:
-    def healed(self: Any, *args: Any) -> torch.Tensor:
-        norm, course = clip(self, *args), _courses.get(self, _Course())
+    def healed(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        norm, course = clip(self, *args, **kwargs), _courses.get(self, _Course())
         if course.waits or course.samples is None:
             return norm
         if course.open is not None and _is_broken(course.open):
@@ -150,18 +151,24 @@ def _is_broken(update: _Update) -> bool:
     return bool(update.broken.item())
 
 
-def _make_again(trainer: Any, course: _Course) -> None:
+def _make_again(trainer: Any, course: _Course) -> NoReturn:
     """Makes the open update in fairseq's way.
 
     Raises:
-        FloatingPointError: its gradients are not finite.
+        FloatingPointError: its gradients are not finite, or were not.
     """
     update, course.open, course.waits = course.open, None, True
+    if hasattr(trainer.optimizer, "_multiply_factor"):
+        # What an update that was given up has left there.
+        trainer.optimizer._multiply_factor = 1.0
     trainer.set_num_updates(update.number)
     try:
         trainer.train_step(update.samples)
     finally:
         course.waits = False
+    raise FloatingPointError(
+        f"update {update.number + 1}: gradients are Nan/Inf, and were finite when the update was made again"
+    )
 
 
 def _heal_log(log: Callable) -> Callable:
@@ -192,6 +199,14 @@ def _look(trainer: Any) -> None:
     if _is_broken(course.open):
         _make_again(trainer, course)
     course.open = None
+
+
+def _forget_first(load: Callable) -> Callable:
+    def healed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _courses.pop(self, None)
+        return load(self, *args, **kwargs)
+
+    return healed
 
 
 def _look_first(call: Callable) -> Callable:

@@ -249,6 +249,8 @@ def _tell_what_is_not_finite() -> None:
             try:
                 return step(self, *args, **kwargs)
             except FloatingPointError as error:
+                if str(error).startswith("update "):
+                    raise
                 first = f"; first: {found[0]}" if found else ""
                 raise FloatingPointError(f"update {self.get_num_updates() + 1}: {error}{first}") from error
 

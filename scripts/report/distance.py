@@ -4,10 +4,10 @@ import matplotlib.pyplot as plt
 
 from report.style import (
     Records,
-    broken,
     cells,
     draw_lines,
     finished,
+    in_lines,
     legend_below,
     numbers,
     panels,
@@ -67,7 +67,7 @@ def draw_yardstick(records: Records, yardstick: str) -> plt.Figure:
             mine = own[own["name"] == name]
             axis.plot(mine["x"].map(places), numbers(mine, column), label=name, **style(name, names))
         axis.set(xlabel=x, ylabel=words, xticks=range(len(places)), xticklabels=places)
-        axis.set_title(broken(title, 90), fontsize=9)
+        axis.set_title(in_lines(title, 90), fontsize=9)
         axis.grid(alpha=0.3)
     legend_below(figure)
     return figure

@@ -63,9 +63,10 @@ def _longest(records: Records) -> Records:
 
 
 def _language_models(records: Records) -> Records:
-    """Those with the batch that most were measured with."""
+    """Those with the batch that most were measured with, as they were measured last."""
     records = records[records["kind"] == "lm"]
-    return records[records["tokens"] == records["tokens"].mode().iat[0]]
+    records = records[records["tokens"] == records["tokens"].mode().iat[0]]
+    return records.drop_duplicates(["device", "dtype", "name", "n"], keep="last")
 
 
 def _training_steps(records: Records) -> Records:

@@ -9,11 +9,11 @@ from matplotlib import ticker
 from report.labels import place_labels
 from report.style import (
     Records,
-    broken,
     cells,
     draw_bars,
     draw_lines,
     finished,
+    in_lines,
     legend_below,
     losses_by,
     numbers,
@@ -47,7 +47,7 @@ def draw_curves(records: Records, x: str) -> plt.Figure:
         place = numbers(own, x).groupby([own["name"], own["updates"]]).transform("mean")
         draw_lines(axis, own.assign(**{x: place}), x, "loss", **look)
         axis.set(xlabel=x, ylabel=f"{split} loss, nats a token")
-        axis.set_title(broken(title, 55), fontsize=9)
+        axis.set_title(in_lines(title, 55), fontsize=9)
         if x == "tokens":
             axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=" "))
         zoom(axis)
@@ -99,7 +99,7 @@ def draw_quality(records: Records) -> plt.Figure:
             labels.setdefault(axis, []).extend(zip(lengths, x, means, strict=True))
         plain_log(axis, "training, tokens a second", y=False)
         axis.set_ylabel("loss, nats a token")
-        axis.set_title(f"{broken(title, 90)}\nnumbers: tokens a row; better is down and right", fontsize=10)
+        axis.set_title(f"{in_lines(title, 90)}\nnumbers: tokens a row; better is down and right", fontsize=10)
         axis.grid(alpha=0.3)
     legend_below(figure)
     for axis, own in labels.items():
@@ -117,7 +117,7 @@ def draw_ablation(records: Records) -> plt.Figure:
         order = sorted(found, key=lambda name: numpy.mean(found[name]), reverse=True)
         colours = {name: style(name, order)["color"] for name in order}
         draw_bars(axis, {name: found[name] for name in order}, base, colours)
-        axis.set_title(broken(title, 110), loc="left", fontsize=9)
+        axis.set_title(in_lines(title, 110), loc="left", fontsize=9)
     return figure
 
 

@@ -20,7 +20,7 @@ from runs import table
 __all__ = [
     *(
         "Records",
-        "broken",
+        "in_lines",
         "cells",
         "draw_bars",
         "draw_lines",
@@ -161,13 +161,14 @@ def shared(records: Records, keys: Iterable[str]) -> str:
 
 def _readable(value: str) -> str:
     """Of a budget such as ``1000000tokens``; anything else stays as it is."""
-    budget = re.fullmatch(r"(\d+)(tokens|updates|minutes)", value)
+    budget = re.fullmatch(r"([\d.]+)(tokens|updates|minutes)", value)
     if budget is None:
         return value
-    return f"{int(budget[1]):,} {budget[2] if budget[1] != '1' else budget[2].removesuffix('s')}"
+    unit = budget[2].removesuffix("s") if budget[1] == "1" else budget[2]
+    return f"{float(budget[1]):,.12g} {unit}"
 
 
-def broken(title: str, width: int) -> str:
+def in_lines(title: str, width: int) -> str:
     """A title in lines of at most ``width`` letters, in which the names of options stay whole."""
     return textwrap.fill(title, width, break_on_hyphens=False)
 

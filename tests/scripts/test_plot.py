@@ -59,6 +59,8 @@ def gpu():
     for name in ("flash_lm", "flash_lm --compile", "transformer_lm"):
         for n in (1024, 8192):
             row = {"name": name, "n": n, "dtype": "bf16", **COMMON, "device": "a card", "kind": "lm"}
+            # Measured again, it is drawn as it was measured last.
+            yield {**row, "tokens": 32768, "tokens_per_s": 1, "peak_memory": 1e9}
             yield {**row, "tokens": 32768, "tokens_per_s": 1e9 / n, "peak_memory": 1e9}
     # One with another batch, or of another kind, is no point of these lines.
     yield {**row, "tokens": 131072, "tokens_per_s": 1, "peak_memory": 1}
@@ -208,6 +210,23 @@ def test_a_system_with_options_keeps_its_colour_and_stands_out_from_the_bare_one
     assert bare.get_color() == tuned.get_color() != other.get_color()
     assert [line.get_linestyle() for line in (bare, tuned, other)] == [":", "-", "-"]
     assert min(line.get_ydata().min() for line in (bare, tuned, other)) > 1
+
+
+@pytest.mark.parametrize(
+    ("budget", "told"),
+    [("1minutes", "1 minute"), ("0.5minutes", "0.5 minutes"), ("50000tokens", "50,000 tokens")],
+)
+def test_a_budget_is_told_in_words(budget, told):
+    assert plot_style.shared(plot_style.frame([{"budget": budget}]), ("budget",)) == told
+
+
+def test_a_long_title_breaks_no_option():
+    lines = plot_style.in_lines(
+        "gpt, bfloat16, --eval-shards 2 --compile --optimizer fused_adam", 32
+    ).splitlines()
+    assert len(lines) > 1
+    assert max(map(len, lines)) <= 32
+    assert "--eval-shards" in " ".join(lines).split()
 
 
 def test_layers_show_their_training_steps_compiled_or_not(results):
