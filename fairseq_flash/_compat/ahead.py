@@ -47,15 +47,26 @@ class _Update(NamedTuple):
 
 
 class _Course:
-    """How the updates of a trainer go: ``samples`` of the one at hand, the one that is ``open``, and whether
-    the host ``waits`` for them."""
+    """How the updates of a trainer go.
 
-    samples: Optional[list] = None
+    Attributes:
+        samples: Batches of the update at hand.
+        adam: Its optimizer; None where the host waits, or there is no update at hand.
+        open: The last update that was queued.
+        waits: Whether an update is made again.
+    """
+
+    samples: list
+    adam: Optional[torch.optim.AdamW] = None
     open: Optional[_Update] = None
     waits: bool = False
 
 
 _courses: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def _course_of(trainer: Any) -> _Course:
+    return _courses.setdefault(trainer, _Course())
 
 
 def prepare() -> None:
@@ -111,16 +122,16 @@ def _adam(trainer: Any) -> Any:
 
 def _heal_step(step: Callable) -> Callable:
     def healed(self: Any, samples: list, *args: Any, **kwargs: Any) -> Any:
-        course, adam = _courses.setdefault(self, _Course()), _adam(self)
+        course, adam = _course_of(self), _adam(self)
         if course.waits or adam is None:
             return step(self, samples, *args, **kwargs)
-        course.samples = samples
+        course.samples, course.adam = samples, adam
         try:
             return step(self, samples, *args, **kwargs)
         except _NotFiniteError:
             pass  # what is raised next is no consequence of it
         finally:
-            course.samples = adam.found_inf = None
+            course.adam = adam.found_inf = None
         return _make_again(self, course)
 
     return healed
@@ -128,13 +139,13 @@ def _heal_step(step: Callable) -> Callable:
 
 def _heal_norm(clip: Callable) -> Callable:
     def healed(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        norm, course = clip(self, *args, **kwargs), _courses.get(self, _Course())
-        if course.waits or course.samples is None:
+        norm, course = clip(self, *args, **kwargs), _course_of(self)
+        if course.waits or course.adam is None:
             return norm
         if course.open is not None and _is_broken(course.open):
             raise _NotFiniteError
         broken, known = (~norm.isfinite()).float(), None
-        _adam(self).found_inf = broken
+        course.adam.found_inf = broken
         if broken.is_cuda:
             broken = torch.empty_like(broken, device="cpu", pin_memory=True).copy_(broken, non_blocking=True)
             known = torch.cuda.Event()
@@ -193,10 +204,8 @@ def _heal_log(log: Callable) -> Callable:
 
 
 def _look(trainer: Any) -> None:
-    course = _courses.get(trainer)
-    if course is None or course.open is None:
-        return
-    if _is_broken(course.open):
+    course = _course_of(trainer)
+    if course.open is not None and _is_broken(course.open):
         _make_again(trainer, course)
     course.open = None
 

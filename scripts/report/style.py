@@ -18,18 +18,8 @@ from matplotlib import ticker
 from runs import table
 
 __all__ = [
-    *(
-        "Records",
-        "in_lines",
-        "cells",
-        "draw_bars",
-        "draw_lines",
-        "finished",
-        "frame",
-        "legend_below",
-        "losses_by",
-    ),
-    *("numbers", "panels", "plain_log", "read", "shared", "style", "values", "whiskers"),
+    *("Records", "cells", "draw_bars", "draw_lines", "finished", "frame", "legend_below", "losses_by"),
+    *("in_lines", "numbers", "panels", "plain_log", "read", "shared", "style", "values", "whiskers"),
 ]
 
 #: Okabe and Ito's palette and three more, told apart by every eye; the markers without colours as well.

@@ -178,9 +178,8 @@ class Plan:
         own = {"--dropout": 0, "--update-freq": self.tokens_per_update // self.max_tokens}
         own["--bf16"] = "" if self.half else None
         options = as_words({**own, **training, **saving})
-        compiled = ["--compile"] if self.is_compiled(system) else []
-        extra = [word for word in self.extra if word != "--compile"]
-        return [*self.task(n), *architecture(system, self.size), *options, *compiled, *extra]
+        extra = [word for word in self.extra if word != "--compile" or self.is_compiled(system)]
+        return [*self.task(n), *architecture(system, self.size), *options, *extra]
 
     def is_compiled(self, system: str) -> bool:
         """Whether its trainings are: fairseq's own models cannot be."""

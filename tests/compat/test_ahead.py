@@ -37,19 +37,6 @@ def logged(output) -> list[str]:
     return re.findall(r'"(?:train_)?(?:loss|nll_loss|ppl|gnorm|clip|num_updates)": "[^"]*"', output)
 
 
-def poison(monkeypatch, number):
-    """Makes a weight infinite before the update with this number of updates before it."""
-    step = Trainer.train_step
-
-    def poisoned(self, *args, **kwargs):
-        if self.get_num_updates() == number:
-            with torch.no_grad():
-                self.get_model().decoder.stack.blocks[1].uvz.weight[0] = float("inf")
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(Trainer, "train_step", poisoned)
-
-
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("precision", [(), ("--bf16",)], ids=str)
 def test_losses_and_weights_are_the_same(words_of_training, tmp_path, queued, monkeypatch, model, precision):
@@ -70,9 +57,9 @@ def test_losses_and_weights_are_the_same(words_of_training, tmp_path, queued, mo
 @pytest.mark.parametrize("precision", [(), ("--bf16",)], ids=str)
 @pytest.mark.parametrize("options", [("--save-interval-updates", 1), ("--no-save", "--disable-validation")])
 def test_the_update_that_failed_is_named_and_has_changed_nothing(
-    words_of_training, tmp_path, queued, monkeypatch, options, precision
+    words_of_training, tmp_path, queued, poison, options, precision
 ):
-    poison(monkeypatch, 2)
+    poison(2)
     with pytest.raises(FloatingPointError, match=r"^update 3: gradients are Nan/Inf; first: "):
         train(words_of_training["flash_lm"], tmp_path, *options, *precision)
     assert queued[:3] == [0, 1, 2]
@@ -83,28 +70,30 @@ def test_the_update_that_failed_is_named_and_has_changed_nothing(
 
 
 @pytest.mark.parametrize("end", [(), ("--max-epoch", 1, "--batch-size", 64)], ids=str)
-def test_the_last_update_fails_too(words_of_training, tmp_path, queued, monkeypatch, end):
+def test_the_last_update_fails_too(words_of_training, tmp_path, queued, poison, end):
     words = (*words_of_training["flash_lm"], "--no-save", "--disable-validation", *end)
     updates = 0 if end else 5
     train(words, tmp_path, updates=updates)
     last = queued[-1]
-    poison(monkeypatch, last)
+    poison(last)
     with pytest.raises(FloatingPointError, match=rf"^update {last + 1}: gradients are Nan/Inf"):
         train(words, tmp_path, updates=updates)
 
 
 @pytest.mark.parametrize("options", [(), ("--disable-validation",)], ids=str)
 def test_no_checkpoint_is_written_behind_an_update_that_failed(
-    words_of_training, tmp_path, queued, monkeypatch, options
+    words_of_training, tmp_path, queued, poison, options
 ):
-    poison(monkeypatch, 2)
+    poison(2)
     with pytest.raises(FloatingPointError, match=r"^update 3: "):
         train(words_of_training["flash_lm"], tmp_path, "--save-interval-updates", 3, *options)
     assert [path.name for path in tmp_path.glob("*.pt")] == ["crash.pt"]
 
 
-def test_no_validation_is_made_behind_an_update_that_failed(words_of_training, tmp_path, queued, monkeypatch):
-    poison(monkeypatch, 2)
+def test_no_validation_is_made_behind_an_update_that_failed(
+    words_of_training, tmp_path, queued, monkeypatch, poison
+):
+    poison(2)
     monkeypatch.setattr(Trainer, "valid_step", lambda *_, **__: pytest.fail("validated"))
     with pytest.raises(FloatingPointError, match=r"^update 3: "):
         train(words_of_training["flash_lm"], tmp_path, "--validate-interval-updates", 3, "--no-save")
@@ -129,7 +118,7 @@ def test_whether_an_update_was_finite_is_asked_behind_the_next_ones_passes(
 
 
 def test_a_failure_is_told_first_and_once_where_the_next_pass_fails_as_well(
-    words_of_training, tmp_path, queued, monkeypatch
+    words_of_training, tmp_path, queued, monkeypatch, poison
 ):
     step = FairseqTask.train_step
 
@@ -138,7 +127,7 @@ def test_a_failure_is_told_first_and_once_where_the_next_pass_fails_as_well(
             raise KeyError("of the user")
         return step(self, *args, **kwargs)
 
-    poison(monkeypatch, 2)
+    poison(2)
     monkeypatch.setattr(FairseqTask, "train_step", failing)
     with pytest.raises(FloatingPointError, match=r"^update 3: gradients are Nan/Inf; first"):
         train(words_of_training["flash_lm"], tmp_path, "--no-save", "--disable-validation")

@@ -8,7 +8,6 @@ import time
 import pytest
 import torch
 from fairseq.data.iterators import BufferedIterator
-from fairseq.trainer import Trainer
 
 from support import tools
 
@@ -180,17 +179,9 @@ PARTS = {
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_the_update_and_the_layer_that_are_not_finite_are_named(
-    words_of_training, tmp_path, monkeypatch, model, number
+    words_of_training, tmp_path, poison, model, number
 ):
-    step = Trainer.train_step
-
-    def poisoned(self, *args, **kwargs):
-        if self.get_num_updates() == 2:
-            with torch.no_grad():
-                self.get_model().get_submodule(PARTS[model]).weight[0] = number
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(Trainer, "train_step", poisoned)
+    poison(2, PARTS[model], number)
     told = (
         rf"^update 3: gradients are Nan/Inf; first: (NaN|Inf) detected in output of {PARTS[model]}, .*forward"
     )
